@@ -1,0 +1,1 @@
+"""What you ask: the typed configuration, where each value came from, and the presets."""

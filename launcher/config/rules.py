@@ -1,0 +1,300 @@
+"""Rules over more than one key, and the keys whose feature comes in a later version.
+
+Each rule names the keys it reads and is given their plain values; it is judged whenever all of them
+are sound, whatever else is wrong in the file, so that one pass reports everything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.config.keys import did_you_mean, nearest
+from launcher.config.schema import SlurmSection
+from launcher.config.training_arguments import FORMER, FREE, SECRET, SET_BY_LAUNCHER
+from launcher.errors import Fault
+
+LENGTHS = ("tokens", "steps", "epochs")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`judge` is given the values of `needs`, in that order, and yields the faults, without places."""
+
+    needs: tuple[str, ...]
+    judge: Callable[..., Iterator[Fault]]
+
+
+@dataclass(frozen=True)
+class NotYet:
+    """A value of `path` whose feature comes later: `what` says which, `instead` what to use now."""
+
+    path: str
+    asked: Callable[[Any], bool]
+    what: str
+    instead: str | None = None
+
+
+def broken(rules: tuple[Rule, ...], not_yet: tuple[NotYet, ...], parts: Mapping[str, Any]) -> list[Fault]:
+    """Every fault in `parts` (dotted path -> plain value), without places."""
+    faults = [
+        fault
+        for rule in rules
+        if all(key in parts for key in rule.needs)
+        for fault in rule.judge(*(parts[key] for key in rule.needs))
+    ]
+    faults += [
+        Fault(row.path, f"{row.what} is not in this version", hint=row.instead)
+        for row in not_yet
+        if row.path in parts and row.asked(parts[row.path])
+    ]
+    return faults
+
+
+def one_length(*lengths: float | None) -> Iterator[Fault]:
+    given = [f"train.{name}" for name, value in zip(LENGTHS, lengths, strict=True) if value is not None]
+    one_of = "exactly one of train.tokens, train.steps and train.epochs says how long to train"
+    if not given:
+        yield Fault("train", f"{one_of}, and none is set", hint="set one of them")
+    for extra in given[1:]:
+        yield Fault(extra, f"{one_of}, and {given[0]} is set too", hint="keep one of them")
+
+
+def tokens_of_padded_rows(tokens: int | None, packing: str) -> Iterator[Fault]:
+    if tokens is not None and packing == "pad":
+        yield Fault(
+            "train.tokens",
+            "with data.packing pad rows differ in length, so tokens do not say how many steps to take",
+            hint="set train.steps or train.epochs, or data.packing: concat",
+        )
+
+
+def overrides_from_scratch(init: str, overrides: Mapping[str, object]) -> Iterator[Fault]:
+    if init == "pretrained" and overrides:
+        yield Fault(
+            "model.overrides",
+            "pretrained weights have the shape they have",
+            hint="set model.init: scratch, or take the overrides out",
+        )
+
+
+def tokenizer_of_pretrained(init: str, tokenizer: object) -> Iterator[Fault]:
+    if init == "pretrained" and isinstance(tokenizer, Mapping):
+        yield Fault(
+            "model.tokenizer",
+            "pretrained weights know only the ids of their own tokenizer",
+            hint="set model.tokenizer: null, or model.init: scratch",
+        )
+
+
+def betas_below_one(betas: list[float]) -> Iterator[Fault]:
+    for index, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            yield Fault(
+                f"train.betas.{index}",
+                f"expected a number from 0 up to, but not including, 1, got {beta:g}",
+                hint="0.9 and 0.95 are usual for language models",
+            )
+
+
+def warmup_in_steps(warmup: float, steps: int | None) -> Iterator[Fault]:
+    if warmup >= 1 and not float(warmup).is_integer():
+        yield Fault(
+            "train.warmup",
+            f"from 1 on it is a number of steps, which {warmup:g} is not",
+            hint="write a whole number of steps, or a fraction below 1",
+        )
+    elif steps is not None and warmup > steps:
+        yield Fault(
+            "train.warmup",
+            f"{int(warmup)} steps of warmup do not fit in {int(steps)} steps of training",
+            hint=f"write at most {int(steps)}, or a fraction below 1 such as 0.02",
+        )
+
+
+def validation_fraction(validation: float | list[str]) -> Iterator[Fault]:
+    if isinstance(validation, list):
+        if not validation:
+            yield Fault("data.validation", "the list of files is empty", hint="write 0 for no validation")
+    elif not 0 <= validation < 1:
+        yield Fault(
+            "data.validation",
+            f"expected a fraction from 0 up to, but not including, 1, got {validation:g}",
+            hint="write 0.01 for one document in a hundred, 0 for none, or a list of files",
+        )
+
+
+def stopping_needs_validation(early_stopping: object, validation: float | list[str]) -> Iterator[Fault]:
+    if early_stopping is not None and validation == 0:
+        yield Fault(
+            "train.early_stopping",
+            "it watches eval_loss, and data.validation is 0",
+            hint="set data.validation, or train.early_stopping: null",
+        )
+
+
+def micro_batch_divides(micro_batch: int | str, batch_size: int) -> Iterator[Fault]:
+    if isinstance(micro_batch, str) or batch_size % micro_batch == 0:
+        return
+    micro, batch = int(micro_batch), int(batch_size)
+    smaller = max((n for n in range(1, min(micro, batch) + 1) if batch % n == 0), default=1)
+    larger = (batch // micro + 1) * micro
+    yield Fault(
+        "train.micro_batch",
+        f"{micro} does not divide train.batch_size {batch}",
+        hint=f"set train.micro_batch: {smaller}, or train.batch_size: {larger}",
+    )
+
+
+def source_names_differ(train: list[Any]) -> Iterator[Fault]:
+    names = [source["name"] for source in train if isinstance(source, Mapping)]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield Fault(
+                f"data.train.{index}.name",
+                f"two sources are called {name}",
+                hint="give each source its own name, or put the files of both in one source",
+            )
+
+
+_NAMED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+def names_in_modules(key: str, example: str) -> Callable[[list[str]], Iterator[Fault]]:
+    def judge(names: list[str]) -> Iterator[Fault]:
+        for index, name in enumerate(names):
+            if _NAMED.fullmatch(name) is None:
+                yield Fault(
+                    f"{key}.{index}", f"expected module:name, got {name}", hint=f"write it as {example}"
+                )
+
+    return judge
+
+
+def extra_fields(extra: Mapping[str, object]) -> Iterator[Fault]:
+    for name in extra:
+        path = f"train.extra.{name}"
+        if name in SECRET:
+            yield Fault(
+                path, "it is a secret, and this file is copied to the run directory", hint=SECRET[name]
+            )
+        elif name in SET_BY_LAUNCHER:
+            yield Fault(path, "launcher sets this TrainingArguments field itself", hint=SET_BY_LAUNCHER[name])
+        elif name in FORMER:
+            yield Fault(path, "TrainingArguments has no such field any more", hint=FORMER[name])
+        elif name not in FREE:
+            yield Fault(path, "TrainingArguments has no such field", hint=_nearest_field(name))
+
+
+def _nearest_field(name: str) -> str:
+    close = nearest(name, [*FREE, *SET_BY_LAUNCHER])
+    free = [f"train.extra.{match}" for match in close if match in FREE]
+    if free:
+        return did_you_mean(free)
+    return SET_BY_LAUNCHER[close[0]] if close else "transformers documents the fields of TrainingArguments"
+
+
+_PRIVATE = re.compile(
+    r"(^|[_.])(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIALS?)$", re.IGNORECASE
+)
+
+
+def is_private(name: str) -> bool:
+    """Whether a key of this (dotted) name holds a secret: it may neither be written to a file nor shown."""
+    return _PRIVATE.search(name) is not None
+
+
+def env_holds_no_secret(env: Mapping[str, str]) -> Iterator[Fault]:
+    for name in env:
+        if is_private(name):
+            yield Fault(
+                f"env.{name}",
+                "it looks like a secret, and this file is copied to the run directory",
+                hint=f"export {name} in the shell that starts launcher",
+            )
+        elif not name or "=" in name or "\0" in name:
+            yield Fault(f"env.{name}", "this cannot be the name of an environment variable")
+
+
+RUN_RULES = (
+    Rule(tuple(f"train.{name}" for name in LENGTHS), one_length),
+    Rule(("train.tokens", "data.packing"), tokens_of_padded_rows),
+    Rule(("model.init", "model.overrides"), overrides_from_scratch),
+    Rule(("model.init", "model.tokenizer"), tokenizer_of_pretrained),
+    Rule(("data.train",), source_names_differ),
+    Rule(("data.validation",), validation_fraction),
+    Rule(("train.betas",), betas_below_one),
+    Rule(("train.warmup", "train.steps"), warmup_in_steps),
+    Rule(("train.early_stopping", "data.validation"), stopping_needs_validation),
+    Rule(("train.micro_batch", "train.batch_size"), micro_batch_divides),
+    Rule(("train.metrics",), names_in_modules("train.metrics", "my_metrics:accuracy")),
+    Rule(("train.callbacks",), names_in_modules("train.callbacks", "my_callbacks:MyCallback")),
+    Rule(("train.extra",), extra_fields),
+)
+CLUSTER_RULES = (Rule(("env",), env_holds_no_secret),)
+
+
+def _files(files: object) -> list[str]:
+    """Every path in `data.train` or `data.validation`, whichever of their forms they have."""
+    if isinstance(files, str):
+        return [files]
+    if isinstance(files, Mapping):
+        return _files(files["files"])
+    return [path for entry in files for path in _files(entry)] if isinstance(files, list) else []
+
+
+def _any_url(files: object) -> bool:
+    return any("://" in path or "::" in path for path in _files(files))
+
+
+def _any_parquet(files: object) -> bool:
+    return any(path.lower().endswith(".parquet") for path in _files(files))
+
+
+def _is(*values: object) -> Callable[[object], bool]:
+    return lambda value: value in values
+
+
+def _is_set(value: object) -> bool:
+    return value is not None and value != []
+
+
+_LOCAL = "download the files and give their paths"
+_JSONL = "convert the files to jsonl"
+
+RUN_NOT_YET = (
+    NotYet("data.train", _any_url, "reading URLs (s3://, https://, hf:// and others)", _LOCAL),
+    NotYet("data.validation", _any_url, "reading URLs (s3://, https://, hf:// and others)", _LOCAL),
+    NotYet("data.train", _any_parquet, "reading parquet", _JSONL),
+    NotYet("data.validation", _any_parquet, "reading parquet", _JSONL),
+    NotYet("data.format", _is("parquet"), "reading parquet", _JSONL),
+    NotYet("data.packing", _is("best_fit"), "best_fit packing", "set data.packing: concat, or pad"),
+    NotYet(
+        "data.isolate_documents",
+        _is(True),
+        "isolating documents inside a block",
+        "set data.packing: pad, where a row holds one document",
+    ),
+    NotYet("data.mode", _is("stream"), "training from a stream", "set data.mode: prepared"),
+    NotYet(
+        "train.strategy",
+        _is("zero1", "zero2", "zero3", "fsdp"),
+        "sharding the model's state",
+        "set train.strategy: auto, or ddp",
+    ),
+    NotYet(
+        "train.offload", _is("optimizer", "parameters"), "offloading to CPU memory", "set train.offload: none"
+    ),
+)
+CLUSTER_NOT_YET = (
+    NotYet("launch", _is("slurm"), "launching through SLURM", "set launch: local"),
+    NotYet("nodes", lambda nodes: nodes > 1, "training on several nodes", "set nodes: 1"),
+    NotYet("network_gbps", _is_set, "a model of the network", "leave the key out"),
+    NotYet("price_per_gpu_hour", _is_set, "the price of a run", "leave the key out"),
+    *(
+        NotYet(f"slurm.{key}", _is_set, "launching through SLURM", "leave the key out")
+        for key in SlurmSection.model_fields
+    ),
+)

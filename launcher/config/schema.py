@@ -1,0 +1,284 @@
+"""What a user may write: every key of `run.yaml` and `cluster.yaml`, with its type and meaning.
+
+The models are strict (an unknown key, or a string where a number belongs, is a fault) and frozen.
+Rules that need more than one key live in `config.rules`, so that one pass can report them beside
+faults in single keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")
+SECONDS: Mapping[str, float] = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds(duration: str) -> float:
+    """Seconds in a duration such as `90s`, `15min`, `1.5h` or `2d`. Raises ValueError."""
+    match = DURATION.fullmatch(duration.strip())
+    if match is None or float(match[1]) == 0:
+        raise ValueError("expected a duration above zero such as 90s, 15min, 1.5h or 2d")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+def _integral(value: Any) -> Any:
+    """`10e9` is how people write ten billion: a float that is a whole number is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _every(value: int | str) -> int | str:
+    if isinstance(value, str):
+        seconds(value)
+    elif value < 1:
+        raise ValueError("expected at least 1 step")
+    return value
+
+
+def _run_name(value: str) -> str:
+    if value in {"", ".", ".."} or "/" in value or value[0] == "-" or not value.isprintable():
+        raise ValueError("expected a folder name: no slash, no control character, no leading dash")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
+Every = Annotated[int | str, BeforeValidator(_integral), AfterValidator(_every)]
+
+
+class Section(BaseModel):
+    """A strict, frozen block of keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TrainTokenizer(Section):
+    """A byte-level BPE tokenizer trained on the run's own text."""
+
+    vocab_size: Count = Field(description="Entries in the vocabulary, the end-of-text token included.")
+
+
+class TokenizerFromCorpus(Section):
+    """`{train: {vocab_size: N}}`: the tokenizer is made from the text rather than named."""
+
+    train: TrainTokenizer = Field(description="How the tokenizer is trained on the corpus.")
+
+
+class Source(Section):
+    """One source of a mixture."""
+
+    name: str = Field(
+        min_length=1, description="What this source is called in the ledger and in `data show`."
+    )
+    files: list[str] = Field(min_length=1, description="Paths and globs of this source's text.")
+    weight: float = Field(gt=0, description="Share of the samples, relative to the other sources' weights.")
+
+
+class ModelSection(Section):
+    """Which model."""
+
+    name: str = Field(
+        min_length=1,
+        description="A preset (gpt2, gpt2-medium, gpt2-large, gpt2-xl), a Hub id or a local folder.",
+    )
+    init: Literal["scratch", "pretrained"] = Field(
+        "scratch",
+        description="`scratch`: random weights in the named shape. `pretrained`: the named weights.",
+    )
+    tokenizer: str | TokenizerFromCorpus | None = Field(
+        None,
+        description="null: the model's own. A Hub id or a local folder. `{train: {vocab_size: 8192}}`: "
+        "a byte-level BPE trained on `data.train`.",
+    )
+    overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields of the model's own config (such as n_layer) to change; for `init: scratch`.",
+    )
+
+
+class DataSection(Section):
+    """Which text, and how it becomes blocks of tokens."""
+
+    train: list[str] | list[Source] = Field(
+        min_length=1,
+        description="Paths and globs of the training text; or a list of {name, files, weight} for a mixture.",
+    )
+    validation: float | list[str] = Field(
+        0.01,
+        description="The fraction of documents held out, chosen by a hash of their content (0: none); "
+        "or paths and globs of validation text.",
+    )
+    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
+        "auto",
+        description="How files are read. `auto`: by name (.jsonl, .json, .ndjson, .parquet; else text).",
+    )
+    sample_by: Literal["line", "paragraph", "document"] = Field(
+        "line", description="What a document is in a text file: a line, a paragraph, or the whole file."
+    )
+    text_field: str = Field("text", min_length=1, description="The field that holds the text in jsonl.")
+    block_size: Count = Field(1024, description="Tokens in a block: the length of one training sequence.")
+    packing: Literal["concat", "best_fit", "pad"] = Field(
+        "concat",
+        description="`concat`: documents joined by the end-of-text token and cut into blocks. "
+        "`pad`: one document a row, padded to the longest row of the batch; a document longer than a "
+        "block goes on in the next row. `best_fit`: documents kept whole where they fit.",
+    )
+    isolate_documents: bool = Field(
+        False, description="No position attends across a document boundary inside a block."
+    )
+    mode: Literal["prepared", "stream"] = Field(
+        "prepared", description="`prepared`: tokenised once into a store. `stream`: straight from the text."
+    )
+    cache_dir: str | None = Field(
+        None, description="Where token stores are kept. null: `.stores` in `output_dir`."
+    )
+
+
+class EarlyStopping(Section):
+    """When to stop before the planned length."""
+
+    patience: Count = Field(description="Evaluations in a row without improvement after which to stop.")
+    min_delta: float = Field(0.0, ge=0, description="How much eval_loss must fall to count as improvement.")
+
+
+class TrainSection(Section):
+    """How to train."""
+
+    batch_size: Count = Field(description="Sequences per optimizer step, over the whole world.")
+    tokens: Count | None = Field(
+        None,
+        description="Length of training in tokens, rounded up to a whole step. One of tokens, steps, epochs.",
+    )
+    steps: Count | None = Field(None, description="Length of training in optimizer steps.")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Length of training in passes over the training blocks, rounded up to a whole step."
+    )
+    learning_rate: float = Field(6e-4, gt=0, description="The peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine",
+        description="How the learning rate falls after warmup: to zero along a cosine or a line, or not.",
+    )
+    warmup: Annotated[float, Field(ge=0)] = Field(
+        0.02, description="Linear warmup: below 1, a fraction of the steps; from 1 on, a number of steps."
+    )
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay; biases and norms are left out.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two betas.")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="Gradients are clipped to this global norm; 0: not clipped."
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="`auto`: bf16 where the GPU has it, else fp16; fp32 on a CPU."
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Recompute activations in the backward pass. `auto`: only when memory asks for it.",
+    )
+    strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
+        "auto", description="What the ranks share of the model's state."
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="What is kept in CPU memory rather than on the GPU."
+    )
+    micro_batch: Literal["auto"] | Count = Field(
+        "auto",
+        description="Sequences per forward pass on one rank. `auto`: the largest that fits and divides.",
+    )
+    compile: Literal["auto"] | bool = Field("auto", description="Run the model through torch.compile.")
+    eval_every: Every = Field(
+        500, description="Evaluate every so many steps, or every duration such as 30min."
+    )
+    log_every: Count = Field(10, description="Write a line of metrics every so many steps.")
+    early_stopping: EarlyStopping | None = Field(
+        None,
+        description="Stop when eval_loss no longer falls, and keep the best model. null: train to the end.",
+    )
+    metrics: list[str] = Field(
+        default_factory=list,
+        description="Evaluation metrics of your own, as `module:function`. Each is given transformers' "
+        "EvalPrediction (predicted ids and labels, int64[n, block_size-1], -100 where there is none) "
+        "and returns a dict of numbers.",
+    )
+    callbacks: list[str] = Field(
+        default_factory=list,
+        description="transformers TrainerCallback classes of your own, as `module:Class`.",
+    )
+    extra: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Any other TrainingArguments field; those that launcher sets itself are refused by name.",
+    )
+
+
+class CheckpointSection(Section):
+    """When to save, and how much to keep."""
+
+    every: Every = Field("15min", description="Save every so many steps, or every duration such as 15min.")
+    keep: Count = Field(2, description="How many committed checkpoints stay on disk, the newest ones.")
+
+
+class RunConfig(Section):
+    """`run.yaml`: what to train. It names no machine, so the same file runs anywhere."""
+
+    name: Annotated[str, AfterValidator(_run_name)] = Field(
+        description="The run's name, and its folder's name in `output_dir`."
+    )
+    model: ModelSection = Field(description="Which model.")
+    data: DataSection = Field(description="Which text, and how it becomes blocks of tokens.")
+    train: TrainSection = Field(description="How to train.")
+    checkpoint: CheckpointSection = Field(
+        default_factory=CheckpointSection, description="When to save, and how much to keep."
+    )
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=["tensorboard"],
+        description="Where metrics go besides metrics.jsonl.",
+    )
+    push_to_hub: str | None = Field(
+        None, description="The Hub repository (`user/name`) the final model is uploaded to. null: none."
+    )
+    seed: int = Field(
+        1337, ge=0, lt=2**32, description="Seeds the weights, the dropout and the order of the data."
+    )
+    output_dir: str = Field("runs", min_length=1, description="The folder that run directories are made in.")
+
+
+class SlurmSection(Section):
+    """What SLURM is asked for."""
+
+    partition: str | None = Field(None, description="The partition to submit to.")
+    account: str | None = Field(None, description="The account that is charged.")
+    time_limit: str | None = Field(None, description="The job's time limit, as `HH:MM:SS` or `D-HH:MM:SS`.")
+    qos: str | None = Field(None, description="The quality of service.")
+    exclude: list[str] = Field(default_factory=list, description="Nodes never to run on.")
+    setup: list[str] = Field(
+        default_factory=list, description="Shell lines run before anything else in the job."
+    )
+    extra: list[str] = Field(default_factory=list, description="More #SBATCH options, as written.")
+    template: str | None = Field(None, description="Your own job template in place of launcher's.")
+
+
+class ClusterConfig(Section):
+    """`cluster.yaml`: where. The same file serves every run."""
+
+    name: str = Field("this-machine", min_length=1, description="What the cluster is called.")
+    launch: Literal["local", "slurm"] = Field("local", description="How ranks are started.")
+    nodes: Count = Field(1, description="How many nodes.")
+    gpus_per_node: Literal["auto"] | Count = Field(
+        "auto",
+        description="GPUs, and so ranks, on each node; `auto`: those found here. With `gpu: cpu`, "
+        "ranks on the CPU.",
+    )
+    gpu: str = Field(
+        "auto", description="The GPU's name in the catalogue; `cpu`; or `auto`: what is found here."
+    )
+    network_gbps: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Network bandwidth between nodes, per GPU, in Gbit/s."
+    )
+    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Price of one GPU for one hour, in any currency."
+    )
+    slurm: SlurmSection = Field(default_factory=SlurmSection, description="What SLURM is asked for.")
+    env: dict[str, str] = Field(
+        default_factory=dict,
+        description="Environment variables set for every rank. No secrets: it is written to disk.",
+    )

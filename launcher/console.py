@@ -1,0 +1,120 @@
+"""How we speak to people: tables, errors, progress. Answers go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from launcher.errors import ConfigError, LauncherError
+
+BOLD, DIM, RED, RESET = "\033[1m", "\033[2m", "\033[31m", "\033[0m"
+
+
+def colour(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that wants colour (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def say(text: str) -> None:
+    """A line to the person, beside the answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def answer(text: str) -> None:
+    """The answer itself, on stdout."""
+    print(text, flush=True)
+
+
+def answer_json(value: Any) -> None:
+    """The answer as JSON, on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str), flush=True)
+
+
+def show_error(error: LauncherError) -> None:
+    """What is wrong, where it was set, what to do; every fault of a configuration."""
+    mark, end = (RED, RESET) if colour(sys.stderr) else ("", "")
+    if isinstance(error, ConfigError):
+        for fault in error.faults:
+            say(f"{mark}error:{end} {fault}")
+            if fault.hint:
+                say(f"  hint: {fault.hint}")
+        return
+    say(f"{mark}error:{end} {error.message}")
+    if error.hint:
+        say(f"  hint: {error.hint}")
+
+
+def section(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A titled block of two columns: what it is, and its value."""
+    bold, end = (BOLD, RESET) if colour(sys.stdout) else ("", "")
+    return "\n".join([f"{bold}{title}{end}", *(f"  {name:<24}{value}" for name, value in rows)])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; numbers (cells that start with a digit) to the right."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    numeric = [bool(rows) and all(row[column][:1].isdigit() for row in rows) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def gibibytes(size: float) -> str:
+    """A size in bytes as a person reads it."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def count(number: float) -> str:
+    """A number as a person reads it: 124,439,808 is `124.4 M`."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= limit:
+            return f"{number / limit if unit != 'k' else number / 1e3:.1f} {unit}"
+    return f"{number:,.0f}"
+
+
+def bars(parts: Mapping[str, int], available: int | None, width: int = 40) -> list[tuple[str, str]]:
+    """Sizes in bytes as bars, all to one scale: the memory available, or else their sum."""
+    whole = max(available or 0, sum(parts.values()), 1)
+    return [
+        (name, f"{'#' * round(width * size / whole):<{width}} {gibibytes(size):>10}")
+        for name, size in parts.items()
+    ]
+
+
+class Bar:
+    """Progress of something counted in bytes: a line that is rewritten on a terminal, silent elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._start = time.monotonic()
+        self._shown = 0.0
+
+    def __call__(self, done: int, total: int, tokens: int) -> None:
+        """`done` of `total` bytes have become `tokens` tokens."""
+        now = time.monotonic()
+        if not sys.stderr.isatty() or (now - self._shown < 0.1 and done < total):
+            return
+        self._shown = now
+        rate = done / max(now - self._start, 1e-9)
+        left = (total - done) / rate if rate else 0.0
+        filled = round(30 * done / max(total, 1))
+        print(
+            f"\r{self._title} [{'#' * filled:<30}] {done / max(total, 1):4.0%}  {count(tokens)} tokens"
+            f"  {count(tokens / max(now - self._start, 1e-9))} tokens/s  {left:.0f} s left ",
+            end="\n" if done >= total else "",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,110 @@
+"""Blocks of tokens, read from a store: what a training sample is, and which text it came from."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from launcher.data.packing import Packing, Span
+from launcher.data.store import Shard, Split, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A part of a block that comes from one document.
+
+    `file`, `offset`, `length`: the document's bytes in its decompressed source file. `document`: its index
+    in `shard`. `start`, `stop`: token positions in the block. `document_token`: which token of the document
+    the passage begins with.
+    """
+
+    file: str
+    offset: int
+    length: int
+    shard: str
+    document: int
+    start: int
+    stop: int
+    document_token: int
+
+
+class Blocks:
+    """The blocks of one split. Sources are numbered as in `sources`."""
+
+    def __init__(self, store: Store, split: Split, block_size: int, packing: Packing) -> None:
+        self.store = store
+        self.block_size = block_size
+        self.sources = store.sources(split)
+        self._parts = [SourceBlocks(store, split, source, block_size, packing) for source in self.sources]
+
+    def __len__(self) -> int:
+        """How many sources there are."""
+        return len(self._parts)
+
+    def __getitem__(self, source: int) -> SourceBlocks:
+        return self._parts[source]
+
+    def read(self, source: int, block: int) -> NDArray[np.int64]:
+        """`int64[block_size]` ids under concat; `int64[<= block_size]` under pad. IndexError past the end."""
+        return self._parts[source].read(block)
+
+    def describe(self, source: int, block: int) -> list[Passage]:
+        """Which bytes of which files a block's tokens come from, in order."""
+        return self._parts[source].describe(block)
+
+
+class SourceBlocks:
+    """The blocks of one source in one split."""
+
+    def __init__(self, store: Store, split: Split, source: str, block_size: int, packing: Packing) -> None:
+        self._store = store
+        self._shards = store.shards(split, source)
+        self._plan = store.plan(split, source, block_size, packing)
+
+    def __len__(self) -> int:
+        return self._plan.blocks
+
+    def read(self, block: int) -> NDArray[np.int64]:
+        """The block's ids: see `Blocks.read`."""
+        spans = self._plan.locate(block)
+        parts = [self._store.tokens(self._shards[s.shard])[s.start : s.stop] for s in spans]
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return joined.astype(np.int64)
+
+    def describe(self, block: int) -> list[Passage]:
+        """The block's passages: see `Blocks.describe`."""
+        passages: list[Passage] = []
+        for span in self._plan.locate(block):
+            position = passages[-1].stop if passages else 0
+            passages += self._passages(self._shards[span.shard], span, position)
+        return passages
+
+    def _passages(self, shard: Shard, span: Span, position: int) -> list[Passage]:
+        ends = np.cumsum(self._store.lengths(shard), dtype=np.int64)
+        places = self._store.places(shard)
+        firsts = [origin.first_document for origin in shard.origins]
+        passages = []
+        token = span.start
+        document = int(np.searchsorted(ends, token, side="right"))
+        while token < span.stop:
+            stop = min(span.stop, int(ends[document]))
+            offset, length = places[document].tolist()
+            begun = int(ends[document - 1]) if document else 0
+            file = shard.origins[bisect_right(firsts, document) - 1].file
+            passages.append(
+                Passage(
+                    file,
+                    offset,
+                    length,
+                    shard.name,
+                    document,
+                    position,
+                    position + stop - token,
+                    token - begun,
+                )
+            )
+            position, token, document = position + stop - token, stop, document + 1
+        return passages

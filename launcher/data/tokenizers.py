@@ -1,0 +1,243 @@
+"""The reference tokenizer: text to ids exactly as transformers' AutoTokenizer gives them.
+
+A tokenizer is a folder (`tokenizer.json`, or `vocab.json` and `merges.txt`) or a Hub id; or it is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from launcher.errors import RequestError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+END_OF_TEXT = "<|endoftext|>"
+TRAINING_BYTES = 64 << 20  # of UTF-8 text a tokenizer is trained on at most
+SMALLEST_VOCABULARY = 257  # the 256 bytes and the end-of-text token
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+    "config.json",
+)  # fmt: skip
+KEPT_SETTINGS = ("bos_token", "unk_token", "model_max_length", "chat_template")
+PROBES = (
+    'Hello, world!  It\'s 1,234.5 miles;\tnot 12.\n\n  def f(x):\n    return x_1 != "y"\r\n',
+    "na\u00efve caf\u00e9 cafe\u0301 \ufb01 \u212b \u0130 \u00df \u1e9e \u2126 \uff21",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u3053\u3093\u306b\u3061\u306f \uc548\ub155",
+    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd \u0928\u092e\u0938\u094d\u0924\u0947",
+    "\U0001f600\U0001f469\u200d\U0001f4bb\U0001f1ea\U0001f1fa \ufeff\u00a0\u2003\u200b\u2028 \U0010ffff",
+    "\x00\x07\x7f\u0085",
+    " <|endoftext|> <s></s> <unk> [PAD] ",
+)
+
+
+class Tokenizer:
+    """A `tokenizers` backend with what packing needs to know: end-of-text, pad, size, identity.
+
+    `end_of_text_added` says that the tokenizer had no end-of-text token and was given a new one.
+    """
+
+    def __init__(self, backend: Backend, settings: dict[str, Any]) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._settings = {key: settings[key] for key in KEPT_SETTINGS if settings.get(key) is not None}
+        named = _token_name(settings.get("eos_token"))
+        self.end_of_text = named or END_OF_TEXT
+        self.end_of_text_added = backend.token_to_id(self.end_of_text) is None and named is None
+        self.end_of_text_id = _special_id(backend, self.end_of_text)
+        self.pad = _token_name(settings.get("pad_token")) or self.end_of_text
+        self.pad_id = _special_id(backend, self.pad)
+
+    @property
+    def size(self) -> int:
+        """Entries in the vocabulary, added tokens included."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """The ids of each text. Nothing is added; the name of a special token in the text becomes its id."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of all that determines ids: two tokenizers with the same one are the same."""
+        content = json.loads(self._backend.to_str())
+        identity = [content, self.end_of_text_id, self.pad_id]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def probe_ids(self) -> list[list[int]]:
+        """The ids of fixed texts that tokenizers are prone to disagree on."""
+        return [ids.tolist() for ids in self.encode_batch(PROBES)]
+
+    def save(self, folder: Path) -> None:
+        """Write what `AutoTokenizer.from_pretrained` and `load_tokenizer` read back as this tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # The class that uses tokenizer.json as it is: others rebuild a tokenizer from its vocabulary.
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.end_of_text,
+            "pad_token": self.pad,
+            "clean_up_tokenization_spaces": False,
+            **self._settings,
+        }
+        (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer in a local folder, or of a Hub id. Raises RequestError when there is none."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _from_hub(name)
+    backend = _backend(folder)
+    settings = _settings(folder, backend)
+    _set_prefix_space(backend, settings)
+    return Tokenizer(backend, settings)
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer with an end-of-text token, from the first TRAINING_BYTES of the documents.
+
+    The same documents give the same tokenizer. Text too short to fill the vocabulary gives a smaller one:
+    see `unfilled`. Raises RequestError for a vocabulary below SMALLEST_VOCABULARY.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise RequestError(
+            f"model.tokenizer.train.vocab_size is {vocab_size}: a byte-level vocabulary holds the 256 bytes "
+            "and the end-of-text token",
+            hint=f"set it to {SMALLEST_VOCABULARY} or more",
+        )
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_at_most(documents, TRAINING_BYTES), trainer)
+    return Tokenizer(backend, {"eos_token": END_OF_TEXT})
+
+
+def unfilled(tokenizer: Tokenizer, vocab_size: int) -> str | None:
+    """The sentence to say when training could not fill the vocabulary that was asked for."""
+    if tokenizer.size >= vocab_size:
+        return None
+    return (
+        f"the text holds too few repeated pieces for a vocabulary of {vocab_size:,}: "
+        f"the tokenizer has {tokenizer.size:,} entries"
+    )
+
+
+def _at_most(documents: Iterable[str], limit: int) -> Iterator[str]:
+    for document in documents:
+        limit -= len(document.encode("utf-8"))
+        if limit < 0:
+            return
+        yield document
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    hint = "give a local folder that holds tokenizer.json, or the id of a repository on the Hub"
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
+    except HFValidationError:
+        raise RequestError(f"tokenizer {name}: neither a folder nor a Hub id", hint=hint) from None
+    except LocalEntryNotFoundError:
+        raise RequestError(
+            f"tokenizer {name}: not in the Hub's cache here, and the Hub cannot be reached",
+            hint="download it once where there is a network, or give a local folder",
+        ) from None
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RequestError(f"tokenizer {name}: the Hub says: {reason}", hint=hint) from None
+    return folder
+
+
+def _backend(folder: Path) -> Backend:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    try:
+        if whole.is_file():
+            return Backend.from_file(str(whole))
+        if vocabulary.is_file() and merges.is_file():
+            backend = Backend(models.BPE.from_file(str(vocabulary), str(merges)))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            backend.decoder = decoders.ByteLevel()
+            return backend
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise RequestError(f"tokenizer {folder}: cannot be read: {error}") from error
+    raise RequestError(
+        f"tokenizer {folder}: no tokenizer.json, nor vocab.json with merges.txt",
+        hint="save one there with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+    )
+
+
+def _settings(folder: Path, backend: Backend) -> dict[str, Any]:
+    """What the folder's JSON files say of special tokens, the most specific file last."""
+    settings: dict[str, Any] = {}
+    model = _read_json(folder / "config.json")
+    for key in ("eos_token", "pad_token"):
+        ids = model.get(f"{key}_id")
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(first, int) and (token := backend.id_to_token(first)) is not None:
+            settings[key] = token
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        settings |= {key: value for key, value in _read_json(folder / name).items() if value is not None}
+    return settings
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RequestError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise RequestError(f"{path}: not a JSON object")
+    return content
+
+
+def _set_prefix_space(backend: Backend, settings: dict[str, Any]) -> None:
+    from tokenizers import pre_tokenizers
+
+    if "add_prefix_space" in settings and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        backend.pre_tokenizer.add_prefix_space = settings["add_prefix_space"]
+
+
+def _token_name(value: object) -> str | None:
+    """A special token's text: a string, or transformers' {"content": ...}."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) and text else None
+
+
+def _special_id(backend: Backend, token: str) -> int:
+    """The token's id; added as a special token, as transformers does, where it is not one yet."""
+    backend.add_special_tokens([token])
+    identity = backend.token_to_id(token)
+    assert identity is not None
+    return int(identity)

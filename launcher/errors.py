@@ -1,0 +1,130 @@
+"""The exception tree: every way launcher refuses, each with a message, a hint and an exit code.
+
+    LauncherError
+    ├── RequestError            2   what was asked for is wrong
+    │   ├── ConfigError         2     in the YAML or an override: carries every fault found in one pass
+    │   ├── DataError           2     in the text: carries the file and the place in it
+    │   ├── StoreError          2     in a token store: damaged, or of another kind
+    │   └── RunDirectoryError   2     in a run directory: another configuration, or not one at all
+    ├── MachineError            3   this machine lacks something
+    └── TrainingError           1   the run itself failed
+
+`Interrupted` (130) is not an error of anybody's making, but ends a command the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class LauncherError(Exception):
+    """What is wrong, and (in `hint`) what to do about it. Printed without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RequestError(LauncherError):
+    """What was asked for is wrong."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong in a configuration.
+
+    `path` is the dotted path (`train.batch_size`), `place` where the value was set
+    (`run.yaml:12`, `override train.batch_size=7`), `hint` what to do.
+    """
+
+    path: str
+    message: str
+    place: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        where = f" ({self.place})" if self.place else ""
+        return f"{self.path}: {self.message}{where}"
+
+
+class ConfigError(RequestError):
+    """Every fault of a configuration, found in one pass."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        if not faults:
+            raise ValueError("a ConfigError needs at least one fault")
+        super().__init__("\n".join(str(fault) for fault in faults))
+        self.faults = tuple(faults)
+
+
+class DataError(RequestError):
+    """Something wrong in the text, with its place.
+
+    `offset` counts bytes from the start of the (decompressed) file, `line` from 1.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | None = None,
+        line: int | None = None,
+        offset: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        place = ""
+        if file is not None:
+            place = str(file) + (f":{line}" if line is not None else "")
+            place += f", byte {offset}" if offset is not None else ""
+        super().__init__(f"{place}: {message}" if place else message, hint=hint)
+        self.reason = message
+        self.file = file
+        self.line = line
+        self.offset = offset
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Cross a process boundary with its place: the default would lose the keywords."""
+        return _rebuild_data_error, (self.reason, self.file, self.line, self.offset, self.hint)
+
+
+def _rebuild_data_error(
+    message: str, file: str | None, line: int | None, offset: int | None, hint: str | None
+) -> DataError:
+    return DataError(message, file=file, line=line, offset=offset, hint=hint)
+
+
+class StoreError(RequestError):
+    """A token store that is damaged, incomplete or of another format version."""
+
+
+class RunDirectoryError(RequestError):
+    """A run directory that holds another configuration, or is not a run directory."""
+
+    def __init__(self, message: str, *, directory: Path, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.directory = directory
+
+
+class MachineError(LauncherError):
+    """This machine lacks something the run needs."""
+
+    exit_code = 3
+
+
+class TrainingError(LauncherError):
+    """The run itself failed."""
+
+    exit_code = 1
+
+
+class Interrupted(LauncherError):
+    """Someone asked for it to stop."""
+
+    exit_code = 130

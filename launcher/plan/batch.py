@@ -1,0 +1,98 @@
+"""Batch arithmetic: `batch_size = micro_batch x accumulation x world_size`, exactly, or a refusal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from launcher.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """How one optimizer step's sequences are spread; all four count sequences, passes or ranks."""
+
+    batch_size: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.micro_batch * self.accumulation * self.world_size != self.batch_size:
+            raise ValueError(f"{self} does not multiply out")
+
+
+def splits(batch_size: int, world_size: int, micro_batch: int | None, largest: int) -> list[Batch]:
+    """Every way to spread `batch_size` sequences over `world_size` ranks, the largest micro-batch first.
+
+    `micro_batch` is the user's, and then the only one; None for every divisor of a rank's share that is
+    at most `largest`. Raises RequestError, naming the nearest batch sizes and world sizes that work.
+    """
+    unit = world_size * (micro_batch or 1)
+    if batch_size % unit:
+        raise RequestError(
+            _refusal(batch_size, world_size, micro_batch),
+            hint=f"{_nearest_batches(batch_size, unit)}; or "
+            + _nearest_worlds(batch_size, world_size, micro_batch),
+        )
+    share = batch_size // world_size
+    sizes = [micro_batch] if micro_batch else [size for size in _divisors(share) if size <= max(1, largest)]
+    return [Batch(batch_size, size, share // size, world_size) for size in reversed(sizes)]
+
+
+def _refusal(batch_size: int, world_size: int, micro_batch: int | None) -> str:
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    with_micro = f" with train.micro_batch={micro_batch}" if micro_batch else ""
+    return f"train.batch_size={batch_size} does not divide over {ranks}{with_micro}"
+
+
+def _nearest_batches(batch_size: int, unit: int) -> str:
+    below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
+    sizes = " or ".join(str(size) for size in (below, above) if size)
+    return f"set train.batch_size to {sizes}"
+
+
+def _nearest_worlds(batch_size: int, world_size: int, micro_batch: int | None) -> str:
+    if micro_batch and batch_size % micro_batch:
+        fitting = [size for size in _divisors(batch_size) if size <= micro_batch]
+        return f"set train.micro_batch to a divisor of {batch_size}, such as {fitting[-1]}"
+    worlds = list(_divisors(batch_size // (micro_batch or 1)))
+    below = [str(world) for world in worlds if world < world_size][-1:]
+    above = [str(world) for world in worlds if world > world_size][:1]
+    return f"use {' or '.join(below + above)} ranks"
+
+
+def _divisors(number: int) -> Iterator[int]:
+    """The divisors of `number`, in ascending order."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    yield from small
+    yield from (number // divisor for divisor in reversed(small) if divisor * divisor != number)
+
+
+def count_steps(
+    *,
+    batch_size: int,
+    block_size: int,
+    steps: int | None,
+    tokens: int | None,
+    epochs: float | None,
+    blocks: int | None,
+) -> int | None:
+    """Optimizer steps in a run, rounded up so that at least what was asked for is trained on.
+
+    Exactly one of `steps`, `tokens` and `epochs` is given. `blocks` is the number of training blocks
+    in one epoch; None where the text is not prepared yet, and then epochs give None.
+    """
+    if steps is not None:
+        return steps
+    if tokens is not None:
+        return -(-tokens // (batch_size * block_size))
+    if epochs is None:
+        raise ValueError("one of steps, tokens and epochs must be given")
+    return None if blocks is None else max(1, math.ceil(epochs * blocks / batch_size))
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Steps of linear warmup: `warmup` below 1 is a fraction of `steps`, from 1 on a number of steps."""
+    return min(steps, round(warmup * steps) if warmup < 1 else int(warmup))

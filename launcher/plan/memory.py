@@ -1,0 +1,175 @@
+"""Bytes on one GPU at the peak of a training step, by category, in closed form.
+
+The peak is where the backward pass begins, with every activation kept and the logits' gradient being
+made; or, with a small vocabulary or gradient checkpointing, later, inside a layer. The larger counts.
+Left out: the allocator's fragmentation, and dense attention masks (padded or isolated documents).
+
+Checked on a CPU against the bytes PyTorch's profiler sees allocated; not measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from launcher.plan.shape import Shape, parameters, weights_per_layer
+
+FP32 = 4
+"""Bytes of a weight, a gradient, a moment, and of everything autocast keeps in fp32."""
+
+HALF = 2
+"""Bytes of bf16 and of fp16."""
+
+BYTES_PER_LOGIT = 12
+"""fp32 log-probabilities kept by the loss, the gradient with respect to them, and the one it is made into."""
+
+GPU_FRAMEWORK = 1 << 30
+"""An allowance, not measured: the CUDA context with its kernels, and cuBLAS workspaces."""
+
+GPU_COMMUNICATION = 1 << 29
+"""An allowance, not measured: NCCL's channels and buffers, where there is more than one rank."""
+
+CPU_FRAMEWORK = 1 << 29
+"""A Python process with torch and transformers loaded: 421 MiB resident with torch 2.13."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one rank, by category."""
+
+    parameters: int
+    autocast_copies: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits_and_loss: int
+    ddp_buckets: int
+    framework: int
+
+    @property
+    def total(self) -> int:
+        return sum(size for _, size in self.items())
+
+    def items(self) -> Iterator[tuple[str, int]]:
+        """Each category in words, with its bytes."""
+        return ((field.name.replace("_", " "), getattr(self, field.name)) for field in fields(self))
+
+
+def estimate(
+    shape: Shape,
+    *,
+    micro_batch: int,
+    block_size: int,
+    precision: str,
+    gradient_checkpointing: bool,
+    world_size: int,
+    on_cpu: bool = False,
+) -> Memory:
+    """The peak of one rank under DDP with AdamW, for `micro_batch` sequences of `block_size` tokens.
+
+    Weights, gradients and the optimizer's two moments are fp32 under every `precision` (bf16, fp16 or
+    fp32), as autocast keeps them: 4 + 4 + 8 bytes a parameter (Rajbhandari et al. 2020, "ZeRO", section
+    3.1, without its separate half-precision weights). Gradients count although the first micro-batch of
+    a step has none yet. DDP keeps a second copy of them in its buckets (PyTorch's documentation of
+    `gradient_as_bucket_view`). Raises ValueError for another precision.
+    """
+    if precision not in {"bf16", "fp16", "fp32"}:
+        raise ValueError(f"unknown precision {precision!r}: expected bf16, fp16 or fp32")
+    compute = FP32 if precision == "fp32" else HALF
+    count, tokens = parameters(shape), micro_batch * block_size
+    logits = BYTES_PER_LOGIT * tokens * shape.vocab
+    layer = tokens * _layer(shape, compute, block_size, on_cpu=on_cpu)
+    inside = tokens * _gradients_inside(shape, compute)
+    if gradient_checkpointing:
+        # Each layer keeps its input alone, and all of it is computed again on the way back.
+        kept, inside = shape.layers * tokens * FP32 * shape.hidden, inside + layer
+    else:
+        kept = shape.layers * layer
+    # By the time the layers' own gradients are made, the logits and what led to them are gone.
+    ends = tokens * _ends(shape, compute, on_cpu=on_cpu)
+    return Memory(
+        parameters=FP32 * count,
+        autocast_copies=HALF * _multiplied(shape) if compute == HALF else 0,
+        gradients=FP32 * count,
+        optimizer=2 * FP32 * count,
+        activations=kept + max(ends, inside - logits),
+        logits_and_loss=logits,
+        ddp_buckets=FP32 * count if world_size > 1 else 0,
+        framework=_framework(world_size, on_cpu=on_cpu),
+    )
+
+
+def _multiplied(shape: Shape) -> int:
+    """Elements of the weight matrices: autocast casts each once a forward pass, and keeps it for backward."""
+    return shape.layers * weights_per_layer(shape) + shape.vocab * shape.hidden
+
+
+def _layer(shape: Shape, compute: int, block_size: int, *, on_cpu: bool) -> int:
+    """Bytes that one layer keeps for backward, for each token.
+
+    After Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
+    section 4.1, with three changes. The residual stream stays fp32 under autocast. Attention does not
+    keep its T x T weights but, for each head and token, their log-sum-exp (Dao et al. 2022,
+    "FlashAttention"). What a kernel can derive from its output is not kept, as with a fused tanh GELU.
+    """
+    attention = _attention(shape, compute, block_size, on_cpu=on_cpu)
+    if shape.gated:
+        return attention + _rms_norms(shape) + _gated_projections(shape, compute)
+    masks = 2 * _mask(compute, on_cpu=on_cpu) * shape.hidden if shape.dropout else 0
+    layer_norms = 2 * (FP32 * shape.hidden + 2 * FP32)  # the input; mean and deviation
+    inputs = 2 * compute * shape.hidden  # of the attention's and the MLP's first projection
+    return attention + layer_norms + inputs + 2 * compute * shape.intermediate + masks
+
+
+def _attention(shape: Shape, compute: int, block_size: int, *, on_cpu: bool) -> int:
+    """Query, key, value and output; and what stands in for the attention weights."""
+    output = compute * shape.queries + _head_norms(shape, compute)
+    inputs = shape.queries + 2 * shape.keys
+    if on_cpu and shape.attention_dropout:
+        # PyTorch has no fused kernel for this: fp32 weights, their mask and the product are kept.
+        return output + FP32 * inputs + 3 * FP32 * shape.heads * block_size
+    return output + compute * inputs + FP32 * shape.heads
+
+
+def _head_norms(shape: Shape, compute: int) -> int:
+    """Qwen3 normalises each query and key head: the input in fp32, the normalised input, and the scale."""
+    if shape.model_type != "qwen3":
+        return 0
+    return (FP32 + compute) * (shape.queries + shape.keys) + FP32 * (shape.heads + shape.kv_heads)
+
+
+def _rms_norms(shape: Shape) -> int:
+    """Two of them, in steps as transformers computes them: the input, its scale and the normalised input."""
+    return 2 * (2 * FP32 * shape.hidden + FP32)
+
+
+def _gated_projections(shape: Shape, compute: int) -> int:
+    """The projections' inputs, and the gate, its activation, the up projection and their product.
+
+    Query, key and value share an input, and so do gate and up; but autocast casts it for each of them.
+    """
+    inputs = 2 if compute == FP32 else 5
+    return compute * (inputs * shape.hidden + 4 * shape.intermediate)
+
+
+def _gradients_inside(shape: Shape, compute: int) -> int:
+    """Bytes for each token at most alive inside one layer's backward: in the MLP, and the residual stream's."""
+    return (2 if shape.gated else 1) * compute * shape.intermediate + FP32 * shape.hidden
+
+
+def _ends(shape: Shape, compute: int, *, on_cpu: bool) -> int:
+    """Bytes for each token outside the layers: the embedding's dropout, the last norm, the head's input."""
+    mask = _mask(compute, on_cpu=on_cpu) * shape.hidden if shape.dropout else 0
+    norm = 2 * FP32 * shape.hidden if shape.gated else FP32 * shape.hidden
+    return mask + norm + compute * shape.hidden
+
+
+def _mask(compute: int, *, on_cpu: bool) -> int:
+    """Bytes of one element of a dropout mask: a bool on a GPU, a number on a CPU."""
+    return compute if on_cpu else 1
+
+
+def _framework(world_size: int, *, on_cpu: bool) -> int:
+    if on_cpu:
+        return CPU_FRAMEWORK
+    return GPU_FRAMEWORK + (GPU_COMMUNICATION if world_size > 1 else 0)

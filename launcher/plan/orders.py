@@ -1,0 +1,58 @@
+"""The worker's orders, `plan.json`: written once by the control half, read by every rank.
+
+Both directions stand here, beside the plan itself, so that the worker need not know the renderers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import RequestError
+from launcher.plan.choose import Plan
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """The plan and where its inputs are.
+
+    `model` is the transformers config of the model to build, `weights` the folder or Hub id its
+    weights come from (None: from scratch), `store` the token store's folder (None: not prepared yet),
+    `configuration` the hash of the configuration this was planned from.
+    """
+
+    launcher: str
+    configuration: str
+    plan: Plan
+    model: Mapping[str, Any]
+    weights: str | None
+    store: str | None
+
+
+def format_orders(orders: Orders) -> str:
+    """The text of `plan.json`."""
+    fields = {
+        "version": VERSION,
+        "launcher": orders.launcher,
+        "configuration": orders.configuration,
+        "plan": orders.plan.as_dict(),
+        "model": dict(orders.model),
+        "weights": orders.weights,
+        "store": orders.store,
+    }
+    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+
+
+def parse_orders(text: str) -> Orders:
+    """The orders that `format_orders` wrote. Raises RequestError for another format version."""
+    fields = json.loads(text)
+    if fields.pop("version", None) != VERSION:
+        raise RequestError(
+            f"plan.json is not of format version {VERSION}",
+            hint="run `launcher train` again: it writes the plan anew",
+        )
+    return Orders(**{**fields, "plan": Plan.from_dict(fields["plan"])})

@@ -1,0 +1,201 @@
+"""A model's shape, read from its transformers config, and what follows from it in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What memory and speed depend on.
+
+    `hidden`, `intermediate` and `head_size` are widths; `positions` the longest sequence the model can
+    take. `tied`: the output layer is the input embedding. `gated`: the MLP has a gate beside its up
+    projection. `dropout` is on the residual stream, `attention_dropout` on the attention weights.
+    """
+
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    vocab: int
+    positions: int | None
+    tied: bool
+    gated: bool
+    dropout: bool
+    attention_dropout: bool
+
+    @property
+    def queries(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_size
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads together; the values' is the same."""
+        return self.kv_heads * self.head_size
+
+
+_GPT2: Final[Mapping[str, Any]] = {
+    "n_layer": 12,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_inner": None,
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "tie_word_embeddings": True,
+    "resid_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "add_cross_attention": False,
+}
+_LLAMA: Final[Mapping[str, Any]] = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "mistral": {
+        **_LLAMA,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 4096 * 32,
+    },
+    "qwen2": {
+        **_LLAMA,
+        "num_key_value_heads": 32,
+        "intermediate_size": 22016,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+    },
+    "qwen3": {
+        **_LLAMA,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "intermediate_size": 22016,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+    },
+}
+"""What transformers takes for a field that a config leaves out; a test compares it with the installed one."""
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape | None:
+    """The shape of the causal language model that a transformers `config` (with `model_type`) describes.
+
+    None for an architecture whose closed form is not known here.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in DEFAULTS:
+        return None
+    fields = {**DEFAULTS[model_type], **config}
+    return _gpt2(fields) if model_type == "gpt2" else _llama(model_type, fields)
+
+
+def _gpt2(fields: Mapping[str, Any]) -> Shape | None:
+    if fields["add_cross_attention"]:
+        return None
+    hidden, heads = fields["n_embd"], fields["n_head"]
+    return Shape(
+        model_type="gpt2",
+        layers=fields["n_layer"],
+        hidden=hidden,
+        heads=heads,
+        kv_heads=heads,
+        head_size=hidden // heads,
+        intermediate=4 * hidden if fields["n_inner"] is None else fields["n_inner"],
+        vocab=fields["vocab_size"],
+        positions=fields["n_positions"],
+        tied=fields["tie_word_embeddings"],
+        gated=False,
+        dropout=fields["resid_pdrop"] > 0,
+        attention_dropout=fields["attn_pdrop"] > 0,
+    )
+
+
+def _llama(model_type: str, fields: Mapping[str, Any]) -> Shape | None:
+    if fields["attention_bias"] or fields["mlp_bias"]:
+        return None
+    hidden, heads = fields["hidden_size"], fields["num_attention_heads"]
+    return Shape(
+        model_type=model_type,
+        layers=fields["num_hidden_layers"],
+        hidden=hidden,
+        heads=heads,
+        kv_heads=heads if fields["num_key_value_heads"] is None else fields["num_key_value_heads"],
+        head_size=hidden // heads if fields["head_dim"] is None else fields["head_dim"],
+        intermediate=fields["intermediate_size"],
+        vocab=fields["vocab_size"],
+        positions=fields["max_position_embeddings"],
+        tied=fields["tie_word_embeddings"],
+        gated=True,
+        dropout=False,
+        attention_dropout=fields["attention_dropout"] > 0,
+    )
+
+
+def parameters(shape: Shape) -> int:
+    """Trainable parameters, exactly; a tied embedding counts once."""
+    tables = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    if shape.model_type == "gpt2":
+        positions = (shape.positions or 0) * shape.hidden
+        return (
+            tables
+            + positions
+            + shape.layers * (weights_per_layer(shape) + _gpt2_vectors(shape))
+            + 2 * shape.hidden
+        )
+    return tables + shape.layers * (weights_per_layer(shape) + _llama_vectors(shape)) + shape.hidden
+
+
+def weights_per_layer(shape: Shape) -> int:
+    """Elements of one layer's weight matrices: query, key, value, output, and the MLP's two or three."""
+    attention = shape.hidden * (2 * shape.queries + 2 * shape.keys)
+    return attention + (3 if shape.gated else 2) * shape.hidden * shape.intermediate
+
+
+def _gpt2_vectors(shape: Shape) -> int:
+    """Biases of the four matrices, and the weight and bias of two LayerNorms."""
+    biases = shape.queries + 2 * shape.keys + shape.hidden + shape.intermediate + shape.hidden
+    return biases + 4 * shape.hidden
+
+
+def _llama_vectors(shape: Shape) -> int:
+    """Two RMSNorms; Qwen2 has biases on query, key and value, Qwen3 an RMSNorm on query and key heads."""
+    norms = 2 * shape.hidden
+    if shape.model_type == "qwen2":
+        return norms + shape.queries + 2 * shape.keys
+    if shape.model_type == "qwen3":
+        return norms + 2 * shape.head_size
+    return norms
+
+
+def flops_per_token(shape: Shape, block_size: int) -> float:
+    """FLOP of forward and backward for one token in a block of `block_size`: 6 N + 12 L H Q T.
+
+    Chowdhery et al. 2022, "PaLM: Scaling Language Modeling with Pathways", appendix B: L layers, H heads
+    of size Q, T tokens, and attention counted in full although half of it is masked. N leaves out the
+    tables that are only looked up (positions, and an input embedding that is not also the output layer),
+    as nanoGPT does. Recomputation does not count.
+    """
+    lookups = 0 if shape.tied else shape.vocab * shape.hidden
+    if shape.model_type == "gpt2":
+        lookups += (shape.positions or 0) * shape.hidden
+    multiplied = parameters(shape) - lookups
+    return 6.0 * multiplied + 12.0 * shape.layers * shape.queries * block_size

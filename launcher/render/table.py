@@ -1,0 +1,62 @@
+"""The plan as rows that a person reads: what was asked, what it becomes, what it takes."""
+
+from __future__ import annotations
+
+from launcher.config.schema import RunConfig
+from launcher.plan.choose import Every, Plan
+
+Rows = list[tuple[str, str]]
+
+
+def asked_rows(run: RunConfig) -> Rows:
+    """What the user asked for."""
+    train, data = run.train, run.data
+    length = next(
+        f"{value:,} {name}"
+        for name, value in (("tokens", train.tokens), ("steps", train.steps), ("epochs", train.epochs))
+        if value is not None
+    )
+    return [
+        ("model", f"{run.model.name}, {run.model.init}"),
+        ("batch", f"{train.batch_size:,} sequences of {data.block_size:,} tokens ({data.packing})"),
+        ("length", length),
+        ("learning rate", f"{train.learning_rate:g}, {train.schedule}"),
+    ]
+
+
+def becomes_rows(plan: Plan) -> Rows:
+    """What the plan makes of it."""
+    batch = plan.batch
+    where = (
+        f"{plan.nodes} x {plan.ranks_per_node} x {plan.gpu}"
+        if plan.nodes > 1
+        else f"{plan.ranks_per_node} x {plan.gpu}"
+    )
+    rows = [
+        ("on", f"{plan.cluster}: {where}"),
+        ("strategy", f"{plan.strategy}, {plan.precision}" + (", compiled" if plan.compile else "")),
+        (
+            "batch",
+            f"{batch.batch_size} = micro-batch {batch.micro_batch} x accumulation {batch.accumulation}"
+            f" x {batch.world_size} rank{'s' if batch.world_size > 1 else ''}",
+        ),
+        ("gradient checkpointing", "on" if plan.gradient_checkpointing else "off"),
+    ]
+    if plan.parameters is not None:
+        rows.append(("parameters", f"{plan.parameters:,}"))
+    if plan.steps is None:
+        rows.append(("steps", "known once the text is prepared: `launcher data prepare RUN`"))
+    else:
+        rows.append(("steps", f"{plan.steps:,}, the first {plan.warmup_steps:,} warming up"))
+        rows.append(
+            ("tokens", f"{plan.tokens:,}" + ("" if plan.epochs is None else f" ({plan.epochs:.2f} epochs)"))
+        )
+    rows.append(("evaluate", _every(plan.eval_every)))
+    rows.append(("checkpoint", _every(plan.checkpoint_every)))
+    return rows
+
+
+def _every(every: Every) -> str:
+    if every.steps is not None:
+        return f"every {every.steps:,} step{'s' if every.steps > 1 else ''}"
+    return "never" if every.seconds is None else f"every {every.seconds / 60:g} min"

@@ -1,0 +1,167 @@
+"""From what was asked to what will happen here: the inputs of a plan found, and a run directory written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import __version__
+from launcher.config.load import Loaded, dump
+from launcher.config.models import ModelSource, find_model
+from launcher.config.schema import ClusterConfig, RunConfig, TokenizerFromCorpus
+from launcher.errors import MachineError, RunDirectoryError
+from launcher.plan.choose import Blocks, Place, Plan, make_plan
+from launcher.plan.hardware import find_gpu
+from launcher.plan.orders import Orders, format_orders
+from launcher.plan.shape import shape_of
+from launcher.render.accelerate import render_accelerate
+from launcher.render.command import render_launch
+from launcher.run.directory import RunDirectory, configuration_hash, write_files
+from launcher.run.machine import Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """Everything a plan was made from, and the plan."""
+
+    run: Loaded[RunConfig]
+    cluster: Loaded[ClusterConfig]
+    machine: Machine
+    place: Place
+    model: ModelSource
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A token store, the size of the tokenizer it was made with, and what it holds."""
+
+    store: Path
+    vocabulary: int
+    blocks: Blocks
+
+
+def assemble(
+    run: Loaded[RunConfig], cluster: Loaded[ClusterConfig], machine: Machine, prepared: Prepared | None = None
+) -> Assembly:
+    """Plan `run` on `cluster`; where that leaves something to be found, on `machine`.
+
+    Without `prepared` the vocabulary is the tokenizer's announced size, and the length of a run
+    measured in epochs stays open.
+    """
+    model = find_model(run.config.model)
+    place = find_place(cluster.config, machine)
+    vocabulary = prepared.vocabulary if prepared else _announced_vocabulary(model)
+    shape = shape_of(_with_vocabulary(model.config, vocabulary, run.config.model.init))
+    plan = make_plan(
+        run.config,
+        place,
+        shape=shape,
+        positions=shape.positions if shape else _positions(model.config),
+        blocks=prepared.blocks if prepared else None,
+    )
+    return Assembly(run, cluster, machine, place, model, plan)
+
+
+def _with_vocabulary(config: Mapping[str, Any], vocabulary: int | None, init: str) -> Mapping[str, Any]:
+    """From scratch, a row for each of the tokenizer's ids; a pretrained model grows and never shrinks."""
+    if vocabulary is None or (init == "pretrained" and config.get("vocab_size", 0) >= vocabulary):
+        return config
+    return {**config, "vocab_size": vocabulary}
+
+
+def _announced_vocabulary(model: ModelSource) -> int | None:
+    """The tokenizer's size as far as it can be told at a glance; None: the model's own vocabulary."""
+    if isinstance(model.tokenizer, TokenizerFromCorpus):
+        return model.tokenizer.train.vocab_size
+    file = Path(model.tokenizer, "tokenizer.json")
+    if model.kind == "folder" or not file.is_file():
+        return None
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    # A mapping of token to id for BPE and WordPiece; pairs of token and score for Unigram.
+    entries = tokenizer["model"]["vocab"]
+    tokens = set(entries) if isinstance(entries, dict) else {token for token, _ in entries}
+    return len(tokens | {added["content"] for added in tokenizer["added_tokens"]})
+
+
+def _positions(config: Mapping[str, object]) -> int | None:
+    found = config.get("max_position_embeddings", config.get("n_positions"))
+    return found if isinstance(found, int) else None
+
+
+def find_place(cluster: ClusterConfig, machine: Machine) -> Place:
+    """The hardware that `cluster` names, with each `auto` replaced by what `machine` has."""
+    found = machine.gpu() if cluster.gpu == "auto" else None
+    gpu = found or find_gpu("cpu" if cluster.gpu == "auto" else cluster.gpu)
+    if cluster.gpus_per_node != "auto":
+        ranks = cluster.gpus_per_node
+    elif gpu.name == "cpu":
+        ranks = 1
+    elif machine.gpus:
+        ranks = len(machine.gpus)
+    else:
+        raise MachineError(
+            f"cluster {cluster.name}: gpus_per_node=auto counts the GPUs of this machine, and it has none",
+            hint="write how many GPUs a node of that cluster has",
+        )
+    return Place(cluster.name, cluster.nodes, ranks, gpu, machine.cores, machine.memory)
+
+
+def rendered_files(assembly: Assembly, directory: RunDirectory, prepared: Prepared | None) -> dict[Path, str]:
+    """Every file of the run directory that is rendered from the plan: path to text."""
+    weights = (
+        None
+        if assembly.run.config.model.init == "scratch"
+        else assembly.model.folder or assembly.model.hub_id
+    )
+    orders = Orders(
+        launcher=__version__,
+        configuration=configuration_hash(assembly.run.config),
+        plan=assembly.plan,
+        model=assembly.model.config,
+        weights=weights,
+        store=str(prepared.store) if prepared else None,
+    )
+    return {
+        directory.config: dump(assembly.run.config),
+        directory.cluster: dump(assembly.cluster.config),
+        directory.orders: format_orders(orders),
+        directory.accelerate: render_accelerate(assembly.plan),
+        directory.launch: render_launch(str(directory.root), assembly.cluster.config.env),
+    }
+
+
+def write_run(assembly: Assembly, directory: RunDirectory, prepared: Prepared, environment: str) -> None:
+    """Write the run directory, the worker's orders included."""
+    write_files(
+        [*rendered_files(assembly, directory, prepared).items(), (directory.environment, environment)]
+    )
+
+
+def store_folder(given: Path) -> Path:
+    """The token store that `given` is, or that the run it is uses."""
+    directory = RunDirectory(given.absolute())
+    if not directory.orders.is_file():
+        return given
+    store = directory.read_orders().store
+    if store is None:
+        raise RunDirectoryError(
+            f"{given} has no token store: its text is not prepared",
+            directory=directory.root,
+            hint="run `launcher data prepare RUN`",
+        )
+    return Path(store)
+
+
+def earlier_blocks(directory: RunDirectory, run: RunConfig) -> Blocks | None:
+    """What the text holds, where this very run was prepared before."""
+    if not directory.orders.is_file():
+        return None
+    try:
+        orders = directory.read_orders()
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+    return orders.plan.blocks if orders.configuration == configuration_hash(run) else None

@@ -1,0 +1,219 @@
+"""The run directory: every path in it, and the rule that it is never overwritten or deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config.load import differences, load_run
+from launcher.config.schema import RunConfig
+from launcher.errors import ConfigError, RequestError, RunDirectoryError
+from launcher.plan.orders import Orders, parse_orders
+
+MAY_CHANGE = frozenset({"train.steps", "train.tokens", "train.epochs", "output_dir"})
+"""Keys that may differ when a run goes on: its length may grow, and its folder may be named otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths of one run; nothing here need exist."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def cluster(self) -> Path:
+        return self.root / "cluster.yaml"
+
+    @property
+    def orders(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def accelerate(self) -> Path:
+        return self.root / "accelerate.yaml"
+
+    @property
+    def launch(self) -> Path:
+        return self.root / "launch.sh"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "journal.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def stop_request(self) -> Path:
+        return self.root / "requests" / "stop"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    def logs(self, attempt: int) -> Path:
+        return self.root / "logs" / f"attempt-{attempt:03d}"
+
+    def log(self, attempt: int, rank: int) -> Path:
+        return self.logs(attempt) / f"rank-{rank}.log"
+
+    def launch_log(self, attempt: int) -> Path:
+        """What `accelerate launch` itself says, and a rank before it has a log of its own."""
+        return self.logs(attempt) / "launch.log"
+
+    def record(self, attempt: int, rank: int) -> Path:
+        """A rank's own last word on how its attempt ended."""
+        return self.logs(attempt) / f"rank-{rank}.end.json"
+
+    def next_attempt(self) -> int:
+        """One more than the newest attempt that has a folder."""
+        numbers = [int(folder.name.removeprefix("attempt-")) for folder in self.root.glob("logs/attempt-*")]
+        return max(numbers, default=0) + 1
+
+    def read_config(self) -> RunConfig:
+        """The configuration of this run. Raises RunDirectoryError if there is none."""
+        self._require(self.config)
+        return load_run(self.config).config
+
+    def read_orders(self) -> Orders:
+        """The worker's orders. Raises RunDirectoryError if there are none."""
+        self._require(self.orders)
+        return parse_orders(self.orders.read_text(encoding="utf-8"))
+
+    def _require(self, file: Path) -> None:
+        if not file.is_file():
+            raise RunDirectoryError(
+                f"{self.root} is not a run directory: it has no {file.name}",
+                directory=self.root,
+                hint="give the folder that `launcher train` made, such as runs/NAME",
+            )
+
+
+def configuration_hash(run: RunConfig) -> str:
+    """What decides whether two configurations are the same run: sha256 of its canonical JSON."""
+    canonical = json.dumps(run.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def run_directory(run: RunConfig) -> RunDirectory:
+    """Where `run` lives: `output_dir/name`, absolute."""
+    return RunDirectory(Path(run.output_dir).expanduser().absolute() / run.name)
+
+
+def find_model_folder(source: str) -> Path | str:
+    """The model that `source` names: a run's final one, or else `source` itself, a folder or Hub id.
+
+    Raises RunDirectoryError for a run that has no final model yet.
+    """
+    directory = RunDirectory(Path(source).absolute())
+    if not directory.orders.is_file():
+        return source
+    if not directory.model.is_dir():
+        raise RunDirectoryError(
+            f"{source} has no model yet: the run is not finished",
+            directory=directory.root,
+            hint="let `launcher train` finish, or give one of its checkpoints' folders",
+        )
+    return directory.model
+
+
+def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
+    """Refuse a folder that belongs to something else; touches nothing.
+
+    Raises RunDirectoryError, listing the keys that differ, where another configuration has this
+    name, and where the folder holds something that is not a run.
+    """
+    if not directory.root.exists():
+        return
+    if not directory.config.is_file():
+        if directory.root.is_dir() and not any(directory.root.iterdir()):
+            return
+        raise RunDirectoryError(
+            f"{directory.root} exists and is not a run directory",
+            directory=directory.root,
+            hint="choose another name or output_dir",
+        )
+    try:
+        before = directory.read_config()
+    except ConfigError as error:
+        raise RunDirectoryError(
+            f"{directory.config} cannot be read: {error.faults[0]}",
+            directory=directory.root,
+            hint="choose another name, or mend that file",
+        ) from error
+    changed = [key for key in differences(before, run) if key not in MAY_CHANGE]
+    if changed:
+        raise RunDirectoryError(
+            f"run {run.name!r} exists in {directory.root} with another configuration; "
+            f"{len(changed)} {'key differs' if len(changed) == 1 else 'keys differ'}: "
+            + "; ".join(f"{key} was {_value(before, key)}, is now {_value(run, key)}" for key in changed),
+            directory=directory.root,
+            hint="give the new run another name, or undo the change to resume the old one",
+        )
+
+
+def _value(run: RunConfig, key: str) -> str:
+    value: object = run.model_dump(mode="json")
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return json.dumps(value, ensure_ascii=False)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise RequestError unless something can be made in `folder`, or in the nearest folder that exists.
+
+    It tries, because permission bits do not tell of read-only mounts, quotas or being root.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".launcher-", dir=existing):
+            pass
+    except OSError as error:
+        raise RequestError(
+            f"output_dir: cannot write in {existing}: {error.strerror}",
+            hint="set output_dir to a folder you may write to",
+        ) from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a whole file or none: to a temporary name, fsynced, then renamed over the old."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def write_files(files: Iterable[tuple[Path, str]]) -> None:
+    """Write each `(path, text)`; a path ending in `.sh` is made executable for those who may read it."""
+    for file, text in files:
+        write_text(file, text)
+        if file.suffix == ".sh":
+            mode = file.stat().st_mode
+            file.chmod(mode | (mode & 0o444) >> 2)

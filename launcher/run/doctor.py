@@ -1,0 +1,107 @@
+"""Is this machine ready: what a run needs, what is here, and what to do about the difference."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launcher.config.schema import ClusterConfig
+from launcher.errors import LauncherError
+from launcher.run.assemble import find_place
+from launcher.run.environment import versions
+from launcher.run.machine import Machine
+from launcher.run.preflight import check_gpus
+
+ROOM = 20 << 30
+"""Bytes of free disk under which a run of the smaller presets may not end."""
+
+SHARED_MEMORY = 1 << 30
+"""Bytes of /dev/shm that NCCL and data loader processes are content with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at. `missing` stops a run, `warning` may slow or surprise it."""
+
+    name: str
+    state: Literal["ok", "warning", "missing"]
+    found: str
+    remedy: str | None = None
+
+
+def examine(machine: Machine, cluster: ClusterConfig) -> list[Check]:
+    """Every check, in the order a run would meet them."""
+    return [
+        _python(),
+        *_packages(),
+        _accelerator(machine),
+        _cluster(machine, cluster),
+        Check("cpu", "ok", f"{machine.cores} cores, {machine.memory / 2**30:.0f} GiB of memory"),
+        _disk(),
+        *_shared_memory(machine),
+    ]
+
+
+def _python() -> Check:
+    return Check("python", "ok", f"{sys.version.split()[0]} in {sys.prefix}")
+
+
+def _packages() -> list[Check]:
+    return [
+        Check(name, "ok", version)
+        if version
+        else Check(
+            name, "missing", "not installed", "reinstall launcher: pip install --force-reinstall launcher"
+        )
+        for name, version in versions().items()
+    ]
+
+
+def _accelerator(machine: Machine) -> Check:
+    if not machine.gpus:
+        return Check(
+            "gpu", "warning", "none found", "training runs on the CPU, which suits small models only"
+        )
+    names = ", ".join(gpu.nvml_name for gpu in machine.gpus)
+    if (versions()["torch"] or "").endswith("+cpu"):
+        return Check(
+            "gpu", "missing", f"{names}, and a torch built without CUDA", "install a CUDA build of torch"
+        )
+    return Check("gpu", "ok", f"{names}, driver {machine.driver}")
+
+
+def _cluster(machine: Machine, cluster: ClusterConfig) -> Check:
+    try:
+        place = find_place(cluster, machine)
+        check_gpus(place, machine)
+    except LauncherError as error:
+        return Check("cluster", "missing", error.message, error.hint)
+    return Check(
+        "cluster", "ok", f"{place.cluster}: {place.nodes} x {place.ranks_per_node} x {place.gpu.name}"
+    )
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path.cwd()).free
+    found = f"{free / 2**30:.0f} GiB free here"
+    if free < ROOM:
+        return Check(
+            "disk", "warning", found, "checkpoints and token stores go to output_dir: set it to a larger disk"
+        )
+    return Check("disk", "ok", found)
+
+
+def _shared_memory(machine: Machine) -> list[Check]:
+    folder = Path("/dev/shm")
+    if not machine.gpus or not folder.is_dir():
+        return []
+    size = shutil.disk_usage(folder).total
+    found = f"{size / 2**30:.1f} GiB in /dev/shm"
+    if size < SHARED_MEMORY:
+        return [
+            Check("shared memory", "warning", found, "start the container with --shm-size=8g or --ipc=host")
+        ]
+    return [Check("shared memory", "ok", found)]

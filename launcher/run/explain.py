@@ -1,0 +1,75 @@
+"""Who set a value, what it means, and every rendered line that carries it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import BaseModel
+
+from launcher.errors import RequestError
+from launcher.render.carries import places
+from launcher.run.assemble import Assembly, rendered_files
+from launcher.run.directory import run_directory
+
+
+def explain_key(assembly: Assembly, key: str) -> list[dict[str, Any]]:
+    """One entry for `key`; for a section, one for each key in it.
+
+    A cluster's keys are written `cluster.KEY`. Raises RequestError for a key that does not exist.
+    """
+    directory = run_directory(assembly.run.config)
+    files = {path.name: text for path, text in rendered_files(assembly, directory, None).items()}
+    origins = {
+        **assembly.run.origins,
+        **{f"cluster.{name}": place for name, place in assembly.cluster.origins.items()},
+    }
+    keys = [name for name in origins if name == key or name.startswith(f"{key}.")]
+    if not keys:
+        from difflib import get_close_matches
+
+        near = get_close_matches(key, origins, n=3)
+        raise RequestError(
+            f"{key} is not a key of run.yaml, nor (with `cluster.` before it) of cluster.yaml",
+            hint=f"did you mean {' or '.join(near)}?"
+            if near
+            else "`launcher explain RUN train` lists a section",
+        )
+    return [
+        {
+            "key": name,
+            "value": json.dumps(_value(assembly, name), ensure_ascii=False),
+            "set_by": origins[name],
+            "meaning": _meaning(assembly, name),
+            "places": [asdict(place) for place in places(name, files)],
+        }
+        for name in keys
+    ]
+
+
+def _value(assembly: Assembly, key: str) -> object:
+    found: object = {
+        **assembly.run.config.model_dump(mode="json"),
+        "cluster": assembly.cluster.config.model_dump(mode="json"),
+    }
+    for part in key.split("."):
+        if not isinstance(found, dict):
+            return None
+        found = found.get(part)
+    return found
+
+
+def _meaning(assembly: Assembly, key: str) -> str:
+    """The description that stands with the field in the schema; inside an open section, the section's."""
+    section: object = assembly.run.config
+    parts = key.split(".")
+    if parts[0] == "cluster":
+        section, parts = assembly.cluster.config, parts[1:]
+    meaning = ""
+    for part in parts:
+        if not isinstance(section, BaseModel):
+            break
+        meaning = type(section).model_fields[part].description or meaning
+        section = getattr(section, part)
+    return meaning

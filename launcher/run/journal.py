@@ -1,0 +1,34 @@
+"""The journal: the supervisor's append-only record, one fsynced JSON line an event."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def record(journal: Path, event: str, **facts: Any) -> None:
+    """Append one event with its facts and the time, and see it on disk before returning."""
+    line = json.dumps({"time": time.time(), "event": event, **facts}, ensure_ascii=False) + "\n"
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with journal.open("ab+") as stream:
+        if stream.tell() and not _ends_whole(stream):
+            stream.write(b"\n")
+        stream.write(line.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read(journal: Path) -> list[dict[str, Any]]:
+    """Every whole event, oldest first. A line cut short by a crash is left out."""
+    if not journal.exists():
+        return []
+    return [json.loads(line) for line in journal.read_bytes().split(b"\n") if line.endswith(b"}")]
+
+
+def _ends_whole(stream: BinaryIO) -> bool:
+    """Whether the last line was written to its end: a crash may have cut it."""
+    stream.seek(-1, os.SEEK_END)
+    return stream.read(1) == b"\n"

@@ -1,0 +1,154 @@
+"""What this machine is: its cores, its memory and its GPUs, as found."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from launcher.errors import MachineError
+from launcher.plan.hardware import GPU, find_gpu, from_nvml
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundGPU:
+    """A GPU as NVML describes it: `index` in PCI bus order, `memory` in bytes.
+
+    `catalogue` is its name in the catalogue, None for a kind that is not there.
+    """
+
+    index: int
+    uuid: str
+    nvml_name: str
+    memory: int
+    catalogue: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """This machine: `cores` that this process may run on, `memory` in bytes, `gpus` visible to it."""
+
+    hostname: str
+    cores: int
+    memory: int
+    gpus: tuple[FoundGPU, ...]
+    driver: str | None
+
+    def gpu(self) -> GPU | None:
+        """The one kind of GPU this machine has, with the memory found on the smallest; None without GPUs.
+
+        Raises MachineError for a kind that the catalogue does not have, and for GPUs of several kinds.
+        """
+        if not self.gpus:
+            return None
+        names = sorted({gpu.nvml_name for gpu in self.gpus})
+        if len(names) > 1:
+            raise MachineError(
+                f"this machine has GPUs of different kinds: {', '.join(names)}",
+                hint=f"choose those of one kind with {VISIBLE}",
+            )
+        smallest = min(self.gpus, key=lambda gpu: gpu.memory)
+        if smallest.catalogue is None:
+            raise MachineError(
+                f"the catalogue does not have {smallest.nvml_name} with {smallest.memory / 2**30:.1f} GiB",
+                hint="name the nearest kind in a cluster file: --cluster FILE with gpu: NAME",
+            )
+        return replace(find_gpu(smallest.catalogue), memory=smallest.memory)
+
+
+def find_machine() -> Machine:
+    """Look at this machine. Raises MachineError where its GPUs cannot be read or are wrongly selected."""
+    import psutil
+
+    gpus, driver = _find_gpus()
+    return Machine(
+        hostname=socket.gethostname(),
+        cores=_cores(),
+        memory=psutil.virtual_memory().total,
+        gpus=visible(gpus, os.environ.get(VISIBLE)),
+        driver=driver,
+    )
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _find_gpus() -> tuple[list[FoundGPU], str | None]:
+    """Every GPU of this machine, and the driver's version; none where there is no NVIDIA driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return [], None
+    except pynvml.NVMLError as error:
+        raise MachineError(
+            f"the NVIDIA driver does not answer: {error}",
+            hint="see what nvidia-smi says; after an update of the driver the machine must be started again",
+        ) from error
+    try:
+        gpus = [_describe(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return gpus, str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError as error:
+        raise MachineError(
+            f"a GPU of this machine cannot be read: {error}", hint="see what nvidia-smi says"
+        ) from error
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _describe(index: int) -> FoundGPU:
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    name = str(pynvml.nvmlDeviceGetName(handle))
+    memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    known = from_nvml(name, memory)
+    return FoundGPU(
+        index=index,
+        uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
+        nvml_name=name,
+        memory=memory,
+        catalogue=None if known is None else known.name,
+    )
+
+
+def visible(gpus: Sequence[FoundGPU], selection: str | None) -> tuple[FoundGPU, ...]:
+    """Those of `gpus` that CUDA shows under CUDA_VISIBLE_DEVICES=`selection`, in its order; None: all.
+
+    An entry is an index or the beginning of a UUID; -1, or nothing, selects none. Raises MachineError
+    for any other entry, where CUDA would quietly hide it and all that follow.
+    """
+    if selection is None or not gpus:
+        return tuple(gpus)
+    chosen: list[FoundGPU] = []
+    for entry in selection.split(",") if selection.strip() else []:
+        wanted = entry.strip()
+        if wanted == "-1":
+            break
+        matches = [gpu for gpu in gpus if wanted == str(gpu.index) or _begins(gpu.uuid, wanted)]
+        if len(matches) != 1 or matches[0] in chosen:
+            raise MachineError(
+                f"{VISIBLE}={selection}: {_fault(wanted, matches)}",
+                hint=f"this machine has GPUs 0 to {len(gpus) - 1}; nvidia-smi -L lists them",
+            )
+        chosen.append(matches[0])
+    return tuple(chosen)
+
+
+def _begins(uuid: str, wanted: str) -> bool:
+    return wanted.startswith("GPU-") and uuid.startswith(wanted)
+
+
+def _fault(wanted: str, matches: Sequence[FoundGPU]) -> str:
+    if not matches:
+        return f"{wanted!r} is none of this machine's GPUs"
+    if len(matches) > 1:
+        return f"{wanted!r} is the beginning of several UUIDs"
+    return f"GPU {matches[0].index} is there twice"

@@ -1,0 +1,35 @@
+"""Checks before anything expensive: what this machine must have for the plan to run on it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from launcher.config.schema import RunConfig
+from launcher.errors import MachineError
+from launcher.plan.choose import Place
+from launcher.run.directory import check_writable, run_directory
+from launcher.run.machine import Machine
+
+
+def check_launch(run: RunConfig, place: Place, machine: Machine) -> None:
+    """Raise before anything is written if this machine cannot run `run` on `place`."""
+    check_writable(run_directory(run).root)
+    check_gpus(place, machine)
+    for package in run.report_to:
+        if find_spec(package) is None:
+            raise MachineError(
+                f"report_to: {package} is not installed",
+                hint=f"pip install {package}, or take it out of report_to",
+            )
+
+
+def check_gpus(place: Place, machine: Machine) -> None:
+    """Raise MachineError unless this machine has the GPUs of one node of `place`."""
+    if place.is_cpu:
+        return
+    if len(machine.gpus) < place.ranks_per_node:
+        raise MachineError(
+            f"the cluster {place.cluster} has {place.ranks_per_node} x {place.gpu.name} on a node; "
+            f"this machine has {len(machine.gpus) or 'no'} GPU{'s' if len(machine.gpus) > 1 else ''}",
+            hint="train on that machine, or without --cluster on this one as it is",
+        )

@@ -1,0 +1,64 @@
+"""A run's text as a token store: made where it is not there yet, and counted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launcher.config.schema import RunConfig, TokenizerFromCorpus
+from launcher.data.prepare import Progress, check_blocks, prepare, resolve_tokenizer
+from launcher.data.store import Store, open_store
+from launcher.data.tokenizers import unfilled
+from launcher.plan.choose import Blocks
+from launcher.run.assemble import Assembly, Prepared
+
+
+def prepare_text(draft: Assembly, workers: int, progress: Progress, say: Callable[[str], None]) -> Prepared:
+    """The store of the draft's run, and what it holds.
+
+    Raises DataError or RequestError for text or a tokenizer that cannot be used; a folder that this
+    call made is then gone again.
+    """
+    run = draft.run.config
+    with _nothing_left_on_failure(store_cache(run)) as cache:
+        tokenizer = resolve_tokenizer(draft.model.tokenizer, run.data, cache)
+        asked = draft.model.tokenizer
+        if isinstance(asked, TokenizerFromCorpus) and (
+            sentence := unfilled(tokenizer, asked.train.vocab_size)
+        ):
+            say(f"note: {sentence}")
+        folder = prepare(run.data, tokenizer, cache, workers, progress)
+        store = open_store(folder)
+        check_blocks(store, run.data.block_size, run.data.packing)
+    return Prepared(folder, store.vocabulary, _count(store, run))
+
+
+def store_cache(run: RunConfig) -> Path:
+    """The folder of all token stores: `data.cache_dir`, or `.stores` in `output_dir`."""
+    if run.data.cache_dir is not None:
+        return Path(run.data.cache_dir).expanduser().absolute()
+    return Path(run.output_dir).expanduser().absolute() / ".stores"
+
+
+def _count(store: Store, run: RunConfig) -> Blocks:
+    summary = store.summary(run.data.block_size, run.data.packing)
+    training = [each for each in summary if each.split == "train"]
+    return Blocks(
+        train=sum(each.blocks for each in training),
+        train_tokens=sum(each.tokens - each.dropped for each in training),
+        validation=sum(each.blocks for each in summary if each.split == "validation"),
+    )
+
+
+@contextmanager
+def _nothing_left_on_failure(cache: Path) -> Iterator[Path]:
+    """Yield `cache`; if what follows fails, remove each folder on its path that was not there before."""
+    new = [folder for folder in (cache, *cache.parents) if not folder.exists()]
+    try:
+        yield cache
+    except BaseException:
+        if new and new[-1].exists():
+            shutil.rmtree(new[-1])
+        raise

@@ -1,0 +1,1 @@
+"""One rank: the only rooms that import torch."""

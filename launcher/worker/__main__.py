@@ -1,0 +1,206 @@
+"""One rank of a run, top to bottom: build, verify, train, save.
+
+Started by `accelerate launch --config_file RUN_DIR/accelerate.yaml -m launcher.worker RUN_DIR`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from launcher.config.schema import RunConfig
+from launcher.data.blocks import Blocks
+from launcher.data.mixture import training_order
+from launcher.data.store import TOKENIZER_FOLDER, open_store
+from launcher.errors import RequestError
+from launcher.plan.hardware import find_gpu
+from launcher.plan.orders import Orders
+from launcher.plan.shape import flops_per_token, shape_of
+from launcher.run import checkpoints as ledger
+from launcher.run.directory import RunDirectory
+from launcher.run.outcome import Outcome, RankEnd
+from launcher.worker import saving
+from launcher.worker.cadence import BestEvaluation, Cadence
+from launcher.worker.dataset import PadToLongest, TrainingRows, ValidationRows, stack
+from launcher.worker.metrics import MetricsFile, Progress
+from launcher.worker.model import build_model, load_tokenizer
+from launcher.worker.rank import Rank, join, last_word
+from launcher.worker.report import Report
+from launcher.worker.stop import Agreement, StopSignals
+from launcher.worker.trainer import LauncherTrainer, Rows, training_arguments
+from launcher.worker.verify import verify
+
+
+class Verify(TrainerCallback):
+    """Compares the live run with the plan once everything is built and before step 1."""
+
+    def __init__(self, orders: Orders, start_step: int) -> None:
+        self._orders = orders
+        self._start_step = start_step
+        self.trainer: LauncherTrainer | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        assert self.trainer is not None
+        print(verify(self.trainer, self._orders.plan, self._start_step), flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one rank; returns its exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m launcher.worker RUN_DIR", file=sys.stderr)
+        return 2
+    directory = RunDirectory(Path(arguments[0]).absolute())
+    orders, run = directory.read_orders(), directory.read_config()
+    rank = join(directory, orders.plan, os.environ)
+    signals = StopSignals()
+    signals.install()
+    try:
+        end = train(directory, orders, run, rank, signals)
+    except KeyboardInterrupt as interrupt:
+        end = last_word(rank.number, 0, interrupt)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is this rank's last word
+        end = last_word(rank.number, 0, error)
+    end.write(directory.record(rank.attempt, rank.number))
+    if end.outcome in (Outcome.CRASHED, Outcome.OUT_OF_MEMORY):
+        # The others wait for this rank in a collective: leave without the clean-up that would join them.
+        sys.stdout.flush()
+        os._exit(end.exit_code)
+    return 0
+
+
+def train(
+    directory: RunDirectory, orders: Orders, run: RunConfig, rank: Rank, signals: StopSignals
+) -> RankEnd:
+    """Build, verify, train, save; returns how it ended."""
+    plan = orders.plan
+    tokenizer, rows = open_rows(orders, run)
+    checkpoint = ledger.latest_good(directory.checkpoints)
+    start_step = 0 if checkpoint is None else checkpoint.step
+    best = BestEvaluation()
+    if checkpoint is not None:
+        best = BestEvaluation(**saving.read_state(checkpoint)["best"])
+    saving.barrier()
+    if rank.number == 0:
+        for name, reason in ledger.set_aside_damaged(directory.checkpoints, start_step):
+            print(f"checkpoint {name} set aside in checkpoints/quarantine: {reason}", flush=True)
+
+    model = build_model(orders.model, orders.weights, tokenizer, run.seed)
+    cadence = Cadence(
+        plan,
+        Agreement(rank.world_size),
+        signals,
+        rank=rank.number,
+        stop_request=directory.stop_request,
+        best=best,
+        early_stopping=run.train.early_stopping,
+    )
+    checks = Verify(orders, start_step)
+    callbacks: list[TrainerCallback] = [checks, cadence]
+    if rank.number == 0:
+        callbacks += reports(directory, orders, run, rank, rows.training, start_step)
+    callbacks += [load_object("train.callbacks", name)() for name in run.train.callbacks]
+    trainer = LauncherTrainer(
+        model,
+        training_arguments(run, orders, directory.root),
+        rows,
+        run=run,
+        orders=orders,
+        checkpoints=directory.checkpoints,
+        start_step=start_step,
+        metrics=[load_object("train.metrics", name) for name in run.train.metrics],
+        best=best,
+        callbacks=callbacks,
+    )
+    checks.trainer = trainer
+    # Ranks draw unlike dropout masks; the weights were drawn alike before.
+    set_seed(run.seed + rank.number)
+
+    assert plan.steps is not None
+    if start_step < plan.steps:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+    elif checkpoint is not None:
+        saving.load_weights(model, checkpoint.folder)
+    if cadence.stopped:
+        return RankEnd(rank.number, Outcome.STOPPED, trainer.state.global_step, time.time())
+
+    trainer.return_to_best()
+    if rank.number == 0:
+        saving.save_model(model, tokenizer, directory.model)
+        if run.push_to_hub is not None:
+            print(
+                f"uploaded to {saving.push_model(directory.model, run.push_to_hub)}",
+                file=rank.terminal,
+                flush=True,
+            )
+    saving.barrier()
+    return RankEnd(rank.number, Outcome.FINISHED, trainer.state.global_step, time.time())
+
+
+def open_rows(orders: Orders, run: RunConfig) -> tuple[Any, Rows]:
+    """The tokenizer of the store, and the rows to train and evaluate on."""
+    if orders.store is None or orders.plan.steps is None:
+        raise RequestError(
+            "this run's text is not prepared",
+            hint="run `launcher train RUN`, which prepares it and plans anew",
+        )
+    store = open_store(Path(orders.store))
+    tokenizer = load_tokenizer(store.path / TOKENIZER_FOLDER)
+    padded = run.data.packing == "pad"
+    training = Blocks(store, "train", run.data.block_size, run.data.packing)
+    order = training_order(training, run.data, run.seed)
+    samples = orders.plan.steps * orders.plan.batch.batch_size
+    return tokenizer, Rows(
+        training=TrainingRows(training, order, samples),
+        validation=ValidationRows(Blocks(store, "validation", run.data.block_size, run.data.packing)),
+        collate=PadToLongest(tokenizer.pad_token_id) if padded else stack,
+        padded=padded,
+    )
+
+
+def reports(
+    directory: RunDirectory, orders: Orders, run: RunConfig, rank: Rank, rows: TrainingRows, start_step: int
+) -> list[TrainerCallback]:
+    """Rank 0's record of the run, and what the user looks at."""
+    plan, gpu = orders.plan, find_gpu(orders.plan.gpu)
+    assert plan.steps is not None
+    shape = shape_of(orders.model)
+    found: list[TrainerCallback] = [
+        Report(
+            plan,
+            rows,
+            MetricsFile(directory.metrics, start_step),
+            Progress(rank.terminal, steps=plan.steps, done=start_step, name=run.name),
+            padded=run.data.packing == "pad",
+            flops_per_token=None if shape is None else flops_per_token(shape, plan.block_size),
+            peak=gpu.peak_flops(plan.precision),
+        )
+    ]
+    if "tensorboard" in run.report_to:
+        found.append(TensorBoardCallback(SummaryWriter(str(directory.tensorboard), purge_step=start_step)))
+    return found
+
+
+def load_object(key: str, path: str) -> Any:
+    """The object that `module:name` names. Raises RequestError where it cannot be imported."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RequestError(
+            f"{key}: {path} cannot be imported: {error}",
+            hint="the module is looked for in the folder you launch from and in the installed packages",
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

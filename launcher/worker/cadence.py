@@ -1,0 +1,124 @@
+"""When to evaluate, save and stop: the plan's steps and clocks, requests, early stopping."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from launcher.config.schema import EarlyStopping
+from launcher.plan.choose import Every, Plan
+from launcher.worker.stop import Agreement, StopSignals, Wishes
+
+
+@dataclass(slots=True)
+class BestEvaluation:
+    """The lowest eval_loss so far, the step it was measured at, and the evaluations since."""
+
+    loss: float | None = None
+    step: int | None = None
+    since: int = 0
+
+    def add(self, loss: float, step: int, min_delta: float) -> bool:
+        """Take in one evaluation; whether it is the best."""
+        if self.loss is None or loss < self.loss - min_delta:
+            self.loss, self.step, self.since = loss, step, 0
+            return True
+        self.since += 1
+        return False
+
+
+class Clock:
+    """Whether an interval has passed; without one it never has."""
+
+    def __init__(self, every: Every) -> None:
+        self._seconds = every.seconds
+        self._since = time.monotonic()
+
+    def is_due(self) -> bool:
+        return self._seconds is not None and time.monotonic() - self._since >= self._seconds
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+
+
+class Cadence(TrainerCallback):
+    """Sets the Trainer's control flags, the same on every rank at the same step."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        agreement: Agreement,
+        signals: StopSignals,
+        *,
+        rank: int,
+        stop_request: Path,
+        best: BestEvaluation,
+        early_stopping: EarlyStopping | None,
+    ) -> None:
+        self._plan = plan
+        self._agreement = agreement
+        self._signals = signals
+        self._rank = rank
+        self._stop_request = stop_request
+        self._best = best
+        self._early_stopping = early_stopping
+        self._evaluation_clock = Clock(plan.eval_every)
+        self._saving_clock = Clock(plan.checkpoint_every)
+        self.stopped = False
+        """Whether training ended because someone asked for it."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._evaluation_clock.restart()
+        self._saving_clock.restart()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        step, last = state.global_step, state.global_step == self._plan.steps
+        agreed = self._agreement.step(self._wishes())
+        if last:
+            self._agreement.settle()
+        self.stopped = agreed.stop and not last
+        evaluates = self._plan.eval_every != Every()
+        if agreed.evaluate or _falls_on(self._plan.eval_every, step) or (last and evaluates):
+            control.should_evaluate = True
+            self._evaluation_clock.restart()
+        if agreed.save or _falls_on(self._plan.checkpoint_every, step) or last or self.stopped:
+            control.should_save = True
+            self._saving_clock.restart()
+        control.should_log |= last or self.stopped
+        control.should_training_stop |= self.stopped
+        return control
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **about: Any,
+    ) -> TrainerControl:
+        if self._early_stopping is None:
+            return control
+        if self._best.add(about["metrics"]["eval_loss"], state.global_step, self._early_stopping.min_delta):
+            control.should_save = True
+        elif self._best.since >= self._early_stopping.patience:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def _wishes(self) -> Wishes:
+        leads = self._rank == 0
+        return Wishes(
+            stop=self._signals.received is not None or (leads and self._stop_request.exists()),
+            save=leads and self._saving_clock.is_due(),
+            evaluate=leads and self._evaluation_clock.is_due(),
+        )
+
+
+def _falls_on(every: Every, step: int) -> bool:
+    return every.steps is not None and step % every.steps == 0

@@ -1,0 +1,96 @@
+"""Evaluation: every validation token once, weighted alike, whatever the world size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import EvalPrediction
+
+from launcher.worker.dataset import IGNORED, Collate, ValidationRows
+
+Metric = Callable[[EvalPrediction], Mapping[str, float]]
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    rows: ValidationRows,
+    collate: Collate,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    block_size: int,
+    device: torch.device,
+    metrics: Sequence[Metric],
+) -> dict[str, float]:
+    """`eval_loss` (nats per token over all validation tokens), `eval_perplexity`, `eval_tokens`, and
+    what the user's `metrics` return.
+
+    Every rank runs the same number of forward passes, as sharded engines need; a pass without rows
+    of its own counts nothing.
+    """
+    passes = math.ceil(len(rows) / (micro_batch * world_size))
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    predicted: list[np.ndarray[Any, Any]] = []
+    expected: list[np.ndarray[Any, Any]] = []
+    model.eval()
+    for turn in range(passes):
+        first = (turn * world_size + rank) * micro_batch
+        mine = range(first, min(first + micro_batch, len(rows)))
+        batch = collate([rows[index] for index in mine] or [rows[0]])
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        outputs = model(**inputs)
+        if not mine:
+            continue
+        tokens = inputs["labels"][:, 1:].ne(IGNORED).sum()
+        sums += torch.stack([outputs.loss.double() * tokens, tokens.double()])
+        if metrics:
+            expected.append(_widen(inputs["labels"][:, 1:], block_size - 1))
+            predicted.append(_widen(outputs.logits[:, :-1].argmax(-1), block_size - 1))
+    if world_size > 1:
+        dist.all_reduce(sums)
+    model.train()
+    loss = float(sums[0] / sums[1])
+    found = {
+        "eval_loss": loss,
+        "eval_perplexity": math.exp(min(loss, 700.0)),
+        "eval_tokens": int(sums[1]),
+    }
+    if metrics:
+        found |= _custom(metrics, predicted, expected, rank, world_size)
+    return found
+
+
+def _widen(ids: torch.Tensor, width: int) -> np.ndarray[Any, Any]:
+    return torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=IGNORED).cpu().numpy()
+
+
+def _custom(
+    metrics: Sequence[Metric],
+    predicted: list[np.ndarray[Any, Any]],
+    expected: list[np.ndarray[Any, Any]],
+    rank: int,
+    world_size: int,
+) -> dict[str, float]:
+    """Gather on rank 0, ask each metric there, and let every rank know: all must log and decide alike."""
+    parts: list[Any] = [(predicted, expected)]
+    if world_size > 1:
+        parts = [None] * world_size
+        dist.all_gather_object(parts, (predicted, expected))
+    answer: list[dict[str, float]] = [{}]
+    if rank == 0:
+        prediction = EvalPrediction(
+            predictions=np.concatenate([array for ids, _ in parts for array in ids]),
+            label_ids=np.concatenate([array for _, ids in parts for array in ids]),
+        )
+        for metric in metrics:
+            answer[0] |= {f"eval_{name}": float(value) for name, value in metric(prediction).items()}
+    if world_size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]

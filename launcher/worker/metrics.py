@@ -1,0 +1,103 @@
+"""What a run tells of itself: metrics.jsonl, and one progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object a line, each flushed as it is written.
+
+    A resumed run drops the lines after the step it goes on from, so that no step stands there twice.
+    """
+
+    def __init__(self, file: Path, resumed_from: int) -> None:
+        if file.exists():
+            _keep_until(file, resumed_from)
+        self._stream = file.open("a", encoding="utf-8")
+
+    def write(self, numbers: Mapping[str, float | int | str | None]) -> None:
+        self._stream.write(json.dumps(numbers) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _keep_until(file: Path, step: int) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(file)
+
+
+class Throughput:
+    """Tokens per second of training alone: time spent evaluating and saving is left out."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._tokens = 0
+        self._aside = 0.0
+        self._left: float | None = None
+
+    def leave(self) -> None:
+        """Training pauses here, for an evaluation or a save."""
+        self._left = time.perf_counter()
+
+    def resume(self) -> None:
+        if self._left is not None:
+            self._aside += time.perf_counter() - self._left
+            self._left = None
+
+    def count(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def read(self) -> float:
+        """Tokens per second since the last reading."""
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._since - self._aside, 1e-9)
+        self._since, self._tokens, self._aside = now, 0, 0.0
+        return rate
+
+
+class Progress:
+    """One bar on a terminal; a plain line a report elsewhere."""
+
+    def __init__(self, stream: TextIO, *, steps: int, done: int, name: str) -> None:
+        self._stream = stream
+        self._steps = steps
+        self._bar = (
+            tqdm(total=steps, initial=done, desc=name, unit="step", file=stream, dynamic_ncols=True)
+            if stream.isatty()
+            else None
+        )
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def report(self, numbers: Mapping[str, float | int | None]) -> None:
+        """Show the newest numbers: training's, or an evaluation's."""
+        shown = {
+            name: numbers[name] for name in ("loss", "eval_loss", "tokens_per_second") if numbers.get(name)
+        }
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:,.4g}" for name, value in shown.items()}, refresh=True)
+            return
+        text = "  ".join(
+            f"{name} {value:,.4f}" if "loss" in name else f"{name} {value:,.0f}"
+            for name, value in shown.items()
+        )
+        print(f"step {numbers['step']}/{self._steps}  {text}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,76 @@
+"""The model and its tokenizer: from scratch, or with published weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from launcher.errors import RequestError
+from launcher.worker.fast import use_tanh_gelu_kernel
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that the store was made with, as transformers sees it.
+
+    It has an end-of-text token; its pad token is its own, or else the end-of-text token reused, so
+    that padding needs no new row in the embedding. Labels are masked by attention, never by the pad
+    id, so the model still learns to stop.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(
+    fields: Mapping[str, Any], weights: str | None, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """The model in fp32 on the CPU, with a row in its embedding for every id of `tokenizer`.
+
+    `fields` is the transformers config; `weights` a folder or Hub id, or None for weights drawn with
+    `seed`. The same seed gives the same weights on every rank. Raises RequestError where
+    transformers cannot build it.
+    """
+    set_seed(seed)
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id
+        if tokenizer.bos_token_id is not None
+        else tokenizer.eos_token_id,
+    }
+    try:
+        if weights is None:
+            rest = {key: value for key, value in fields.items() if key != "model_type"}
+            config = AutoConfig.for_model(
+                fields["model_type"], **{**rest, "vocab_size": len(tokenizer), **special}
+            )
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    except (OSError, ValueError, TypeError) as error:
+        source = weights or fields.get("model_type")
+        raise RequestError(
+            f"model.name: {source} cannot be built: {error}", hint="check model.name and model.overrides"
+        ) from error
+    if model.config.get_text_config().vocab_size < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
+    for key, value in special.items():
+        setattr(model.config, key, value)
+        if model.generation_config is not None:
+            setattr(model.generation_config, key, value)
+    # transformers does not recognise some heads (GPT2LMHeadModel) and would warn at every step.
+    model.loss_type = "ForCausalLM"
+    use_tanh_gelu_kernel(model)
+    return model

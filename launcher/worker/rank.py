@@ -1,0 +1,74 @@
+"""What one rank is: its number, its log, and its last word."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from launcher.errors import LauncherError
+from launcher.plan.choose import Plan
+from launcher.run.directory import RunDirectory
+from launcher.run.outcome import Outcome, RankEnd
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """This process among the ranks. `terminal` is where the person who launched it looks."""
+
+    number: int
+    world_size: int
+    attempt: int
+    terminal: TextIO
+
+
+def join(directory: RunDirectory, plan: Plan, environment: Mapping[str, str]) -> Rank:
+    """Meet the other ranks, then send everything this one prints to its own log.
+
+    The attempt's number comes from the supervisor; where the ranks were launched by hand, rank 0
+    takes the next free one.
+    """
+    if plan.threads_per_rank is not None:
+        torch.set_num_threads(plan.threads_per_rank)
+    cpu = plan.device == "cpu"
+    state = PartialState(cpu=cpu, **({"backend": "gloo"} if cpu and plan.batch.world_size > 1 else {}))
+    number, world_size = int(state.process_index), int(state.num_processes)
+    attempt = [int(environment.get("LAUNCHER_ATTEMPT", 0)) or directory.next_attempt()]
+    if world_size > 1:
+        dist.broadcast_object_list(attempt, src=0)
+    log = directory.log(attempt[0], number)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    _redirect(log)
+    return Rank(number, world_size, attempt[0], terminal)
+
+
+def _redirect(log: os.PathLike[str]) -> None:
+    """File descriptors, not sys.stdout: what libraries write in C belongs in the log too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def last_word(rank: int, step: int, error: BaseException) -> RankEnd:
+    """The record of a failure. Prints the traceback to the rank's log."""
+    traceback.print_exception(error)
+    now = time.time()
+    if isinstance(error, torch.OutOfMemoryError):
+        hint = "lower train.micro_batch, or set train.gradient_checkpointing=true"
+        return RankEnd(rank, Outcome.OUT_OF_MEMORY, step, now, f"out of memory: {error}", hint)
+    if isinstance(error, LauncherError):
+        return RankEnd(rank, Outcome.CRASHED, step, now, error.message, error.hint, error.exit_code)
+    return RankEnd(rank, Outcome.CRASHED, step, now, f"{type(error).__name__}: {error}")

@@ -1,0 +1,191 @@
+"""The Trainer subclass: our data order, our evaluation, our checkpoints; the rest is stock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from launcher.config.schema import RunConfig
+from launcher.plan.orders import Orders
+from launcher.worker import saving
+from launcher.worker.cadence import BestEvaluation
+from launcher.worker.dataset import (
+    Collate,
+    RankBatches,
+    Row,
+    Tensors,
+    TrainingRows,
+    ValidationRows,
+    training_loader,
+)
+from launcher.worker.evaluate import Metric, evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What there is to train and evaluate on, and how rows become tensors."""
+
+    training: TrainingRows
+    validation: ValidationRows
+    collate: Collate
+    padded: bool
+
+
+OPEN_DEFAULTS: Mapping[str, Any] = {
+    "optim": "adamw_torch_fused",
+    "logging_first_step": True,
+    "ddp_find_unused_parameters": False,
+    "ddp_broadcast_buffers": False,
+}
+"""What launcher sets differently from transformers, and `train.extra` may set otherwise."""
+
+
+def training_arguments(run: RunConfig, orders: Orders, folder: Path) -> TrainingArguments:
+    """The stock arguments for the plan. Saving, evaluating and data order are ours, so theirs are off."""
+    plan, train = orders.plan, run.train
+    assert plan.steps is not None
+    assert plan.warmup_steps is not None
+    schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    ours = {
+        "output_dir": str(folder),
+        "use_cpu": plan.device == "cpu",
+        "seed": run.seed,
+        "per_device_train_batch_size": plan.batch.micro_batch,
+        "per_device_eval_batch_size": plan.batch.micro_batch,
+        "gradient_accumulation_steps": plan.batch.accumulation,
+        "max_steps": plan.steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": plan.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "adam_beta1": train.betas[0],
+        "adam_beta2": train.betas[1],
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": plan.precision == "bf16",
+        "fp16": plan.precision == "fp16",
+        "activation_checkpointing": plan.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing else None,
+        "torch_compile": plan.compile,
+        "logging_steps": train.log_every,
+        # Off: it would replace a NaN loss by an old mean, and costs a synchronisation per micro-batch.
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [name for name in run.report_to if name != "tensorboard"],
+        "run_name": run.name,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "ignore_data_skip": True,
+    }
+    return TrainingArguments(**{**OPEN_DEFAULTS, **train.extra, **ours})
+
+
+class LauncherTrainer(Trainer):
+    """`transformers.Trainer` on launcher's data order, evaluation and ledger."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: TrainingArguments,
+        rows: Rows,
+        *,
+        run: RunConfig,
+        orders: Orders,
+        checkpoints: Path,
+        start_step: int,
+        metrics: Sequence[Metric],
+        best: BestEvaluation,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(model=model, args=arguments, train_dataset=rows.training, callbacks=callbacks)
+        self.bare_model = model
+        self._rows = rows
+        self._run = run
+        self._plan = orders.plan
+        self._configuration = orders.configuration
+        self._checkpoints = checkpoints
+        self._start_step = start_step
+        self._metrics = metrics
+        self._best = best
+
+    @property
+    def rank(self) -> int:
+        return int(self.args.process_index)
+
+    def get_train_dataloader(self) -> DataLoader[Row]:
+        return training_loader(
+            self._rows.training,
+            self._batches(),
+            self._rows.collate,
+            self.args,
+            pin_memory=self._plan.device == "cuda" and self.args.dataloader_pin_memory,
+        )
+
+    def _batches(self) -> RankBatches:
+        assert self._plan.steps is not None
+        return RankBatches(self._plan.batch, self.rank, start=self._start_step, steps=self._plan.steps)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Tensors], device: torch.device) -> Any:
+        """Labelled tokens in the whole optimizer step. Equal blocks need no counting and no collective."""
+        if self._rows.padded:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        return torch.tensor(self._plan.batch.batch_size * (self._plan.block_size - 1), device=device)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Every validation token once; see `worker.evaluate`."""
+        found = evaluate(
+            self.bare_model,
+            self._rows.validation,
+            self._rows.collate,
+            rank=self.rank,
+            world_size=self._plan.batch.world_size,
+            micro_batch=self._plan.batch.micro_batch,
+            block_size=self._plan.block_size,
+            device=self.args.device,
+            metrics=self._metrics,
+        )
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Tell the callbacks. Nothing is kept in the state: metrics.jsonl is the record, and a state
+        that grows with every line would grow every checkpoint."""
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        step = self.state.global_step
+        folder = saving.begin_checkpoint(self._checkpoints, step, self.rank)
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        saving.commit_checkpoint(
+            self._checkpoints,
+            folder,
+            step=step,
+            samples=step * self._plan.batch.batch_size,
+            rank=self.rank,
+            world_size=self._plan.batch.world_size,
+            keep=self._run.checkpoint.keep,
+            best=self._best.step,
+            state={"configuration": self._configuration, "best": asdict(self._best)},
+        )
+
+    def return_to_best(self) -> None:
+        """Go back to the weights of the best evaluation, where early stopping keeps one."""
+        if self._best.step not in (None, self.state.global_step):
+            saving.load_weights(self.bare_model, self._checkpoints / f"step-{self._best.step:08d}")

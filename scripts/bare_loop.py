@@ -1,0 +1,100 @@
+"""A hand-written GPT-2 training loop in plain PyTorch: what the launcher is measured against.
+
+Started by torchrun, one process per rank. Arguments: a JSON object with layers, heads, width,
+vocabulary, block_size, micro_batch, accumulation, steps, warm, tokens (a file of uint16 ids).
+Rank 0 prints {"tokens_per_second": ...} over the steps after the first `warm`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        q, k, v = (
+            part.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+            for part in self.qkv(self.norm1(x)).split(width, dim=2)
+        )
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class GPT2(nn.Module):
+    def __init__(self, layers: int, heads: int, width: int, vocabulary: int, positions: int) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(positions, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.tokens.weight
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(
+                    parameter, std=0.02 / (math.sqrt(2 * layers) if "out" in name or "down" in name else 1)
+                )
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        return functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(asked["threads"])
+    torch.manual_seed(1337)
+    bare = GPT2(asked["layers"], asked["heads"], asked["width"], asked["vocabulary"], asked["block_size"])
+    model = DistributedDataParallel(bare) if world > 1 else bare
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    ids = np.memmap(asked["tokens"], dtype=np.uint16, mode="r")
+    blocks = len(ids) // asked["block_size"]
+    draw = np.random.default_rng(rank)
+    began = 0.0
+    for step in range(asked["steps"]):
+        if step == asked["warm"]:
+            began = time.perf_counter()
+        for turn in range(asked["accumulation"]):
+            chosen = draw.integers(0, blocks, asked["micro_batch"]) * asked["block_size"]
+            rows = np.stack([ids[start : start + asked["block_size"]] for start in chosen]).astype(np.int64)
+            last = turn == asked["accumulation"] - 1
+            with nullcontext() if last or world == 1 else model.no_sync():
+                (model(torch.from_numpy(rows)) / asked["accumulation"]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - began
+    tokens = (asked["steps"] - asked["warm"]) * asked["accumulation"] * asked["micro_batch"] * world
+    if rank == 0:
+        print(json.dumps({"tokens_per_second": tokens * asked["block_size"] / seconds}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

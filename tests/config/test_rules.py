@@ -1,0 +1,213 @@
+"""Rules over more than one key, and what is not in this version: path, place, message and hint of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.config.load import load_cluster, load_run
+from launcher.config.rules import is_private
+from launcher.errors import ConfigError, Fault
+
+RUN = "name: r\nmodel: {name: gpt2}\ndata: {train: [a.txt]}\ntrain: {batch_size: 8, epochs: 1}\n"
+
+
+def fault_of(tmp_path: Path, *overrides: str) -> Fault:
+    (tmp_path / "run.yaml").write_text(RUN)
+    with pytest.raises(ConfigError) as caught:
+        load_run(tmp_path / "run.yaml", overrides)
+    (fault,) = caught.value.faults
+    return fault
+
+
+def loads(tmp_path: Path, *overrides: str) -> bool:
+    (tmp_path / "run.yaml").write_text(RUN)
+    return load_run(tmp_path / "run.yaml", overrides).config is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "path", "message", "hint"),
+    [
+        (["train.epochs=null"], "train", "none is set", "set one of them"),
+        (
+            ["train.tokens=1e6", "data.packing=pad"],
+            "train.tokens",
+            "rows differ in length",
+            "set train.steps or",
+        ),
+        (
+            ["model.overrides.n_layer=2", "model.init=pretrained"],
+            "model.overrides",
+            "pretrained weights have the shape they have",
+            "set model.init: scratch",
+        ),
+        (
+            ["model.init=pretrained", "model.tokenizer={train: {vocab_size: 300}}"],
+            "model.tokenizer",
+            "only the ids of their own tokenizer",
+            "set model.tokenizer: null",
+        ),
+        (["train.betas=[0.9, 1.0]"], "train.betas.1", "not including, 1, got 1", "0.9 and 0.95"),
+        (["train.betas=[-0.1, 0.9]"], "train.betas.0", "got -0.1", "0.9 and 0.95"),
+        (["train.warmup=1.5"], "train.warmup", "a number of steps, which 1.5 is not", "write a whole number"),
+        (
+            ["train.steps=10", "train.warmup=11"],
+            "train.warmup",
+            "11 steps of warmup do not fit in 10",
+            "at most 10",
+        ),
+        (["data.validation=1"], "data.validation", "not including, 1, got 1", "write 0.01"),
+        (["data.validation=-0.1"], "data.validation", "got -0.1", "write 0.01"),
+        (
+            ["data.validation=[]"],
+            "data.validation",
+            "the list of files is empty",
+            "write 0 for no validation",
+        ),
+        (
+            ["data.validation=0", "train.early_stopping={patience: 2}"],
+            "train.early_stopping",
+            "it watches eval_loss, and data.validation is 0",
+            "set data.validation",
+        ),
+        (
+            ["train.micro_batch=3"],
+            "train.micro_batch",
+            "3 does not divide train.batch_size 8",
+            "set train.micro_batch: 2, or train.batch_size: 9",
+        ),
+        (["train.micro_batch=16"], "train.micro_batch", "16 does not divide", "train.micro_batch: 8, or"),
+        (
+            ["data.train=[{name: a, files: [x], weight: 1}, {name: a, files: [y], weight: 1}]"],
+            "data.train.1.name",
+            "two sources are called a",
+            "give each source its own name",
+        ),
+        (["train.metrics=[accuracy]"], "train.metrics.0", "expected module:name", "my_metrics:accuracy"),
+        (["train.callbacks=['a:b', 'x y:z']"], "train.callbacks.1", "got x y:z", "my_callbacks:MyCallback"),
+        (["train.extra.max_steps=3"], "train.extra.max_steps", "launcher sets this", "set train.steps"),
+        (["train.extra.fsdp=full_shard"], "train.extra.fsdp", "launcher sets this", "set train.strategy"),
+        (
+            ["train.extra.warmup_ratio=0.1"],
+            "train.extra.warmup_ratio",
+            "no such field any more",
+            "train.warmup",
+        ),
+        (["train.extra.label_smoothing=1"], "train.extra.label_smoothing", "has no such field", "_factor?"),
+        (["train.extra.max_step=1"], "train.extra.max_step", "has no such field", "set train.steps"),
+        (["train.extra.hub_token=hf_x"], "train.extra.hub_token", "it is a secret", "`hf auth login`"),
+    ],
+)
+def test_a_broken_rule(tmp_path: Path, overrides: list[str], path: str, message: str, hint: str) -> None:
+    fault = fault_of(tmp_path, *overrides)
+    assert fault.path == path
+    assert message in fault.message
+    assert hint in (fault.hint or "")
+    assert fault.place is not None
+    assert fault.place.startswith(("run.yaml", "override "))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.steps=10", "train.warmup=10"],
+        ["train.steps=10", "train.warmup=0.5"],
+        ["train.betas=[0, 0.999]"],
+        ["data.validation=0"],
+        ["data.validation=0.99"],
+        ["train.micro_batch=8"],
+        ["train.epochs=0.5", "data.packing=pad"],
+        ["train.metrics=['my.metrics:f1']"],
+        ["train.extra={label_smoothing_factor: 0.1, optim: adafactor}"],
+        ["data.train=[{name: a, files: [x], weight: 1}, {name: b, files: [y], weight: 1}]"],
+    ],
+)
+def test_what_keeps_the_rules_loads(tmp_path: Path, overrides: list[str]) -> None:
+    assert loads(tmp_path, *overrides)
+
+
+def test_lengths_in_conflict_are_placed_where_the_second_stands(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        RUN.replace("{batch_size: 8, epochs: 1}", "\n  batch_size: 8\n  epochs: 1\n  steps: 5")
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_run(tmp_path / "run.yaml")
+    (fault,) = caught.value.faults
+    assert (fault.path, fault.place, fault.hint) == ("train.epochs", "run.yaml:6", "keep one of them")
+    assert "train.steps is set too" in fault.message
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("data.format=parquet", "convert the files to jsonl"),
+        ("data.train=[a.PARQUET]", "convert the files to jsonl"),
+        ("data.packing=best_fit", "set data.packing: concat, or pad"),
+        ("data.isolate_documents=true", "set data.packing: pad"),
+        ("data.mode=stream", "set data.mode: prepared"),
+        ("data.train=[s3://bucket/a.txt]", "download the files"),
+        ("data.train=[{name: a, files: [x, hf://datasets/a], weight: 1}]", "download the files"),
+        ("data.train=['zip://a.txt::b.zip']", "download the files"),
+        ("data.validation=[https://example.org/a.txt]", "download the files"),
+        ("train.strategy=zero3", "set train.strategy: auto, or ddp"),
+        ("train.strategy=fsdp", "set train.strategy: auto, or ddp"),
+        ("train.offload=optimizer", "set train.offload: none"),
+    ],
+)
+def test_what_comes_later_is_refused_by_name(tmp_path: Path, override: str, hint: str) -> None:
+    fault = fault_of(tmp_path, override)
+    assert fault.path == override.partition("=")[0]
+    assert fault.message.endswith(" is not in this version")
+    assert fault.place is not None
+    assert fault.place.startswith(f"override {fault.path}=")
+    assert hint in (fault.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "hint"),
+    [
+        ("launch: slurm", "launch", "set launch: local"),
+        ("nodes: 2", "nodes", "set nodes: 1"),
+        ("network_gbps: 400", "network_gbps", "leave the key out"),
+        ("price_per_gpu_hour: 0", "price_per_gpu_hour", "leave the key out"),
+        ("slurm: {time_limit: 24:00:00}", "slurm.time_limit", "leave the key out"),
+        ("slurm: {exclude: [n1]}", "slurm.exclude", "leave the key out"),
+    ],
+)
+def test_what_comes_later_in_a_cluster_is_refused_by_name(
+    tmp_path: Path, line: str, path: str, hint: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"name: c\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(tmp_path / "c.yaml")
+    (fault,) = caught.value.faults
+    assert (fault.path, fault.place, fault.hint) == (path, "c.yaml:2", hint)
+    assert fault.message.endswith(" is not in this version")
+
+
+def test_every_slurm_key_at_its_default_loads(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("slurm: {partition: null, exclude: [], setup: [], extra: []}\n")
+    assert load_cluster(tmp_path / "c.yaml").config.launch == "local"
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "a.hub_token"]
+)
+def test_names_of_secrets_are_known(name: str) -> None:
+    assert is_private(name)
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "PATH"])
+def test_other_names_are_no_secrets(name: str) -> None:
+    assert not is_private(name)
+
+
+def test_a_secret_in_the_environment_is_refused_and_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("env:\n  NCCL_DEBUG: INFO\n  HF_TOKEN: hf_x\n")
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(tmp_path / "c.yaml")
+    (fault,) = caught.value.faults
+    assert (fault.path, fault.place) == ("env.HF_TOKEN", "c.yaml:3")
+    assert "hf_x" not in str(caught.value)
+    assert fault.hint == "export HF_TOKEN in the shell that starts launcher"

@@ -1,0 +1,65 @@
+"""A small tokenizer, and text to prepare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from launcher.config.schema import DataSection, Source
+from launcher.data.prepare import prepare
+from launcher.data.store import Store, open_store
+from launcher.data.tokenizers import Tokenizer, train_tokenizer
+
+WORDS = (
+    *("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while"),
+    *("seven", "wizards", "brew", "strong", "tea", "in", "the", "old", "mill"),
+)
+
+
+def sentences(count: int, seed: int = 1) -> list[str]:
+    """Distinct lines of words, the same for the same seed."""
+    return [
+        " ".join(WORDS[(seed * i * (j + 3) + j * j) % len(WORDS)] for j in range(4 + i % 9)) + f" {seed}.{i}"
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Byte-level BPE of 400 entries."""
+    return train_tokenizer(sentences(400), 400)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder of three text files: 600 lines, 500 lines without a last newline, and nothing."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("\n".join(sentences(600, 1)) + "\n")
+    (folder / "b.txt").write_text("\n".join(sentences(500, 2)))
+    (folder / "empty.txt").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lines() -> list[str]:
+    """Four hundred distinct lines of words."""
+    return sentences(400)
+
+
+class Preparing(Protocol):
+    def __call__(self, train: list[str] | list[Source], workers: int = 1, **keys: Any) -> Store: ...
+
+
+@pytest.fixture
+def prepared(tokenizer: Tokenizer, tmp_path: Path) -> Preparing:
+    """Prepare text into a store under `tmp_path`, and open it."""
+
+    def make(train: list[str] | list[Source], workers: int = 1, **keys: Any) -> Store:
+        cache = keys.pop("cache", tmp_path / "cache")
+        data = DataSection(train=train, **keys)
+        return open_store(prepare(data, tokenizer, cache, workers))
+
+    return make

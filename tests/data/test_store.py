@@ -1,0 +1,102 @@
+"""A store is whole or is refused, and any flipped byte is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.data.store import MANIFEST, Store, open_store, verify_store
+from launcher.errors import StoreError
+
+
+@pytest.fixture
+def store(prepared: Any, corpus: Path) -> Store:
+    made: Store = prepared([f"{corpus}/*.txt"], validation=0.2)
+    return made
+
+
+def test_a_store_as_it_was_written(store: Store) -> None:
+    assert verify_store(store.path) == []
+
+
+def test_a_flipped_byte_is_found_in_every_file(store: Store) -> None:
+    files = [path for path in store.path.rglob("*") if path.is_file() and path.name != MANIFEST]
+    assert len(files) == 8
+    for path in files:
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[len(damaged) * 2 // 3] ^= 1
+        path.write_bytes(damaged)
+        (damage,) = verify_store(store.path)
+        assert damage.file == path
+        assert damage.shard == (None if path.parent != store.path else path.stem)
+        assert path.name in str(damage)
+        path.write_bytes(content)
+    assert verify_store(store.path) == []
+
+
+def test_a_missing_and_a_short_file(store: Store) -> None:
+    (store.path / "train-00000.idx").unlink()
+    (store.path / "validation-00000.bin").write_bytes(b"12")
+    assert [(d.shard, d.reason.split(" ")[0]) for d in verify_store(store.path)] == [
+        ("train-00000", "missing"),
+        ("validation-00000", "2"),
+    ]
+    with pytest.raises(StoreError, match=r"train-00000\.idx|validation-00000\.bin"):
+        open_store(store.path)
+
+
+@pytest.mark.parametrize("key", ["tokens", "documents"])
+def test_a_manifest_that_was_changed(store: Store, key: str) -> None:
+    manifest = json.loads((store.path / MANIFEST).read_text())
+    manifest["shards"][0][key] += 1
+    (store.path / MANIFEST).write_text(json.dumps(manifest))
+    for read in (open_store, verify_store):
+        with pytest.raises(StoreError, match="checksum"):
+            read(store.path)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"content": 3}'])
+def test_a_manifest_that_makes_no_sense(store: Store, content: str) -> None:
+    (store.path / MANIFEST).write_text(content)
+    with pytest.raises(StoreError, match="damaged") as refused:
+        open_store(store.path)
+    assert refused.value.hint
+
+
+def test_a_folder_without_a_manifest_is_no_store(store: Store) -> None:
+    (store.path / MANIFEST).unlink()
+    for read in (open_store, verify_store):
+        with pytest.raises(StoreError, match="not a token store"):
+            read(store.path)
+
+
+def test_another_format_version_is_refused(store: Store) -> None:
+    content = store.manifest.content.model_copy(update={"format_version": 2})
+    other = store.manifest.model_copy(update={"content": content})
+    sealed = other.model_copy(update={"checksum": other.computed_checksum()})
+    (store.path / MANIFEST).write_text(sealed.model_dump_json())
+    with pytest.raises(StoreError, match="format version 2"):
+        open_store(store.path)
+
+
+def test_the_manifest_says_what_the_store_is(store: Store) -> None:
+    tokenizer = store.tokenizer()
+    recorded = store.manifest.content.tokenizer
+    assert recorded.fingerprint == tokenizer.fingerprint
+    assert recorded.probe_ids == tokenizer.probe_ids()
+    assert store.path.name == store.manifest.content.name
+    assert store.vocabulary == tokenizer.size
+
+
+@pytest.mark.parametrize("packing", ["concat", "pad"])
+def test_a_summary_adds_up(store: Store, packing: Any) -> None:
+    rows = store.summary(32, packing)
+    assert [(row.split, row.source) for row in rows] == [("train", "text"), ("validation", "text")]
+    for row in rows:
+        assert row.tokens + row.padding == row.blocks * 32 + row.dropped
+    assert sum(row.tokens for row in rows) == store.manifest.ledger[0].tokens_in
+    assert sum(row.documents for row in rows) == 1100

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.errors import RequestError
+from launcher.plan.batch import count_steps, splits, warmup_steps
+
+SMALL = st.integers(1, 64)
+
+
+@given(micro=SMALL, accumulation=SMALL, world=SMALL, largest=SMALL)
+def test_a_batch_always_multiplies_out(micro: int, accumulation: int, world: int, largest: int) -> None:
+    size = micro * accumulation * world
+    batch = splits(size, world, None, largest)[0]
+    assert batch.micro_batch * batch.accumulation * batch.world_size == size
+    assert batch.micro_batch <= largest
+    share = size // world
+    better = [m for m in range(batch.micro_batch + 1, largest + 1) if share % m == 0]
+    assert better == [], "a larger micro-batch would have done"
+    assert splits(size, world, micro, 1)[0].micro_batch == micro
+
+
+@given(size=st.integers(1, 4096), world=SMALL, micro=st.none() | SMALL)
+def test_a_refusal_names_sizes_and_worlds_that_work(size: int, world: int, micro: int | None) -> None:
+    if size % (world * (micro or 1)) == 0:
+        return
+    with pytest.raises(RequestError) as refused:
+        splits(size, world, micro, 8)
+    assert f"train.batch_size={size}" in refused.value.message
+    hint = refused.value.hint
+    assert hint is not None
+    first, second = hint.split("; or ")
+    for number in (int(word) for word in first.split() if word.isdigit()):
+        splits(number, world, micro, 8)
+    for number in (int(word) for word in second.rstrip("ranks ").split() if word.isdigit()):
+        if second.startswith("use"):
+            splits(size, number, micro, 8)
+        elif number != size:
+            assert size % number == 0
+
+
+def test_the_nearest_batch_sizes_are_the_nearest() -> None:
+    with pytest.raises(RequestError) as refused:
+        splits(100, 8, 4, 8)
+    assert "set train.batch_size to 96 or 128" in str(refused.value.hint)
+
+
+@given(batch=SMALL, block=SMALL, tokens=st.integers(1, 10**12))
+def test_tokens_are_rounded_up_to_a_whole_step(batch: int, block: int, tokens: int) -> None:
+    steps = count_steps(
+        batch_size=batch, block_size=block, steps=None, tokens=tokens, epochs=None, blocks=None
+    )
+    assert steps is not None
+    assert (steps - 1) * batch * block < tokens <= steps * batch * block
+
+
+def test_epochs_need_prepared_text() -> None:
+    for blocks, expected in ((None, None), (10, math.ceil(3 * 10 / 8)), (1, 1)):
+        found = count_steps(batch_size=8, block_size=4, steps=None, tokens=None, epochs=3, blocks=blocks)
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "expected"), [(0.0, 100, 0), (0.02, 100, 2), (1, 100, 1), (7, 100, 7), (7, 3, 3)]
+)
+def test_warmup_is_a_fraction_below_one_and_steps_from_one_on(
+    warmup: float, steps: int, expected: int
+) -> None:
+    assert warmup_steps(warmup, steps) == expected

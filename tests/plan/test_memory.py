@@ -1,0 +1,175 @@
+"""The closed form against the bytes that PyTorch's profiler sees allocated in a real training step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from launcher.config.presets import PRESETS
+from launcher.plan.memory import Memory, estimate
+from launcher.plan.shape import Shape, shape_of
+from launcher.worker.fast import use_tanh_gelu_kernel
+
+MICRO_BATCH, BLOCK_SIZE, VOCAB = 4, 256, 5000
+GPT2 = {
+    "model_type": "gpt2",
+    "n_layer": 4,
+    "n_embd": 128,
+    "n_head": 4,
+    "vocab_size": VOCAB,
+    "n_positions": 256,
+}
+STILL = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 352,
+    "vocab_size": VOCAB,
+}
+
+
+def shape(fields: dict[str, Any]) -> Shape:
+    found = shape_of(fields)
+    assert found is not None
+    return found
+
+
+def planned(fields: dict[str, Any], precision: str, checkpointing: bool, **how: Any) -> Memory:
+    asked = {"micro_batch": MICRO_BATCH, "block_size": BLOCK_SIZE, "world_size": 1} | how
+    return estimate(shape(fields), precision=precision, gradient_checkpointing=checkpointing, **asked)
+
+
+def build(fields: dict[str, Any], checkpointing: bool) -> PreTrainedModel:
+    rest = {key: value for key, value in fields.items() if key != "model_type"}
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(fields["model_type"], **rest)
+    )
+    model.loss_type = "ForCausalLM"
+    use_tanh_gelu_kernel(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def train_on(model: PreTrainedModel, precision: str) -> None:
+    ids = torch.randint(0, model.config.vocab_size, (MICRO_BATCH, BLOCK_SIZE))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+
+
+def allocated_at_peak(fields: dict[str, Any], precision: str, checkpointing: bool) -> int:
+    """Bytes that one forward and backward pass adds, at most, to weights and gradients already there."""
+    model = build(fields, checkpointing)
+    train_on(model, precision)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train_on(model, precision)
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "fields",
+    [GPT2, GPT2 | STILL, LLAMA, LLAMA | {"model_type": "qwen3"}],
+    ids=["gpt2-dropout", "gpt2", "llama", "qwen3"],
+)
+def test_the_peak_on_a_cpu_is_what_the_profiler_sees(
+    fields: dict[str, Any], precision: str, checkpointing: bool
+) -> None:
+    memory = planned(fields, precision, checkpointing, on_cpu=True)
+    passing = memory.activations + memory.logits_and_loss + memory.autocast_copies
+    assert passing == pytest.approx(allocated_at_peak(fields, precision, checkpointing), rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        GPT2 | STILL | {"n_inner": 4096, "n_layer": 2},
+        LLAMA | {"intermediate_size": 4096, "num_hidden_layers": 2},
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_with_a_small_vocabulary_the_peak_is_inside_a_layer(
+    fields: dict[str, Any], checkpointing: bool
+) -> None:
+    small = fields | {"vocab_size": 100}
+    memory = planned(small, "fp32", checkpointing, on_cpu=True)
+    passing = memory.activations + memory.logits_and_loss
+    assert passing == pytest.approx(allocated_at_peak(small, "fp32", checkpointing), rel=0.05)
+
+
+@pytest.mark.parametrize(("checkpointing", "traced"), [(False, 9.2), (True, 6.5)])
+def test_gpt2_on_a_gpu_is_near_a_trace_of_its_operators(checkpointing: bool, traced: float) -> None:
+    # The traces, on a fake device, have neither a framework nor, with checkpointing, gradients yet.
+    fields = PRESETS["gpt2"].config()
+    memory = planned(fields, "bf16", checkpointing, micro_batch=8, block_size=1024)
+    left_out = memory.framework + (memory.gradients if checkpointing else 0)
+    assert (memory.total - left_out) / 2**30 == pytest.approx(traced, rel=0.03)
+
+
+def test_the_optimizers_state_is_that_of_adamw() -> None:
+    model = build(GPT2, False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    train_on(model, "fp32")
+    optimizer.step()
+    moments = [state[moment] for state in optimizer.state.values() for moment in ("exp_avg", "exp_avg_sq")]
+    memory = planned(GPT2, "fp32", False)
+    assert memory.optimizer == sum(moment.nbytes for moment in moments)
+    assert memory.parameters == sum(parameter.nbytes for parameter in model.parameters())
+    assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+
+
+@given(
+    micro_batch=st.integers(1, 64),
+    precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+    checkpointing=st.booleans(),
+    world_size=st.sampled_from([1, 8]),
+    on_cpu=st.booleans(),
+)
+def test_memory_grows_with_the_micro_batch_by_the_same_each_time(
+    micro_batch: int, precision: str, checkpointing: bool, world_size: int, on_cpu: bool
+) -> None:
+    totals = [
+        planned(GPT2, precision, checkpointing, micro_batch=count, world_size=world_size, on_cpu=on_cpu).total
+        for count in (micro_batch, micro_batch + 1, micro_batch + 2)
+    ]
+    assert totals[0] < totals[1]
+    assert totals[1] - totals[0] == totals[2] - totals[1]
+
+
+def test_categories_are_words_that_add_up_to_the_total() -> None:
+    memory = planned(GPT2, "bf16", False, world_size=2)
+    assert sum(size for _, size in memory.items()) == memory.total
+    assert all(size > 0 and "_" not in name for name, size in memory.items())
+
+
+def test_a_second_rank_adds_buckets_as_large_as_the_gradients() -> None:
+    alone, together = (planned(GPT2, "bf16", False, world_size=count, on_cpu=True) for count in (1, 2))
+    assert together.total - alone.total == together.gradients
+
+
+def test_checkpointing_never_costs_memory() -> None:
+    assert planned(GPT2, "bf16", True).total < planned(GPT2, "bf16", False).total
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match="fp8"):
+        planned(GPT2, "fp8", False)

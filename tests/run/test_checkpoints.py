@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from launcher.run import checkpoints as ledger
+
+
+def save(folder: Path, step: int, content: bytes = b"weights") -> ledger.Checkpoint:
+    temporary = ledger.begin(folder, step)
+    (temporary / "model.safetensors").write_bytes(content)
+    (temporary / "part").mkdir()
+    (temporary / "part" / "rank-1.pt").write_bytes(b"optimizer")
+    return ledger.commit(temporary, step=step, samples=step * 8, world_size=2, created=1.5)
+
+
+def test_a_committed_checkpoint_is_whole_and_read_back(tmp_path: Path) -> None:
+    written = save(tmp_path, 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+    (found,) = ledger.committed(tmp_path)
+    assert found == written
+    assert (found.step, found.samples, found.world_size, found.bytes) == (5, 40, 2, len(b"weightsoptimizer"))
+    assert found.damage() == []
+
+
+def test_what_was_never_committed_is_no_checkpoint(tmp_path: Path) -> None:
+    temporary = ledger.begin(tmp_path, 5)
+    (temporary / "model.safetensors").write_bytes(b"half")
+    assert ledger.committed(tmp_path) == []
+    assert ledger.latest_good(tmp_path) is None
+    again = ledger.begin(tmp_path, 5)
+    assert list(again.iterdir()) == [], "what a crash left is not taken over"
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest"])
+def test_a_damaged_newest_is_found_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 5)
+    newest = save(tmp_path, 10).folder
+    file = newest / "model.safetensors"
+    if damage == "flip":
+        file.write_bytes(b"weightz")
+    elif damage == "truncate":
+        os.truncate(file, 3)
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "manifest":
+        os.truncate(newest / ledger.MANIFEST, 20)
+    else:
+        (newest / ledger.MANIFEST).unlink()
+    good = ledger.latest_good(tmp_path)
+    assert good is not None
+    assert good.step == 5
+    ((name, reason),) = ledger.set_aside_damaged(tmp_path, newer_than=5)
+    assert name == "step-00000010"
+    assert ("model.safetensors" in reason) or ("MANIFEST.json" in reason)
+    assert (tmp_path / "quarantine" / "step-00000010").is_dir()
+    assert [each.step for each in ledger.committed(tmp_path)] == [5]
+
+
+def test_pruning_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    ledger.prune(tmp_path, keep=2, protect=(1,))
+    assert [each.step for each in ledger.committed(tmp_path)] == [1, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{step}" for step in (1, 3, 4)]
+
+
+def test_the_same_step_again_replaces_the_old(tmp_path: Path) -> None:
+    save(tmp_path, 5, b"before")
+    save(tmp_path, 5, b"after!")
+    (found,) = ledger.committed(tmp_path)
+    assert (found.folder / "model.safetensors").read_bytes() == b"after!"
+    assert found.damage() == []
+
+
+def test_the_manifest_names_every_file_with_size_and_hash(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5).folder
+    manifest = json.loads((folder / ledger.MANIFEST).read_text())
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    assert sizes == {"model.safetensors": 7, "part/rank-1.pt": 9}

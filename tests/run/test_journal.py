@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.run import journal
+
+
+def test_events_come_back_in_order_with_their_facts(tmp_path: Path) -> None:
+    file = tmp_path / "run" / "journal.jsonl"
+    assert journal.read(file) == []
+    journal.record(file, "attempt_started", attempt=1)
+    journal.record(file, "attempt_ended", attempt=1, outcome="FINISHED")
+    events = journal.read(file)
+    assert [event["event"] for event in events] == ["attempt_started", "attempt_ended"]
+    assert events[1]["outcome"] == "FINISHED"
+    assert events[0]["time"] <= events[1]["time"]
+
+
+def test_a_line_cut_by_a_crash_is_left_out_and_does_not_spoil_the_next(tmp_path: Path) -> None:
+    file = tmp_path / "journal.jsonl"
+    journal.record(file, "one")
+    journal.record(file, "two")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-7])
+    assert [event["event"] for event in journal.read(file)] == ["one"]
+    journal.record(file, "three")
+    assert [event["event"] for event in journal.read(file)] == ["one", "three"]

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from launcher.worker.stop import Agreement, StopSignals, Wishes
+
+
+def test_alone_a_wish_is_granted_one_step_later() -> None:
+    agreement = Agreement(1)
+    assert agreement.step(Wishes(save=True)) == Wishes()
+    assert agreement.step(Wishes()) == Wishes(save=True)
+    assert agreement.step(Wishes(stop=True)) == Wishes()
+    assert agreement.settle() == Wishes(stop=True)
+    assert agreement.settle() == Wishes()
+
+
+def _ask_on_one_rank(rank: int, world: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    agreement = Agreement(world)
+    stopped = None
+    for step in range(1, 20):
+        time.sleep(0.001 * rank)
+        if agreement.step(Wishes(stop=rank == 1 and step >= 7, evaluate=rank == 0 and step == 3)).stop:
+            stopped = step
+            break
+    Path(folder, f"rank-{rank}").write_text(str(stopped))
+    dist.destroy_process_group()
+
+
+def test_one_rank_s_wish_stops_all_at_the_same_step() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_ask_on_one_rank, args=(3, folder), nprocs=3)  # type: ignore[no-untyped-call]
+        assert [Path(folder, f"rank-{rank}").read_text() for rank in range(3)] == ["8", "8", "8"]
+
+
+@pytest.fixture
+def signals() -> StopSignals:
+    return StopSignals()
+
+
+def test_a_signal_is_only_noted_and_a_second_ctrl_c_is_honoured_at_once(signals: StopSignals) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        signals.install()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == signal.SIGUSR1
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
