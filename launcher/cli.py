@@ -115,7 +115,7 @@ def train(
 ) -> None:
     """Prepare the text if needed, then train here; the same command again resumes."""
     from launcher.run.assemble import assemble, write_run
-    from launcher.run.directory import check_same_run, run_directory
+    from launcher.run.directory import check_not_shortened, check_same_run, run_directory
     from launcher.run.environment import describe_environment
     from launcher.run.preflight import check_launch
     from launcher.run.supervise import is_finished, supervise
@@ -126,6 +126,7 @@ def train(
     check_same_run(directory, draft.run.config)
     prepared = _prepare(draft, workers)
     final = assemble(draft.run, draft.cluster, draft.machine, prepared)
+    check_not_shortened(directory, final.plan.steps)
     _show_plan(final, stream_of_answer=False)
     if is_finished(directory, final.plan.steps):
         console.say(f"run {final.plan.name} is finished; its model is in {directory.model}")

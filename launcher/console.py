@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from launcher.errors import ConfigError, LauncherError
+from launcher.errors import ConfigError, Interrupted, LauncherError
 
 BOLD, DIM, RED, RESET = "\033[1m", "\033[2m", "\033[31m", "\033[0m"
 
@@ -43,7 +43,7 @@ def show_error(error: LauncherError) -> None:
             if fault.hint:
                 say(f"  hint: {fault.hint}")
         return
-    say(f"{mark}error:{end} {error.message}")
+    say(error.message if isinstance(error, Interrupted) else f"{mark}error:{end} {error.message}")
     if error.hint:
         say(f"  hint: {error.hint}")
 

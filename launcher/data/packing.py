@@ -79,9 +79,8 @@ class ConcatPlan:
         spans = []
         while start < stop:
             first, after = int(self._starts[shard]), int(self._starts[shard + 1])
-            if after > start:
-                spans.append(Span(shard, start - first, min(stop, after) - first))
-                start = min(stop, after)
+            spans.append(Span(shard, start - first, min(stop, after) - first))
+            start = min(stop, after)
             shard += 1
         return spans
 

@@ -38,7 +38,7 @@ from launcher.data.store import (
     is_store,
     write_manifest,
 )
-from launcher.data.tokenizers import TRAINING_BYTES, Tokenizer, load_tokenizer, train_tokenizer
+from launcher.data.tokenizers import TRAINING_BYTES, Tokenizer, load_tokenizer, train_tokenizer, within
 from launcher.data.units import UNIT_BYTES, Piece, Unit, cut
 from launcher.errors import DataError, MachineError
 
@@ -119,12 +119,7 @@ def _spread_texts(corpora: Sequence[Corpus], reading: Reading) -> Iterator[str]:
     units = cut(corpora, reading)
     chosen = units[:: -(-len(units) // TRAINING_UNITS)]
     for unit in chosen:
-        left = TRAINING_BYTES // len(chosen)
-        for text in _texts(unit, reading):
-            left -= len(text.encode("utf-8"))
-            if left < 0:
-                break
-            yield text
+        yield from within(_texts(unit, reading), TRAINING_BYTES // len(chosen))
 
 
 def _texts(unit: Unit, reading: Reading) -> Iterator[str]:

@@ -7,7 +7,6 @@ it, so the ranges of a file can be read apart, by anyone, and together give the 
 from __future__ import annotations
 
 import bz2
-import glob
 import gzip
 import io
 import json
@@ -17,7 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
+
+from fsspec.implementations.local import LocalFileSystem
 
 from launcher.data.zstd import ZstdDamageError, ZstdReader
 from launcher.errors import DataError, RequestError
@@ -25,6 +26,8 @@ from launcher.errors import DataError, RequestError
 SUFFIXES: Mapping[str, str] = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
 JSON_LINES = frozenset({".jsonl", ".json", ".ndjson"})
 CHUNK = 1 << 20
+FILES = LocalFileSystem()
+"""Every listing and every byte of text comes through here: fsspec's interface, whatever lies behind it."""
 
 SampleBy = Literal["line", "paragraph", "document"]
 
@@ -76,8 +79,7 @@ def list_files(patterns: Sequence[str]) -> list[SourceFile]:
     for pattern in patterns:
         for path in _matches(pattern):
             if path not in found:
-                status = Path(path).stat()
-                found[path] = SourceFile(path, status.st_size, str(status.st_mtime_ns))
+                found[path] = SourceFile(path, *_mark(path))
     return [found[path] for path in sorted(found)]
 
 
@@ -87,17 +89,30 @@ def _matches(pattern: str) -> Iterator[str]:
     literal = Path(pattern).expanduser()
     if literal.is_dir():
         raise DataError(f"{pattern} is a folder", hint=f"to read every file in it: {literal / '**'}")
-    names = [str(literal)] if literal.is_file() else glob.glob(str(literal), recursive=True)  # noqa: PTH207
+    names = [str(literal)] if literal.is_file() else FILES.glob(str(literal))
     files = [str(Path(name).resolve()) for name in names if Path(name).is_file()]
+    files = [file for file in files if not _hidden(file, pattern)]
     if not files:
         raise DataError(f"no file matches {pattern}", hint=f"check the path, from {Path.cwd()}")
     yield from files
 
 
+def _hidden(file: str, pattern: str) -> bool:
+    """Whether the file is, or lies in, something with a leading dot that the pattern does not spell out."""
+    root = Path(pattern.partition("*")[0]).expanduser().absolute()
+    below = Path(file).relative_to(root) if Path(file).is_relative_to(root) else Path(Path(file).name)
+    return any(part.startswith(".") and part not in Path(pattern).parts for part in below.parts)
+
+
+def _mark(path: str) -> tuple[int, str]:
+    """Size in bytes, and what changes when the file does."""
+    status: dict[str, Any] = FILES.info(path)
+    return int(status["size"]), repr(status["mtime"])
+
+
 def changed(file: SourceFile) -> bool:
     """Whether the file on disk is no longer the one that was listed."""
-    status = Path(file.path).stat()
-    return (status.st_size, str(status.st_mtime_ns)) != (file.size, file.etag)
+    return _mark(file.path) != (file.size, file.etag)
 
 
 def file_format(file: SourceFile, reading: Reading) -> Literal["text", "jsonl"]:
@@ -281,7 +296,7 @@ def _opened(file: SourceFile) -> Iterator[BinaryIO]:
     """The decompressed stream. What goes wrong in reading it becomes a DataError with the place reached."""
     reached = 0
     try:
-        with Path(file.path).open("rb", buffering=CHUNK) as raw:
+        with FILES.open(file.path, "rb") as opened, io.BufferedReader(opened, CHUNK) as raw:
             if file.compression and not file.size:
                 raise EOFError("the file is empty")
             stream = _decompressed(raw, file.compression)

@@ -133,7 +133,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_at_most(documents, TRAINING_BYTES), trainer)
+    backend.train_from_iterator(within(documents, TRAINING_BYTES), trainer)
     return Tokenizer(backend, {"eos_token": END_OF_TEXT})
 
 
@@ -147,12 +147,15 @@ def unfilled(tokenizer: Tokenizer, vocab_size: int) -> str | None:
     )
 
 
-def _at_most(documents: Iterable[str], limit: int) -> Iterator[str]:
-    for document in documents:
-        limit -= len(document.encode("utf-8"))
-        if limit < 0:
+def within(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The first `limit` bytes of UTF-8 of the texts; the last one is cut at a character."""
+    for text in texts:
+        encoded = text.encode("utf-8")
+        if len(encoded) >= limit:
+            yield encoded[:limit].decode("utf-8", errors="ignore")
             return
-        yield document
+        limit -= len(encoded)
+        yield text
 
 
 def _from_hub(name: str) -> Path:

@@ -221,6 +221,7 @@ def _fit(
                     precision=precision,
                     gradient_checkpointing=checkpointing,
                     world_size=place.world_size,
+                    on_cpu=place.is_cpu,
                 )
             tried.append((checkpointing, batch, memory))
             if memory is None or available is None or memory.total <= FILL * available:

@@ -83,13 +83,16 @@ def estimate(
     if gradient_checkpointing:
         # Each layer keeps its input alone, and all of it is computed again on the way back.
         kept, inside = shape.layers * tokens * FP32 * shape.hidden, inside + layer
+        cast = weights_per_layer(shape) + shape.vocab * shape.hidden
     else:
         kept = shape.layers * layer
+        # Autocast casts each weight matrix once a forward pass, and backward needs the cast.
+        cast = shape.layers * weights_per_layer(shape) + shape.vocab * shape.hidden
     # By the time the layers' own gradients are made, the logits and what led to them are gone.
     ends = tokens * _ends(shape, compute, on_cpu=on_cpu)
     return Memory(
         parameters=FP32 * count,
-        autocast_copies=HALF * _multiplied(shape) if compute == HALF else 0,
+        autocast_copies=HALF * cast if compute == HALF else 0,
         gradients=FP32 * count,
         optimizer=2 * FP32 * count,
         activations=kept + max(ends, inside - logits),
@@ -97,11 +100,6 @@ def estimate(
         ddp_buckets=FP32 * count if world_size > 1 else 0,
         framework=_framework(world_size, on_cpu=on_cpu),
     )
-
-
-def _multiplied(shape: Shape) -> int:
-    """Elements of the weight matrices: autocast casts each once a forward pass, and keeps it for backward."""
-    return shape.layers * weights_per_layer(shape) + shape.vocab * shape.hidden
 
 
 def _layer(shape: Shape, compute: int, block_size: int, *, on_cpu: bool) -> int:
@@ -153,7 +151,7 @@ def _gated_projections(shape: Shape, compute: int) -> int:
 
 
 def _gradients_inside(shape: Shape, compute: int) -> int:
-    """Bytes for each token at most alive inside one layer's backward: in the MLP, and the residual stream's."""
+    """Bytes for each token at most alive inside one layer's backward: the MLP's and the residual stream's."""
     return (2 if shape.gated else 1) * compute * shape.intermediate + FP32 * shape.hidden
 
 

@@ -100,15 +100,24 @@ def _sets(line: str, key: str) -> bool:
 
 
 def _find(text: str, path: list[str]) -> Iterator[int]:
-    """The line of each node on a dotted path; JSON is YAML, so one parser finds both."""
+    """The line at a dotted path, or every line inside the section that stands there.
+
+    JSON is YAML, so one parser reads both.
+    """
     node = yaml.compose(text, Loader=yaml.CSafeLoader)
-    line: int | None = None
+    line = 1
     for part in path:
-        if not isinstance(node, yaml.MappingNode):
-            return
-        match = next(((key, value) for key, value in node.value if key.value == part), None)
+        entries = node.value if isinstance(node, yaml.MappingNode) else ()
+        match = next(((key, value) for key, value in entries if key.value == part), None)
         if match is None:
             return
         line, node = match[0].start_mark.line + 1, match[1]
-    if line is not None:
+    yield from _leaves(node, line)
+
+
+def _leaves(node: yaml.Node | None, line: int) -> Iterator[int]:
+    if not isinstance(node, yaml.MappingNode) or not node.value:
         yield line
+        return
+    for key, value in node.value:
+        yield from _leaves(value, key.start_mark.line + 1)

@@ -181,6 +181,22 @@ def _value(run: RunConfig, key: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def check_not_shortened(directory: RunDirectory, steps: int | None) -> None:
+    """Raise RunDirectoryError if a run that was planned for more than `steps` steps would be cut short.
+
+    Its learning rate has followed the longer schedule; growing is allowed.
+    """
+    if not directory.orders.is_file():
+        return
+    before = directory.read_orders().plan.steps
+    if before is not None and steps is not None and steps < before:
+        raise RunDirectoryError(
+            f"run {directory.root.name!r} was planned for {before:,} steps, and {steps:,} are asked for now",
+            directory=directory.root,
+            hint="a run may grow but not shrink: give the shorter one another name",
+        )
+
+
 def check_writable(folder: Path) -> None:
     """Raise RequestError unless something can be made in `folder`, or in the nearest folder that exists.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ from pathlib import Path
 
 from launcher.config.schema import RunConfig, TokenizerFromCorpus
 from launcher.data.prepare import Progress, check_blocks, prepare, resolve_tokenizer
-from launcher.data.store import Store, open_store
+from launcher.data.store import MANIFEST, Store, open_store
 from launcher.data.tokenizers import unfilled
+from launcher.errors import DataError
 from launcher.plan.choose import Blocks
 from launcher.run.assemble import Assembly, Prepared
 
@@ -29,9 +31,15 @@ def prepare_text(draft: Assembly, workers: int, progress: Progress, say: Callabl
             sentence := unfilled(tokenizer, asked.train.vocab_size)
         ):
             say(f"note: {sentence}")
+        finished = set(cache.glob(f"*/{MANIFEST}"))
         folder = prepare(run.data, tokenizer, cache, workers, progress)
         store = open_store(folder)
-        check_blocks(store, run.data.block_size, run.data.packing)
+        try:
+            check_blocks(store, run.data.block_size, run.data.packing)
+        except DataError:
+            if folder / MANIFEST not in finished:
+                shutil.rmtree(folder)
+            raise
     return Prepared(folder, store.vocabulary, _count(store, run))
 
 
@@ -59,6 +67,19 @@ def _nothing_left_on_failure(cache: Path) -> Iterator[Path]:
     try:
         yield cache
     except BaseException:
-        if new and new[-1].exists():
+        if new and new[-1].exists() and not _in_use(cache):
             shutil.rmtree(new[-1])
         raise
+
+
+def _in_use(cache: Path) -> bool:
+    """Whether another command prepares a store in `cache`, or has finished one there since."""
+    if any(cache.glob(f"*/{MANIFEST}")):
+        return True
+    for lock in cache.rglob("*.lock"):
+        with lock.open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False

@@ -143,7 +143,7 @@ def train(
                 flush=True,
             )
     saving.barrier()
-    return RankEnd(rank.number, Outcome.FINISHED, trainer.state.global_step, time.time())
+    return RankEnd(rank.number, Outcome.FINISHED, max(start_step, trainer.state.global_step), time.time())
 
 
 def open_rows(orders: Orders, run: RunConfig) -> tuple[Any, Rows]:

@@ -112,9 +112,15 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("a.jsonl", "jsonl"), ("a.JSON.gz", "jsonl"), ("a.ndjson.zst", "jsonl"), ("a.txt", "text"), ("a", "text"),
-     ("a.jsonl.txt", "text")],
-)  # fmt: skip
+    [
+        ("a.jsonl", "jsonl"),
+        ("a.JSON.gz", "jsonl"),
+        ("a.ndjson.zst", "jsonl"),
+        ("a.txt", "text"),
+        ("a", "text"),
+        ("a.jsonl.txt", "text"),
+    ],
+)
 def test_the_format_goes_by_the_name(name: str, kind: str) -> None:
     assert file_format(SourceFile(f"/x/{name}", 0, ""), Reading()) == kind
     assert file_format(SourceFile(f"/x/{name}", 0, ""), TEXT) == "text"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from launcher.data import tokenizers as module
-from launcher.data.tokenizers import PROBES, Tokenizer, load_tokenizer, train_tokenizer, unfilled
+from launcher.data.tokenizers import PROBES, Tokenizer, load_tokenizer, train_tokenizer, unfilled, within
 from launcher.errors import RequestError
 
 
@@ -189,6 +189,13 @@ def test_training_reads_no_more_than_its_limit(monkeypatch: pytest.MonkeyPatch) 
 
     train_tokenizer(endless(), 300)
     assert len(read) == 12
+
+
+@given(texts=st.lists(st.text(max_size=20)), limit=st.integers(0, 60))
+def test_text_within_a_limit(texts: list[str], limit: int) -> None:
+    whole, kept = "".join(texts), "".join(within(texts, limit))
+    assert whole.startswith(kept)
+    assert limit - 4 < len(kept.encode()) <= limit or kept == whole
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,10 +17,10 @@ from launcher.plan.memory import Memory, estimate
 from launcher.plan.shape import Shape, shape_of
 from launcher.worker.fast import use_tanh_gelu_kernel
 
-MICRO_BATCH, BLOCK_SIZE, VOCAB = 4, 256, 5000
+MICRO_BATCH, BLOCK_SIZE, VOCAB = 4, 256, 2500
 GPT2 = {
     "model_type": "gpt2",
-    "n_layer": 4,
+    "n_layer": 3,
     "n_embd": 128,
     "n_head": 4,
     "vocab_size": VOCAB,
@@ -28,7 +29,7 @@ GPT2 = {
 STILL = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
 LLAMA = {
     "model_type": "llama",
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "hidden_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -36,6 +37,15 @@ LLAMA = {
     "intermediate_size": 352,
     "vocab_size": VOCAB,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are too small to share: with a test on every core, threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def shape(fields: dict[str, Any]) -> Shape:
@@ -55,10 +65,11 @@ def build(fields: dict[str, Any], checkpointing: bool) -> PreTrainedModel:
         AutoConfig.for_model(fields["model_type"], **rest)
     )
     model.loss_type = "ForCausalLM"
+    model.train()
     use_tanh_gelu_kernel(model)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def train_on(model: PreTrainedModel, precision: str) -> None:
@@ -87,23 +98,23 @@ def allocated_at_peak(fields: dict[str, Any], precision: str, checkpointing: boo
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "fields",
-    [GPT2, GPT2 | STILL, LLAMA, LLAMA | {"model_type": "qwen3"}],
-    ids=["gpt2-dropout", "gpt2", "llama", "qwen3"],
+    [GPT2, GPT2 | {"attn_pdrop": 0.0}, GPT2 | STILL, LLAMA, LLAMA | {"model_type": "qwen3"}],
+    ids=["gpt2", "gpt2-residual-dropout", "gpt2-no-dropout", "llama", "qwen3"],
 )
 def test_the_peak_on_a_cpu_is_what_the_profiler_sees(
     fields: dict[str, Any], precision: str, checkpointing: bool
 ) -> None:
     memory = planned(fields, precision, checkpointing, on_cpu=True)
     passing = memory.activations + memory.logits_and_loss + memory.autocast_copies
-    assert passing == pytest.approx(allocated_at_peak(fields, precision, checkpointing), rel=0.03)
+    assert passing == pytest.approx(allocated_at_peak(fields, precision, checkpointing), rel=0.02)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize(
     "fields",
     [
-        GPT2 | STILL | {"n_inner": 4096, "n_layer": 2},
-        LLAMA | {"intermediate_size": 4096, "num_hidden_layers": 2},
+        GPT2 | STILL | {"n_inner": 1024, "n_layer": 2},
+        LLAMA | {"intermediate_size": 1024, "num_hidden_layers": 2},
     ],
     ids=["gpt2", "llama"],
 )

@@ -1,0 +1,118 @@
+"""What tests of whole commands share: a small real run, and the command itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORDS = (
+    *("the", "of", "and", "to", "in", "that", "he", "was", "it", "his", "is", "with"),
+    *("as", "had", "for", "at", "by", "on", "not", "be", "from", "but", "have", "they"),
+)
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder to run commands in."""
+
+    folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """One `launcher` command, to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "launcher", *arguments],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **self.environment, **environment},
+        )
+
+    def train(self, *arguments: str) -> Path:
+        """Train `run.yaml` with overrides, and return its run directory."""
+        done = self.run("train", "run.yaml", *arguments)
+        assert done.returncode == 0, done.stderr
+        name = next((each.removeprefix("name=") for each in arguments if each.startswith("name=")), "small")
+        return self.folder / "runs" / name
+
+    def files(self) -> dict[str, bytes]:
+        """Every file here: path to content."""
+        return {
+            path.relative_to(self.folder).as_posix(): path.read_bytes() if path.is_file() else b""
+            for path in sorted(self.folder.rglob("*"))
+        }
+
+
+def small_run() -> dict[str, Any]:
+    """A run that trains in seconds on a CPU and draws no random masks."""
+    return {
+        "name": "small",
+        "model": {
+            "name": "gpt2",
+            "tokenizer": {"train": {"vocab_size": 300}},
+            "overrides": {
+                "n_layer": 2,
+                "n_head": 2,
+                "n_embd": 32,
+                "n_positions": 64,
+                "resid_pdrop": 0.0,
+                "embd_pdrop": 0.0,
+                "attn_pdrop": 0.0,
+            },
+        },
+        "data": {"train": ["corpus.txt"], "validation": 0.05, "sample_by": "line", "block_size": 64},
+        "train": {"batch_size": 8, "steps": 20, "learning_rate": 1e-3, "log_every": 1, "eval_every": 10},
+        "checkpoint": {"every": 10},
+        "report_to": [],
+    }
+
+
+def sentences(count: int, seed: int = 1) -> Sequence[str]:
+    """Lines of common words, the same for the same seed."""
+    state = seed
+    lines = []
+    for _ in range(count):
+        words = []
+        for _ in range(12):
+            state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+            words.append(WORDS[(state >> 33) % len(WORDS)])
+        lines.append(" ".join(words))
+    return lines
+
+
+def write_json(file: Path, value: object) -> None:
+    """JSON is YAML: what tests write as configurations."""
+    file.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(directory: Path) -> dict[tuple[int, str], float]:
+    """(step, loss or eval_loss) to its value."""
+    return {
+        (line["step"], name): line[name]
+        for line in metrics(directory)
+        for name in ("loss", "eval_loss")
+        if name in line
+    }
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Workplace:
+    """A folder with `run.yaml`, its corpus, and a cluster of two ranks on the CPU."""
+    (tmp_path / "corpus.txt").write_text("\n".join(sentences(2000)) + "\n", encoding="utf-8")
+    write_json(tmp_path / "run.yaml", small_run())
+    write_json(tmp_path / "two.yaml", {"name": "two", "gpu": "cpu", "gpus_per_node": 2})
+    return Workplace(tmp_path)
