@@ -3,16 +3,20 @@ help is quick."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+# pydantic would look through every installed package for plugins at each start; launcher uses none.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
-from launcher import __version__, console
-from launcher.errors import Interrupted, LauncherError, RequestError
+import typer  # noqa: E402
+
+from launcher import __version__, console  # noqa: E402
+from launcher.errors import Interrupted, LauncherError, RequestError  # noqa: E402
 
 if TYPE_CHECKING:
     from launcher.run.assemble import Assembly, Prepared
@@ -37,7 +41,7 @@ app.add_typer(checkpoint, name="checkpoint")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN", help="The run.yaml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=100.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.steps=100.")
 ]
 ClusterFile = Annotated[
     Path | None,
@@ -62,7 +66,7 @@ def options(
 
 @app.command(epilog="Example: launcher init run.yaml --preset gpt2-medium")
 def init(
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The file to write.")] = Path("run.yaml"),
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = Path("run.yaml"),
     preset: Annotated[str, typer.Option("--preset", help="The model to start from.")] = "gpt2",
     cluster: Annotated[bool, typer.Option("--cluster", help="Write a starter cluster.yaml instead.")] = False,
 ) -> None:

@@ -1,6 +1,6 @@
 """The launcher against a bare PyTorch loop, same shape, world and precision, on this machine's CPU.
 
-    ./scripts/bench_cpu [--rounds 3] [--write]
+    ./scripts/bench_cpu [--rounds 5] [--write]
 
 Both train the same GPT-2 shape on the Python standard library's source with two ranks over gloo, in
 turn, and the ratio of their tokens per second is printed for each round. `--write` keeps the result in
@@ -22,16 +22,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
-SHAPE = {"layers": 4, "heads": 4, "width": 256, "block_size": 256, "micro_batch": 8, "accumulation": 2}
+SHAPE = {"layers": 4, "heads": 4, "width": 256, "block_size": 256, "micro_batch": 8, "accumulation": 1}
 VOCABULARY = 4096
-STEPS, WARM = 40, 10
+STEPS, WARM = 25, 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="keep the result in docs/benchmarks/cpu.md")
     asked = parser.parse_args()
     threads = max(1, len(os.sched_getaffinity(0)) // RANKS)

@@ -35,7 +35,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
 }
 ENGINES: Final = frozenset({"torch", "transformers", "accelerate", "deepspeed", "datasets"})
 SLOW_TO_LOAD: Final = ENGINES | {"numpy", "fsspec"}
-MAY_READ_ENVIRONMENT: Final = ("config/load.py", "run/", "worker/__main__.py", "console.py")
+MAY_READ_ENVIRONMENT: Final = ("config/load.py", "run/", "worker/__main__.py", "console.py", "cli.py")
 MOST_LINES: Final = 450
 
 

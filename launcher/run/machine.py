@@ -61,13 +61,11 @@ class Machine:
 
 def find_machine() -> Machine:
     """Look at this machine. Raises MachineError where its GPUs cannot be read or are wrongly selected."""
-    import psutil
-
     gpus, driver = _find_gpus()
     return Machine(
         hostname=socket.gethostname(),
         cores=_cores(),
-        memory=psutil.virtual_memory().total,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=visible(gpus, os.environ.get(VISIBLE)),
         driver=driver,
     )

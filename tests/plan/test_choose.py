@@ -1,0 +1,276 @@
+"""The plan against what the configuration asks, and its choices against every other there was."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.config.presets import PRESETS
+from launcher.config.schema import RunConfig
+from launcher.errors import MachineError, RequestError
+from launcher.plan.choose import CPU_TOKENS, FILL, GPU_TOKENS, Blocks, Every, Place, Plan, make_plan
+from launcher.plan.hardware import CATALOGUE, find_gpu
+from launcher.plan.memory import estimate
+from launcher.plan.shape import Shape, shape_of
+
+SMALL = st.integers(1, 12)
+GPUS = tuple(name for name in CATALOGUE if name != "cpu")
+BLOCKS = Blocks(train=1000, train_tokens=64_000, validation=10)
+
+
+def shape(preset: str = "gpt2") -> Shape:
+    found = shape_of(PRESETS[preset].config())
+    assert found is not None
+    return found
+
+
+def asked(**keys: Any) -> RunConfig:
+    """A run with the keys of `train` given here; `data`, `model` and `checkpoint` as sections."""
+    sections = {name: keys.pop(name, {}) for name in ("data", "model", "checkpoint")}
+    return RunConfig.model_validate(
+        {
+            "name": "run",
+            "model": {"name": "gpt2", **sections["model"]},
+            "data": {"train": ["text"], **sections["data"]},
+            "train": {
+                "batch_size": 8,
+                **({} if {"tokens", "epochs"} & keys.keys() else {"steps": 100}),
+                **keys,
+            },
+            "checkpoint": sections["checkpoint"],
+        }
+    )
+
+
+def on(gpu: str = "cpu", ranks: int = 1, *, nodes: int = 1, memory: int | None = None) -> Place:
+    return Place("here", nodes, ranks, find_gpu(gpu), cores=8, memory=memory)
+
+
+def planned(
+    run: RunConfig,
+    place: Place,
+    *,
+    shape: Shape | None = None,
+    positions: int | None = None,
+    blocks: Blocks | None = None,
+) -> Plan:
+    return make_plan(run, place, shape=shape, positions=positions, blocks=blocks)
+
+
+@given(
+    micro=SMALL,
+    accumulation=SMALL,
+    ranks=SMALL,
+    nodes=st.integers(1, 4),
+    gpu=st.sampled_from(sorted(CATALOGUE)),
+    fixed=st.booleans(),
+)
+def test_every_plan_multiplies_out(
+    micro: int, accumulation: int, ranks: int, nodes: int, gpu: str, fixed: bool
+) -> None:
+    size = micro * accumulation * ranks * nodes
+    run = asked(batch_size=size, micro_batch=micro if fixed else "auto", data={"block_size": 128})
+    plan = planned(run, on(gpu, ranks, nodes=nodes), shape=shape())
+    batch = plan.batch
+    assert batch.micro_batch * batch.accumulation * batch.world_size == batch.batch_size == size
+    assert batch.world_size == plan.nodes * plan.ranks_per_node == ranks * nodes
+    assert not fixed or batch.micro_batch == micro
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_auto_precision_is_what_the_generation_has(gpu: str) -> None:
+    before_ampere = gpu.startswith(("t4", "v100"))
+    assert planned(asked(), on(gpu)).precision == ("fp16" if before_ampere else "bf16")
+    assert planned(asked(precision="fp32"), on(gpu)).precision == "fp32"
+    if before_ampere:
+        with pytest.raises(MachineError, match=f"bf16 is not supported by {gpu}"):
+            planned(asked(precision="bf16"), on(gpu))
+
+
+def test_precision_on_a_cpu() -> None:
+    assert planned(asked(), on()).precision == "fp32"
+    assert planned(asked(precision="bf16"), on()).precision == "bf16"
+    with pytest.raises(MachineError, match="fp16 needs a GPU"):
+        planned(asked(precision="fp16"), on())
+
+
+@given(
+    share=st.sampled_from((1, 6, 16, 48, 64)),
+    gpu=st.sampled_from(("t4-16gb", "v100-sxm-32gb", "rtx-4090-24gb", "a100-sxm-40gb", "h100-sxm-80gb")),
+    preset=st.sampled_from(sorted(PRESETS)),
+    block_size=st.sampled_from((128, 1000, 1024)),
+    checkpointing=st.sampled_from(("auto", True, False)),
+    ranks=st.sampled_from((1, 8)),
+)
+def test_nothing_better_would_have_fitted(
+    share: int, gpu: str, preset: str, block_size: int, checkpointing: bool | str, ranks: int
+) -> None:
+    place, model = on(gpu, ranks), shape(preset)
+    run = asked(
+        batch_size=share * ranks, gradient_checkpointing=checkpointing, data={"block_size": block_size}
+    )
+
+    def fits(micro: int, *, checkpointing: bool) -> bool:
+        needed = estimate(
+            model,
+            micro_batch=micro,
+            block_size=block_size,
+            precision="fp16" if gpu[0] in "tv" else "bf16",
+            gradient_checkpointing=checkpointing,
+            world_size=ranks,
+        )
+        return needed.total <= FILL * (place.gpu.memory or 0)
+
+    sizes = [n for n in range(1, share + 1) if share % n == 0 and n * block_size <= GPU_TOKENS]
+    fitting = {
+        on: [micro for micro in sizes if fits(micro, checkpointing=on)]
+        for on in (False, True)
+        if checkpointing in ("auto", on)
+    }
+    try:
+        plan = planned(run, place, shape=model)
+    except RequestError:
+        assert not any(fitting.values())
+        return
+    if checkpointing == "auto":
+        assert plan.gradient_checkpointing == (not fitting[False]), "only when memory asks for it"
+    else:
+        assert plan.gradient_checkpointing is checkpointing
+    assert plan.batch.micro_batch == max(fitting[plan.gradient_checkpointing])
+    assert plan.memory is not None
+    assert plan.memory_available == place.gpu.memory
+    assert sum(plan.memory.values()) <= FILL * (place.gpu.memory or 0)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_to_do() -> None:
+    large = replace(shape("gpt2-xl"), layers=400)
+    with pytest.raises(RequestError, match=r"does not fit on t4-16gb: about .* GiB") as refused:
+        planned(asked(), on("t4-16gb"), shape=large)
+    assert refused.value.hint is not None
+    for way in ("more memory", "data.block_size", "smaller model", "train.micro_batch=1"):
+        assert way in refused.value.hint
+    tried = planned(asked(micro_batch=1), on("t4-16gb"), shape=large)
+    assert tried.batch.micro_batch == 1, "what is fixed is not refused for memory"
+
+
+@given(micro=st.sampled_from((1, 2, 8)), checkpointing=st.sampled_from(("auto", True, False)))
+def test_a_fixed_micro_batch_is_never_refused_for_memory(micro: int, checkpointing: bool | str) -> None:
+    tiny = Place("here", 1, 1, replace(find_gpu("t4-16gb"), memory=1 << 20))
+    run = asked(micro_batch=micro, gradient_checkpointing=checkpointing)
+    plan = planned(run, tiny, shape=shape())
+    assert plan.batch.micro_batch == micro
+    assert plan.gradient_checkpointing == (checkpointing in ("auto", True)), "auto: what memory asks for"
+
+
+def test_an_unknown_architecture_is_planned_without_an_estimate() -> None:
+    plan = planned(asked(batch_size=512), on("t4-16gb"))
+    assert plan.memory is None
+    assert plan.parameters is None
+    assert plan.gradient_checkpointing is False
+    assert plan.batch.micro_batch == GPU_TOKENS // 1024
+
+
+def test_on_a_cpu_ranks_share_cores_and_memory() -> None:
+    plan = planned(asked(batch_size=512), on(ranks=2, memory=1 << 40), shape=shape())
+    assert plan.threads_per_rank == 4
+    assert plan.memory_available == 1 << 39
+    assert plan.device == "cpu"
+    assert plan.batch.micro_batch == CPU_TOKENS // 1024
+    crowded = planned(asked(batch_size=12, micro_batch=1), on(ranks=12, memory=1 << 40), shape=shape())
+    assert crowded.threads_per_rank == 1
+    assert planned(asked(), on("t4-16gb"), shape=shape()).threads_per_rank is None
+
+
+def test_a_block_over_the_model_s_positions_is_refused() -> None:
+    run = asked(data={"block_size": 1025})
+    with pytest.raises(RequestError, match=r"data\.block_size=1025 is over the 1024 positions") as scratch:
+        planned(run, on(), shape=shape(), positions=1024)
+    assert "model.overrides" in (scratch.value.hint or "")
+    with pytest.raises(RequestError) as pretrained:
+        planned(asked(data={"block_size": 1025}, model={"init": "pretrained"}), on(), positions=1024)
+    assert "model.overrides" not in (pretrained.value.hint or "")
+    assert planned(asked(), on(), shape=shape(), positions=1024).block_size == 1024
+    assert planned(run, on(), positions=None).block_size == 1025
+
+
+@given(
+    batch_size=st.integers(1, 64),
+    block_size=st.integers(1, 2048),
+    tokens=st.integers(1, 10**9),
+    epochs=st.floats(0.01, 20),
+    blocks=st.integers(1, 10**5),
+    warmup=st.floats(0, 0.999) | st.integers(1, 10**4).map(float),
+)
+def test_the_length_is_the_least_that_covers_what_was_asked(
+    batch_size: int, block_size: int, tokens: int, epochs: float, blocks: int, warmup: float
+) -> None:
+    data = {"block_size": block_size}
+    by_tokens = planned(asked(batch_size=batch_size, tokens=tokens, warmup=warmup, data=data), on())
+    assert by_tokens.steps is not None
+    assert by_tokens.tokens is not None
+    assert by_tokens.tokens >= tokens > by_tokens.tokens - batch_size * block_size
+    assert by_tokens.warmup_steps is not None
+    assert 0 <= by_tokens.warmup_steps <= by_tokens.steps
+    if warmup < 1:
+        assert abs(by_tokens.warmup_steps - warmup * by_tokens.steps) <= 0.5
+    else:
+        assert by_tokens.warmup_steps == min(warmup, by_tokens.steps)
+
+    text = Blocks(blocks, blocks * block_size, 0)
+    by_epochs = planned(asked(batch_size=batch_size, epochs=epochs, data=data), on(), blocks=text)
+    assert by_epochs.steps is not None
+    assert by_epochs.epochs is not None
+    assert by_epochs.epochs >= epochs * (1 - 1e-12)
+    assert by_epochs.steps == 1 or (by_epochs.steps - 1) * batch_size < epochs * blocks
+
+
+def test_steps_are_open_until_the_text_is_prepared() -> None:
+    before = planned(asked(epochs=2.5), on())
+    assert (before.steps, before.warmup_steps, before.tokens, before.epochs) == (None, None, None, None)
+    after = planned(asked(epochs=2.5), on(), blocks=BLOCKS)
+    assert after.steps == math.ceil(2.5 * 1000 / 8) == 313
+    assert after.epochs == pytest.approx(313 * 8 / 1000)
+
+
+def test_evaluation_is_never_without_validation_text() -> None:
+    held: dict[str, Any] = {"validation": 0}
+    assert planned(asked(data=held), on()).eval_every == Every()
+    assert planned(asked(), on(), blocks=replace(BLOCKS, validation=0)).eval_every == Every()
+    assert planned(asked(), on(), blocks=BLOCKS).eval_every == Every(steps=500)
+    assert planned(asked(data={"validation": ["held.txt"]}), on()).eval_every == Every(steps=500)
+
+
+def test_how_often_is_in_steps_or_in_seconds() -> None:
+    plan = planned(asked(eval_every="30min", checkpoint={"every": 7}), on())
+    assert plan.eval_every == Every(seconds=1800.0)
+    assert plan.checkpoint_every == Every(steps=7)
+
+
+@given(
+    gpu=st.sampled_from(("cpu", "t4-16gb", "h100-sxm-80gb")),
+    length=st.sampled_from(("steps", "tokens", "epochs")),
+    known=st.booleans(),
+    blocks=st.none() | st.just(BLOCKS),
+    every=st.sampled_from((10, "5min")),
+)
+def test_a_plan_survives_the_journey_through_json(
+    gpu: str, length: str, known: bool, blocks: Blocks | None, every: int | str
+) -> None:
+    run = asked(**{length: 5}, eval_every=every)
+    plan = planned(run, on(gpu), shape=shape() if known else None, blocks=blocks)
+    assert Plan.from_dict(plan.as_dict()) == plan
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+
+
+def test_what_is_not_a_plan_is_not_taken_for_one() -> None:
+    fields = planned(asked(), on()).as_dict()
+    with pytest.raises(TypeError):
+        Plan.from_dict({**fields, "unheard_of": 1})
+    with pytest.raises(KeyError):
+        Plan.from_dict({name: value for name, value in fields.items() if name != "batch"})
