@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 # pydantic would look through every installed package for plugins at each start; launcher uses none.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
-import typer  # noqa: E402
+import typer
 
-from launcher import __version__, console  # noqa: E402
-from launcher.errors import Interrupted, LauncherError, RequestError  # noqa: E402
+from launcher import __version__, console
+from launcher.errors import Interrupted, LauncherError, RequestError
 
 if TYPE_CHECKING:
     from launcher.run.assemble import Assembly, Prepared
