@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from launcher.config.schema import RunConfig
+from launcher.plan.choose import Blocks, Every, Place, Plan, make_plan
+from launcher.plan.hardware import find_gpu
+from launcher.render.table import asked_rows, becomes_rows
+
+
+def asked(**length: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "run",
+            "model": {"name": "gpt2-medium"},
+            "data": {"train": ["text"], "block_size": 64, "packing": "concat"},
+            "train": {"batch_size": 1024, "learning_rate": 3e-4, **length},
+        }
+    )
+
+
+def planned(run: RunConfig, *, nodes: int = 1, blocks: Blocks | None = None) -> Plan:
+    place = Place("lab", nodes, 2, find_gpu("a100-sxm-80gb"))
+    return make_plan(run, place, shape=None, positions=None, blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [
+        ({"tokens": 10_000_000_000}, "10,000,000,000 tokens"),
+        ({"steps": 2000}, "2,000 steps"),
+        ({"epochs": 1.5}, "1.5 epochs"),
+    ],
+)
+def test_what_was_asked_is_said_as_it_was_asked(length: dict[str, float], said: str) -> None:
+    rows = dict(asked_rows(asked(**length)))
+    assert rows == {
+        "model": "gpt2-medium, scratch",
+        "batch": "1,024 sequences of 64 tokens (concat)",
+        "length": said,
+        "learning rate": "0.0003, cosine",
+    }
+
+
+def test_what_it_becomes() -> None:
+    plan = planned(asked(steps=2000), blocks=Blocks(4096, 4096 * 64, 10))
+    assert dict(becomes_rows(plan)) == {
+        "on": "lab: 2 x a100-sxm-80gb",
+        "strategy": "ddp, bf16",
+        "batch": "1024 = micro-batch 512 x accumulation 1 x 2 ranks",
+        "gradient checkpointing": "off",
+        "steps": "2,000, the first 40 warming up",
+        "tokens": "131,072,000 (500.00 epochs)",
+        "evaluate": "every 500 steps",
+        "checkpoint": "every 15 min",
+    }
+
+
+def test_what_is_not_known_yet_and_what_is_not_done() -> None:
+    plan = replace(
+        planned(asked(epochs=2), nodes=4), eval_every=Every(), checkpoint_every=Every(steps=1), compile=True
+    )
+    rows = dict(becomes_rows(replace(plan, parameters=124_439_808, gradient_checkpointing=True)))
+    assert rows["on"] == "lab: 4 x 2 x a100-sxm-80gb"
+    assert rows["strategy"] == "ddp, bf16, compiled"
+    assert rows["gradient checkpointing"] == "on"
+    assert rows["parameters"] == "124,439,808"
+    assert "launcher data prepare" in rows["steps"]
+    assert "tokens" not in rows
+    assert rows["evaluate"] == "never"
+    assert rows["checkpoint"] == "every 1 step"
