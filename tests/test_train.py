@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -219,6 +220,17 @@ def test_padded_documents_train_the_same_on_any_world_and_learn_to_stop(mine: Wo
         assert last["eval_loss"] == pytest.approx(total / count, abs=1e-4)
         assert last["eval_accuracy"] == pytest.approx(right / count, abs=1e-6)
     assert metrics(one)[-2]["tokens"] == metrics(two)[-2]["tokens"]
+
+
+def test_durations_are_agreed_on_and_act_once(workplace: Workplace) -> None:
+    directory = workplace.train(
+        "train.steps=400", "train.eval_every=1s", "checkpoint={every: 2s, keep: 9}", "--cluster", "two.yaml"
+    )
+    evaluations = [step for step, name in losses(directory) if name == "eval_loss"]
+    assert evaluations[-1] == 400
+    assert len(evaluations) > 1
+    assert all(later - earlier > 1 for earlier, later in itertools.pairwise(evaluations[:-1]))
+    assert len(list((directory / "checkpoints").iterdir())) >= 1
 
 
 def test_early_stopping_keeps_the_best(workplace: Workplace) -> None:

@@ -81,9 +81,7 @@ class Cadence(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         step, last = state.global_step, state.global_step == self._plan.steps
-        agreed = self._agreement.step(self._wishes())
-        if last:
-            self._agreement.settle()
+        agreed = self._agreement.settle()
         self.stopped = agreed.stop and not last
         evaluates = self._plan.eval_every != Every()
         if agreed.evaluate or _falls_on(self._plan.eval_every, step) or (last and evaluates):
@@ -94,7 +92,15 @@ class Cadence(TrainerCallback):
             self._saving_clock.restart()
         control.should_log |= last or self.stopped
         control.should_training_stop |= self.stopped
+        if not (last or self.stopped):
+            # Only now: a clock that was just restarted must not ask again.
+            self._agreement.propose(self._wishes())
         return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._agreement.settle()
 
     def on_evaluate(
         self,

@@ -45,24 +45,22 @@ class Wishes:
 
 
 class Agreement:
-    """Wishes in at each step, the agreed ones of the step before out."""
+    """Each step: settle what was proposed at the step before, act on it, then propose anew."""
 
     def __init__(self, world_size: int) -> None:
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
 
-    def step(self, mine: Wishes) -> Wishes:
-        """Put this rank's wishes in; get what all ranks agreed on from those of the step before."""
-        agreed = self.settle()
+    def propose(self, mine: Wishes) -> None:
+        """Put this rank's wishes in, without waiting for the others'. Call `settle` before the next."""
         flags = torch.tensor([mine.stop, mine.save, mine.evaluate], dtype=torch.int32)
         work = None
         if self._group is not None:
             work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = (flags, work)
-        return agreed
 
     def settle(self) -> Wishes:
-        """Wait for the exchange under way, if any, and return what it agreed on."""
+        """What all ranks agreed on from their last proposals; waits for them. Nothing if there are none."""
         if self._pending is None:
             return Wishes()
         flags, work = self._pending

@@ -15,9 +15,12 @@ from launcher.worker.stop import Agreement, StopSignals, Wishes
 
 def test_alone_a_wish_is_granted_one_step_later() -> None:
     agreement = Agreement(1)
-    assert agreement.step(Wishes(save=True)) == Wishes()
-    assert agreement.step(Wishes()) == Wishes(save=True)
-    assert agreement.step(Wishes(stop=True)) == Wishes()
+    assert agreement.settle() == Wishes()
+    agreement.propose(Wishes(save=True))
+    assert agreement.settle() == Wishes(save=True)
+    agreement.propose(Wishes())
+    assert agreement.settle() == Wishes()
+    agreement.propose(Wishes(stop=True))
     assert agreement.settle() == Wishes(stop=True)
     assert agreement.settle() == Wishes()
 
@@ -28,9 +31,10 @@ def _ask_on_one_rank(rank: int, world: int, folder: str) -> None:
     stopped = None
     for step in range(1, 20):
         time.sleep(0.001 * rank)
-        if agreement.step(Wishes(stop=rank == 1 and step >= 7, evaluate=rank == 0 and step == 3)).stop:
+        if agreement.settle().stop:
             stopped = step
             break
+        agreement.propose(Wishes(stop=rank == 1 and step >= 7, evaluate=rank == 0 and step == 3))
     Path(folder, f"rank-{rank}").write_text(str(stopped))
     dist.destroy_process_group()
 
