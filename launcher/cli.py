@@ -95,10 +95,14 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what will happen, without doing it."""
-    from launcher.run.assemble import rendered_files
-    from launcher.run.directory import RunDirectory, write_files
+    from launcher.run.assemble import assemble, earlier, rendered_files
+    from launcher.run.directory import RunDirectory, run_directory, write_files
 
     assembly = _assemble(run, overrides, cluster)
+    if assembly.plan.steps is None and (
+        before := earlier(run_directory(assembly.run.config), assembly.run.config)
+    ):
+        assembly = assemble(assembly.run, assembly.cluster, assembly.machine, before)
     if write is not None:
         files = rendered_files(assembly, RunDirectory(write.absolute()), None)
         try:
@@ -119,10 +123,10 @@ def train(
 ) -> None:
     """Prepare the text if needed, then train here; the same command again resumes."""
     from launcher.run.assemble import assemble, write_run
-    from launcher.run.directory import check_not_shortened, check_same_run, run_directory
+    from launcher.run.directory import check_goes_on, check_same_run, run_directory
     from launcher.run.environment import describe_environment
     from launcher.run.preflight import check_launch
-    from launcher.run.supervise import is_finished, supervise
+    from launcher.run.supervise import is_finished, only_supervisor, supervise
 
     draft = _assemble(run, overrides, cluster)
     directory = run_directory(draft.run.config)
@@ -130,18 +134,20 @@ def train(
     check_same_run(directory, draft.run.config)
     prepared = _prepare(draft, workers)
     final = assemble(draft.run, draft.cluster, draft.machine, prepared)
-    check_not_shortened(directory, final.plan.steps)
     _show_plan(final, stream_of_answer=False)
-    if is_finished(directory, final.plan.steps):
-        console.say(f"run {final.plan.name} is finished; its model is in {directory.model}")
-        return
-    write_run(final, directory, prepared, describe_environment(final.machine, Path.cwd()))
-    step = supervise(
-        directory,
-        world_size=final.plan.batch.world_size,
-        steps=final.plan.steps,
-        environment=final.cluster.config.env,
-    )
+    with only_supervisor(directory):
+        check_same_run(directory, final.run.config)
+        check_goes_on(directory, final.plan.steps, prepared.store)
+        if is_finished(directory, final.plan.steps):
+            console.say(f"run {final.plan.name} is finished; its model is in {directory.model}")
+            return
+        write_run(final, directory, prepared, describe_environment(final.machine, Path.cwd()))
+        step = supervise(
+            directory,
+            world_size=final.plan.batch.world_size,
+            steps=final.plan.steps,
+            environment=final.cluster.config.env,
+        )
     console.say(f"finished at step {step}; the model is in {directory.model}")
     console.say(f"next: launcher generate {directory.root}")
 
@@ -230,7 +236,7 @@ def data_prepare(
     from launcher.run.directory import check_writable, run_directory
 
     draft = _assemble(run, overrides, None)
-    check_writable(run_directory(draft.run.config).root)
+    check_writable(run_directory(draft.run.config).root, "output_dir")
     prepared = _prepare(draft, workers)
     if as_json:
         console.answer_json({"store": str(prepared.store), "vocabulary": prepared.vocabulary})

@@ -14,8 +14,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 
@@ -24,10 +24,19 @@ class LauncherError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, key: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.key = key
+        """The dotted key whose value is at fault, where one is."""
+
+    def place(self, origins: Mapping[str, str]) -> None:
+        """Say where the key was set, now that `origins` (dotted key to place) is at hand."""
+        origin = origins.get(self.key) if self.key else None
+        if origin is not None and origin != "default":
+            self.message += f" ({origin})"
+            self.key = None
 
 
 class RequestError(LauncherError):
@@ -63,6 +72,12 @@ class ConfigError(RequestError):
         super().__init__("\n".join(str(fault) for fault in faults))
         self.faults = tuple(faults)
 
+    def place(self, origins: Mapping[str, str]) -> None:
+        """Say where each fault that has no place yet was set."""
+        self.faults = tuple(
+            fault if fault.place else replace(fault, place=origins.get(fault.path)) for fault in self.faults
+        )
+
 
 class DataError(RequestError):
     """Something wrong in the text, with its place.
@@ -78,12 +93,13 @@ class DataError(RequestError):
         line: int | None = None,
         offset: int | None = None,
         hint: str | None = None,
+        key: str | None = None,
     ) -> None:
         place = ""
         if file is not None:
             place = str(file) + (f":{line}" if line is not None else "")
             place += f", byte {offset}" if offset is not None else ""
-        super().__init__(f"{place}: {message}" if place else message, hint=hint)
+        super().__init__(f"{place}: {message}" if place else message, hint=hint, key=key)
         self.reason = message
         self.file = file
         self.line = line

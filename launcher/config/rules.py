@@ -214,8 +214,12 @@ def env_holds_no_secret(env: Mapping[str, str]) -> Iterator[Fault]:
                 "it looks like a secret, and this file is copied to the run directory",
                 hint=f"export {name} in the shell that starts launcher",
             )
-        elif not name or "=" in name or "\0" in name:
-            yield Fault(f"env.{name}", "this cannot be the name of an environment variable")
+        elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            yield Fault(
+                f"env.{name}",
+                "this cannot be the name of an environment variable",
+                hint="letters, digits and underscores, not starting with a digit",
+            )
 
 
 RUN_RULES = (

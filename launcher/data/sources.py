@@ -75,12 +75,12 @@ def list_files(patterns: Sequence[str]) -> list[SourceFile]:
     As in a shell, a wildcard does not match a leading dot. Raises DataError for a pattern that
     matches no file, and RequestError for a URL.
     """
-    found: dict[str, SourceFile] = {}
+    found: dict[Path, SourceFile] = {}
     for pattern in patterns:
         for path in _matches(pattern):
-            if path not in found:
-                found[path] = SourceFile(path, *_mark(path))
-    return [found[path] for path in sorted(found)]
+            # Links are followed to tell the same file, but it is read by the name it was given.
+            found.setdefault(Path(path).resolve(), SourceFile(path, *_mark(path)))
+    return sorted(found.values(), key=lambda file: file.path)
 
 
 def _matches(pattern: str) -> Iterator[str]:
@@ -90,10 +90,11 @@ def _matches(pattern: str) -> Iterator[str]:
     if literal.is_dir():
         raise DataError(f"{pattern} is a folder", hint=f"to read every file in it: {literal / '**'}")
     names = [str(literal)] if literal.is_file() else FILES.glob(str(literal))
-    files = [str(Path(name).resolve()) for name in names if Path(name).is_file()]
+    files = [str(Path(name).absolute()) for name in names if Path(name).is_file()]
     files = [file for file in files if not _hidden(file, pattern)]
     if not files:
-        raise DataError(f"no file matches {pattern}", hint=f"check the path, from {Path.cwd()}")
+        hint = f"check the path, from {Path.cwd()}"
+        raise DataError(f"no file matches {pattern}", hint=hint, key="data.train")
     yield from files
 
 

@@ -35,6 +35,7 @@ def splits(batch_size: int, world_size: int, micro_batch: int | None, largest: i
             _refusal(batch_size, world_size, micro_batch),
             hint=f"{_nearest_batches(batch_size, unit)}; or "
             + _nearest_worlds(batch_size, world_size, micro_batch),
+            key="train.batch_size",
         )
     share = batch_size // world_size
     sizes = [micro_batch] if micro_batch else [size for size in _divisors(share) if size <= max(1, largest)]

@@ -141,6 +141,7 @@ def make_plan(
             f"data.block_size={data.block_size} is over the {positions} positions of model {run.model.name}",
             hint=f"set data.block_size to at most {positions}"
             + (", or raise the model's own limit in model.overrides" if run.model.init == "scratch" else ""),
+            key="data.block_size",
         )
     precision = _precision(run, place)
     checkpointing, batch, memory = _fit(run, place, shape, precision)
@@ -153,6 +154,12 @@ def make_plan(
         blocks=None if blocks is None else blocks.train,
     )
     evaluates = data.validation not in (0, []) and (blocks is None or blocks.validation > 0)
+    if train.early_stopping is not None and not evaluates:
+        raise RequestError(
+            "train.early_stopping needs evaluations, and the validation text has not one block",
+            hint="raise data.validation, or name validation files",
+            key="train.early_stopping",
+        )
     return Plan(
         name=run.name,
         cluster=place.cluster,
@@ -188,11 +195,13 @@ def _precision(run: RunConfig, place: Place) -> str:
         raise MachineError(
             "train.precision=fp16 needs a GPU, and this run is planned on a CPU",
             hint="use train.precision=auto, bf16 or fp32",
+            key="train.precision",
         )
     if asked == "bf16" and not place.gpu.supports_bf16:
         raise MachineError(
             f"train.precision=bf16 is not supported by {place.gpu.name}",
             hint="use train.precision=auto or fp16",
+            key="train.precision",
         )
     return asked
 

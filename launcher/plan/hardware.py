@@ -52,11 +52,6 @@ class GPU:
         """Ampere (8.0) brought bf16 to the tensor cores; on a CPU PyTorch computes it."""
         return self.capability is None or self.capability >= (8, 0)
 
-    @property
-    def supports_fp16(self) -> bool:
-        """Whether fp16 autocast is worth having: on a CPU it is not trained in."""
-        return self.capability is not None
-
     def peak_flops(self, precision: str) -> float | None:
         """Peak FLOP/s under `precision`: bf16, fp16 or fp32; None where it is not known.
 

@@ -21,8 +21,8 @@ class Orders:
     """The plan and where its inputs are.
 
     `model` is the transformers config of the model to build, `weights` the folder or Hub id its
-    weights come from (None: from scratch), `store` the token store's folder (None: not prepared yet),
-    `configuration` the hash of the configuration this was planned from.
+    weights come from (None: from scratch), `store` the token store's folder and `vocabulary` the size of its
+    tokenizer (None: not prepared yet), `configuration` the hash of the configuration this was planned from.
     """
 
     launcher: str
@@ -31,6 +31,7 @@ class Orders:
     model: Mapping[str, Any]
     weights: str | None
     store: str | None
+    vocabulary: int | None
 
 
 def format_orders(orders: Orders) -> str:
@@ -43,6 +44,7 @@ def format_orders(orders: Orders) -> str:
         "model": dict(orders.model),
         "weights": orders.weights,
         "store": orders.store,
+        "vocabulary": orders.vocabulary,
     }
     return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 

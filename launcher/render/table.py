@@ -45,7 +45,7 @@ def becomes_rows(plan: Plan) -> Rows:
     if plan.parameters is not None:
         rows.append(("parameters", f"{plan.parameters:,}"))
     if plan.steps is None:
-        rows.append(("steps", "known once the text is prepared: `launcher data prepare RUN`"))
+        rows.append(("steps", "known once `launcher train` has prepared the text"))
     else:
         rows.append(("steps", f"{plan.steps:,}, the first {plan.warmup_steps:,} warming up"))
         rows.append(

@@ -12,7 +12,7 @@ from launcher import __version__
 from launcher.config.load import Loaded, dump
 from launcher.config.models import ModelSource, find_model
 from launcher.config.schema import ClusterConfig, RunConfig, TokenizerFromCorpus
-from launcher.errors import MachineError, RunDirectoryError
+from launcher.errors import LauncherError, MachineError, RequestError, RunDirectoryError
 from launcher.plan.choose import Blocks, Place, Plan, make_plan
 from launcher.plan.hardware import find_gpu
 from launcher.plan.orders import Orders, format_orders
@@ -52,6 +52,16 @@ def assemble(
     Without `prepared` the vocabulary is the tokenizer's announced size, and the length of a run
     measured in epochs stays open.
     """
+    try:
+        return _assemble(run, cluster, machine, prepared)
+    except LauncherError as error:
+        error.place(run.origins)
+        raise
+
+
+def _assemble(
+    run: Loaded[RunConfig], cluster: Loaded[ClusterConfig], machine: Machine, prepared: Prepared | None
+) -> Assembly:
     model = find_model(run.config.model)
     place = find_place(cluster.config, machine)
     vocabulary = prepared.vocabulary if prepared else _announced_vocabulary(model)
@@ -80,11 +90,18 @@ def _announced_vocabulary(model: ModelSource) -> int | None:
     file = Path(model.tokenizer, "tokenizer.json")
     if model.kind == "folder" or not file.is_file():
         return None
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    # A mapping of token to id for BPE and WordPiece; pairs of token and score for Unigram.
-    entries = tokenizer["model"]["vocab"]
-    tokens = set(entries) if isinstance(entries, dict) else {token for token, _ in entries}
-    return len(tokens | {added["content"] for added in tokenizer["added_tokens"]})
+    try:
+        tokenizer = json.loads(file.read_text(encoding="utf-8"))
+        # A mapping of token to id for BPE and WordPiece; pairs of token and score for Unigram.
+        entries = tokenizer["model"]["vocab"]
+        tokens = set(entries) if isinstance(entries, dict) else {token for token, _ in entries}
+        return len(tokens | {added["content"] for added in tokenizer["added_tokens"]})
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{file} is not a tokenizer: {type(error).__name__}: {error}",
+            hint="save it again with save_pretrained",
+            key="model.tokenizer",
+        ) from error
 
 
 def _positions(config: Mapping[str, object]) -> int | None:
@@ -124,6 +141,7 @@ def rendered_files(assembly: Assembly, directory: RunDirectory, prepared: Prepar
         model=assembly.model.config,
         weights=weights,
         store=str(prepared.store) if prepared else None,
+        vocabulary=prepared.vocabulary if prepared else None,
     )
     return {
         directory.config: dump(assembly.run.config),
@@ -156,12 +174,13 @@ def store_folder(given: Path) -> Path:
     return Path(store)
 
 
-def earlier_blocks(directory: RunDirectory, run: RunConfig) -> Blocks | None:
-    """What the text holds, where this very run was prepared before."""
+def earlier(directory: RunDirectory, run: RunConfig) -> Prepared | None:
+    """What a run of this very configuration was prepared with before."""
     if not directory.orders.is_file():
         return None
-    try:
-        orders = directory.read_orders()
-    except (json.JSONDecodeError, KeyError, TypeError):
+    orders = directory.read_orders()
+    if orders.configuration != configuration_hash(run) or orders.store is None:
         return None
-    return orders.plan.blocks if orders.configuration == configuration_hash(run) else None
+    assert orders.vocabulary is not None
+    assert orders.plan.blocks is not None
+    return Prepared(Path(orders.store), orders.vocabulary, orders.plan.blocks)

@@ -18,6 +18,8 @@ from typing import Any
 
 MANIFEST = "MANIFEST.json"
 VERSION = 1
+FOLDERS = "step-" + 8 * "[0-9]"
+"""What a committed checkpoint's folder is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def commit(temporary: Path, *, step: int, samples: int, world_size: int, created
 
 def committed(checkpoints: Path) -> list[Checkpoint]:
     """Every folder with a readable manifest, oldest step first; not verified."""
-    found = [_read(folder) for folder in checkpoints.glob("step-*")]
+    found = [_read(folder) for folder in checkpoints.glob(FOLDERS)]
     return sorted((checkpoint for checkpoint in found if checkpoint), key=lambda each: each.step)
 
 
@@ -106,7 +108,7 @@ def set_aside_damaged(checkpoints: Path, newer_than: int) -> list[tuple[str, str
     folder's name and what is wrong with it.
     """
     moved = []
-    for folder in sorted(checkpoints.glob("step-*")):
+    for folder in sorted(checkpoints.glob(FOLDERS)):
         if int(folder.name.removeprefix("step-")) <= newer_than:
             continue
         checkpoint = _read(folder)

@@ -19,6 +19,10 @@ MAY_CHANGE = frozenset({"train.steps", "train.tokens", "train.epochs", "output_d
 """Keys that may differ when a run goes on: its length may grow, and its folder may be named otherwise."""
 
 
+LOCKS = frozenset({".lock", ".ranks.lock"})
+"""All there is in a folder that a run has only been given, and not yet been written to."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
     """Paths of one run; nothing here need exist."""
@@ -60,6 +64,16 @@ class RunDirectory:
     @property
     def stop_request(self) -> Path:
         return self.root / "requests" / "stop"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the supervisor while it lives."""
+        return self.root / ".lock"
+
+    @property
+    def ranks_lock(self) -> Path:
+        """Held by rank 0 while it lives."""
+        return self.root / ".ranks.lock"
 
     @property
     def checkpoints(self) -> Path:
@@ -148,7 +162,7 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
     if not directory.root.exists():
         return
     if not directory.config.is_file():
-        if directory.root.is_dir() and not any(directory.root.iterdir()):
+        if directory.root.is_dir() and {path.name for path in directory.root.iterdir()} <= LOCKS:
             return
         raise RunDirectoryError(
             f"{directory.root} exists and is not a run directory",
@@ -164,7 +178,7 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
             hint="choose another name, or mend that file",
         ) from error
     changed = [key for key in differences(before, run) if key not in MAY_CHANGE]
-    if changed:
+    if changed and has_begun(directory):
         raise RunDirectoryError(
             f"run {run.name!r} exists in {directory.root} with another configuration; "
             f"{len(changed)} {'key differs' if len(changed) == 1 else 'keys differ'}: "
@@ -181,14 +195,22 @@ def _value(run: RunConfig, key: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def check_not_shortened(directory: RunDirectory, steps: int | None) -> None:
-    """Raise RunDirectoryError if a run that was planned for more than `steps` steps would be cut short.
+def check_goes_on(directory: RunDirectory, steps: int | None, store: Path) -> None:
+    """Raise RunDirectoryError if a run that has begun would be cut short, or go on with other text.
 
-    Its learning rate has followed the longer schedule; growing is allowed.
+    `store` is the token store now. A run may grow; its learning rate has followed the longer schedule.
     """
-    if not directory.orders.is_file():
+    if not has_begun(directory):
         return
-    before = directory.read_orders().plan.steps
+    orders = directory.read_orders()
+    if orders.store is not None and Path(orders.store).name != store.name:
+        raise RunDirectoryError(
+            f"the text or tokenizer of run {directory.root.name!r} has changed since it began: "
+            f"its token store was {orders.store}, and is now {store}",
+            directory=directory.root,
+            hint="put the files back as they were (times of change too), or give the new run another name",
+        )
+    before = orders.plan.steps
     if before is not None and steps is not None and steps < before:
         raise RunDirectoryError(
             f"run {directory.root.name!r} was planned for {before:,} steps, and {steps:,} are asked for now",
@@ -197,8 +219,14 @@ def check_not_shortened(directory: RunDirectory, steps: int | None) -> None:
         )
 
 
-def check_writable(folder: Path) -> None:
-    """Raise RequestError unless something can be made in `folder`, or in the nearest folder that exists.
+def has_begun(directory: RunDirectory) -> bool:
+    """Whether anything was trained here: until then a mistake in the configuration may be mended."""
+    reported = directory.metrics.is_file() and directory.metrics.stat().st_size > 0
+    return reported or any(directory.checkpoints.glob("step-[0-9]*"))
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raise RequestError unless something can be made in `folder`, which `key` names, or above it.
 
     It tries, because permission bits do not tell of read-only mounts, quotas or being root.
     """
@@ -210,8 +238,8 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise RequestError(
-            f"output_dir: cannot write in {existing}: {error.strerror}",
-            hint="set output_dir to a folder you may write to",
+            f"{key}: cannot write in {existing}: {error.strerror}",
+            hint=f"set {key} to a folder you may write to",
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -23,8 +24,10 @@ PACKAGES = (
     "pydantic",
     "tensorboard",
 )
-DIFF_BYTES = 1 << 20
-"""A working tree's diff is kept up to this size."""
+DIFF_CHARACTERS = 1 << 20
+"""A working tree's diff is kept up to this length."""
+
+SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private|hf_\w{8}", re.IGNORECASE)
 
 
 def versions() -> dict[str, str | None]:
@@ -52,9 +55,15 @@ def describe_environment(machine: Machine, folder: Path) -> str:
         "gpus": [gpu.nvml_name for gpu in machine.gpus],
         "driver": machine.driver,
         "git": commit
-        and {"commit": commit.strip(), "diff": (_git(folder, "diff", "HEAD") or "")[:DIFF_BYTES]},
+        and {"commit": commit.strip(), "diff": _without_secrets(_git(folder, "diff", "HEAD") or "")},
     }
     return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_secrets(diff: str) -> str:
+    """A diff cut to DIFF_CHARACTERS, less each line that looks as if it held a token or a password."""
+    lines = diff[:DIFF_CHARACTERS].splitlines()
+    return "\n".join("(left out: it looks like a secret)" if SECRET.search(line) else line for line in lines)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

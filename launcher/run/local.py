@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -12,6 +14,10 @@ from pathlib import Path
 from launcher.errors import MachineError
 from launcher.render.command import launch_command
 from launcher.run.directory import RunDirectory
+
+PR_SET_PDEATHSIG = 1
+KILL_SECONDS = 10
+"""How long killed processes are waited for."""
 
 
 def start(directory: RunDirectory, attempt: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -37,13 +43,27 @@ def start(directory: RunDirectory, attempt: int, environment: Mapping[str, str])
             stderr=stream,
             env={**os.environ, **environment, "LAUNCHER_ATTEMPT": str(attempt)},
             start_new_session=True,
+            preexec_fn=_stop_with_parent,
         )
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End every rank at once: the whole session that `start` made."""
+    """End every rank at once, and wait until they are gone.
+
+    By descent, not by session: torch's launcher gives each rank a session of its own.
+    """
+    import psutil
+
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
         return
-    process.wait()
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=KILL_SECONDS)
+
+
+def _stop_with_parent() -> None:
+    """In the child, before it runs: be sent SIGTERM when the supervisor dies, however it dies (prctl(2))."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from launcher.config.schema import RunConfig
-from launcher.errors import MachineError
+from launcher.errors import MachineError, RequestError
 from launcher.plan.choose import Place
 from launcher.run.directory import check_writable, run_directory
 from launcher.run.machine import Machine
@@ -13,7 +14,11 @@ from launcher.run.machine import Machine
 
 def check_launch(run: RunConfig, place: Place, machine: Machine) -> None:
     """Raise before anything is written if this machine cannot run `run` on `place`."""
-    check_writable(run_directory(run).root)
+    check_writable(run_directory(run).root, "output_dir")
+    if run.data.cache_dir is not None:
+        check_writable(Path(run.data.cache_dir).expanduser().absolute(), "data.cache_dir")
+    if run.push_to_hub is not None:
+        _check_repository(run.push_to_hub)
     check_gpus(place, machine)
     for package in run.report_to:
         if find_spec(package) is None:
@@ -21,6 +26,18 @@ def check_launch(run: RunConfig, place: Place, machine: Machine) -> None:
                 f"report_to: {package} is not installed",
                 hint=f"pip install {package}, or take it out of report_to",
             )
+
+
+def _check_repository(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise RequestError(
+            f"push_to_hub: {name!r} cannot be a repository: {error}", hint="write it as user/name"
+        ) from error
 
 
 def check_gpus(place: Place, machine: Machine) -> None:

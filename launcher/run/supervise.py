@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from launcher.errors import Interrupted, LauncherError, RunDirectoryError, TrainingError
@@ -32,36 +33,35 @@ def is_finished(directory: RunDirectory, steps: int | None) -> bool:
 def supervise(
     directory: RunDirectory, *, world_size: int, steps: int | None, environment: Mapping[str, str]
 ) -> int:
-    """Run one attempt and return the step it ended at.
+    """Run one attempt and return the step it ended at. Call it while holding `only_supervisor`.
 
     Ctrl-C or SIGTERM asks the ranks for a safe stop with a checkpoint; a second one ends them at
     once. Raises Interrupted when stopped so, TrainingError (or the rank's own kind of error) when
     the attempt failed.
     """
-    with _only_supervisor(directory):
-        attempt = directory.next_attempt()
-        directory.stop_request.unlink(missing_ok=True)
-        journal.record(directory.journal, "attempt_started", attempt=attempt, world_size=world_size)
-        with _signals_ask(directory) as interrupts:
-            process = local.start(directory, attempt, environment)
-            while process.poll() is None:
-                if len(interrupts) > 1:
-                    local.end(process)
-                time.sleep(0.1)
-        ends = [end for rank in range(world_size) if (end := read_end(directory.record(attempt, rank)))]
-        outcome = _outcome(ends, world_size)
-        step = max((end.step for end in ends), default=0)
-        journal.record(
-            directory.journal,
-            "attempt_ended",
-            attempt=attempt,
-            outcome=outcome,
-            step=step,
-            planned_steps=steps,
-            exit_code=process.returncode,
-            signals=interrupts,
-        )
-        directory.stop_request.unlink(missing_ok=True)
+    attempt = directory.next_attempt()
+    directory.stop_request.unlink(missing_ok=True)
+    journal.record(directory.journal, "attempt_started", attempt=attempt, world_size=world_size)
+    with _signals_ask(directory) as interrupts:
+        process = local.start(directory, attempt, environment)
+        while process.poll() is None:
+            if len(interrupts) > 1:
+                local.end(process)
+            time.sleep(0.1)
+    ends = [end for rank in range(world_size) if (end := read_end(directory.record(attempt, rank)))]
+    outcome = _outcome(ends, world_size)
+    step = max((end.step for end in ends), default=0)
+    journal.record(
+        directory.journal,
+        "attempt_ended",
+        attempt=attempt,
+        outcome=outcome,
+        step=step,
+        planned_steps=steps,
+        exit_code=process.returncode,
+        signals=interrupts,
+    )
+    directory.stop_request.unlink(missing_ok=True)
     if outcome == Outcome.FINISHED:
         return step
     if outcome == Outcome.STOPPED:
@@ -105,14 +105,16 @@ def _failure(directory: RunDirectory, attempt: int, ends: list[RankEnd]) -> Laun
 
 @contextmanager
 def _signals_ask(directory: RunDirectory) -> Iterator[list[int]]:
-    """While inside, SIGINT and SIGTERM write a stop request; yields the signals received so far."""
+    """While inside, SIGINT, SIGTERM and SIGHUP write a stop request; yields the signals received so far."""
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         write_text(directory.stop_request, "asked by a signal to the supervisor\n")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield received
     finally:
@@ -121,15 +123,23 @@ def _signals_ask(directory: RunDirectory) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _only_supervisor(directory: RunDirectory) -> Iterator[None]:
-    """Hold the run's lock, so that two commands never train one run at a time."""
+def only_supervisor(directory: RunDirectory) -> Iterator[None]:
+    """Hold the run, so that two commands never train it at a time, nor one beside ranks left by another."""
     directory.root.mkdir(parents=True, exist_ok=True)
-    with (directory.root / ".lock").open("w", encoding="utf-8") as lock:
+    with _held(directory.lock, directory, "another command"):
+        with _held(directory.ranks_lock, directory, "ranks whose supervisor is gone"):
+            pass
+        yield
+
+
+@contextmanager
+def _held(lock: Path, directory: RunDirectory, by: str) -> Iterator[None]:
+    with lock.open("w", encoding="utf-8") as stream:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunDirectoryError(
-                f"{directory.root} is being trained by another command",
+                f"{directory.root} is being trained by {by}",
                 directory=directory.root,
                 hint="wait for it to end, or give this run another name",
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from launcher.config.schema import RunConfig, TokenizerFromCorpus
 from launcher.data.prepare import Progress, check_blocks, prepare, resolve_tokenizer
 from launcher.data.store import MANIFEST, Store, open_store
 from launcher.data.tokenizers import unfilled
-from launcher.errors import DataError
+from launcher.errors import DataError, LauncherError
 from launcher.plan.choose import Blocks
 from launcher.run.assemble import Assembly, Prepared
 
@@ -24,6 +25,16 @@ def prepare_text(draft: Assembly, workers: int, progress: Progress, say: Callabl
     call made is then gone again.
     """
     run = draft.run.config
+    try:
+        return _prepare(draft, run, workers, progress, say)
+    except LauncherError as error:
+        error.place(draft.run.origins)
+        raise
+
+
+def _prepare(
+    draft: Assembly, run: RunConfig, workers: int, progress: Progress, say: Callable[[str], None]
+) -> Prepared:
     with _nothing_left_on_failure(store_cache(run)) as cache:
         tokenizer = resolve_tokenizer(draft.model.tokenizer, run.data, cache)
         asked = draft.model.tokenizer
@@ -40,7 +51,10 @@ def prepare_text(draft: Assembly, workers: int, progress: Progress, say: Callabl
             if folder / MANIFEST not in finished:
                 shutil.rmtree(folder)
             raise
-    return Prepared(folder, store.vocabulary, _count(store, run))
+    blocks = _count(store, run)
+    if run.data.validation not in (0, []) and not blocks.validation:
+        say("note: data.validation holds out no block of this text: nothing will be evaluated")
+    return Prepared(folder, store.vocabulary, blocks)
 
 
 def store_cache(run: RunConfig) -> Path:
@@ -62,24 +76,33 @@ def _count(store: Store, run: RunConfig) -> Blocks:
 
 @contextmanager
 def _nothing_left_on_failure(cache: Path) -> Iterator[Path]:
-    """Yield `cache`; if what follows fails, remove each folder on its path that was not there before."""
-    new = [folder for folder in (cache, *cache.parents) if not folder.exists()]
+    """Yield `cache`; if what follows fails, take back what it put there, and no one else's files."""
+    before = _entries(cache)
+    new_folders = [folder for folder in (cache, *cache.parents) if not folder.exists()]
     try:
         yield cache
     except BaseException:
-        if new and new[-1].exists() and not _in_use(cache):
-            shutil.rmtree(new[-1])
+        for lock in _entries(cache) - before:
+            _take_back(lock)
+        for folder in (cache / "tokenizers", *new_folders):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise
 
 
-def _in_use(cache: Path) -> bool:
-    """Whether another command prepares a store in `cache`, or has finished one there since."""
-    if any(cache.glob(f"*/{MANIFEST}")):
-        return True
-    for lock in cache.rglob("*.lock"):
-        with lock.open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    return False
+def _entries(cache: Path) -> set[Path]:
+    """The lock of each store and each trained tokenizer in `cache`."""
+    return {*cache.glob("*.lock"), *cache.glob("tokenizers/*.lock")}
+
+
+def _take_back(lock: Path) -> None:
+    """Remove a trained tokenizer and its lock, or a store's lock, unless someone holds or has used it."""
+    folder = lock.with_suffix("")
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        if not (folder / MANIFEST).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink()

@@ -20,7 +20,7 @@ from launcher.config.schema import RunConfig
 from launcher.data.blocks import Blocks
 from launcher.data.mixture import training_order
 from launcher.data.store import TOKENIZER_FOLDER, open_store
-from launcher.errors import RequestError
+from launcher.errors import LauncherError, RequestError
 from launcher.plan.hardware import find_gpu
 from launcher.plan.orders import Orders
 from launcher.plan.shape import flops_per_token, shape_of
@@ -54,22 +54,44 @@ class Verify(TrainerCallback):
         print(verify(self.trainer, self._orders.plan, self._start_step), flush=True)
 
 
+class Reached(TrainerCallback):
+    """The last step that was done."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.step = state.global_step
+
+
 def main(arguments: list[str]) -> int:
     """Run one rank; returns its exit code."""
     if len(arguments) != 1:
         print("usage: python -m launcher.worker RUN_DIR", file=sys.stderr)
         return 2
     directory = RunDirectory(Path(arguments[0]).absolute())
-    orders, run = directory.read_orders(), directory.read_config()
-    rank = join(directory, orders.plan, os.environ)
+    try:
+        orders, run = directory.read_orders(), directory.read_config()
+        rank = join(directory, run, orders.plan, os.environ)
+    except LauncherError as error:
+        print(
+            f"error: {error.message}",
+            *([f"  hint: {error.hint}"] if error.hint else []),
+            sep="\n",
+            file=sys.stderr,
+        )
+        return error.exit_code
     signals = StopSignals()
     signals.install()
+    reached = Reached()
     try:
-        end = train(directory, orders, run, rank, signals)
+        end = train(directory, orders, run, rank, signals, reached)
     except KeyboardInterrupt as interrupt:
-        end = last_word(rank.number, 0, interrupt)
+        end = last_word(rank.number, reached.step, interrupt)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this rank's last word
-        end = last_word(rank.number, 0, error)
+        end = last_word(rank.number, reached.step, error)
     end.write(directory.record(rank.attempt, rank.number))
     if end.outcome in (Outcome.CRASHED, Outcome.OUT_OF_MEMORY):
         # The others wait for this rank in a collective: leave without the clean-up that would join them.
@@ -79,7 +101,12 @@ def main(arguments: list[str]) -> int:
 
 
 def train(
-    directory: RunDirectory, orders: Orders, run: RunConfig, rank: Rank, signals: StopSignals
+    directory: RunDirectory,
+    orders: Orders,
+    run: RunConfig,
+    rank: Rank,
+    signals: StopSignals,
+    reached: Reached,
 ) -> RankEnd:
     """Build, verify, train, save; returns how it ended."""
     plan = orders.plan
@@ -88,7 +115,9 @@ def train(
     start_step = 0 if checkpoint is None else checkpoint.step
     best = BestEvaluation()
     if checkpoint is not None:
-        best = BestEvaluation(**saving.read_state(checkpoint)["best"])
+        state = saving.read_state(checkpoint)
+        check_same_order(state, rows, checkpoint)
+        best = BestEvaluation(**state["best"])
     saving.barrier()
     if rank.number == 0:
         for name, reason in ledger.set_aside_damaged(directory.checkpoints, start_step):
@@ -105,7 +134,8 @@ def train(
         early_stopping=run.train.early_stopping,
     )
     checks = Verify(orders, start_step)
-    callbacks: list[TrainerCallback] = [checks, cadence]
+    reached.step = start_step
+    callbacks: list[TrainerCallback] = [checks, reached, cadence]
     if rank.number == 0:
         callbacks += reports(directory, orders, run, rank, rows.training, start_step)
     callbacks += [load_object("train.callbacks", name)() for name in run.train.callbacks]
@@ -123,15 +153,15 @@ def train(
     )
     checks.trainer = trainer
     # Ranks draw unlike dropout masks; the weights were drawn alike before.
-    set_seed(run.seed + rank.number)
+    set_seed((run.seed + rank.number) % 2**32)
 
     assert plan.steps is not None
-    if start_step < plan.steps:
+    if start_step < plan.steps and not best.is_final:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
     elif checkpoint is not None:
         saving.load_weights(model, checkpoint.folder)
     if cadence.stopped:
-        return RankEnd(rank.number, Outcome.STOPPED, trainer.state.global_step, time.time())
+        return RankEnd(rank.number, Outcome.STOPPED, reached.step, time.time())
 
     trainer.return_to_best()
     if rank.number == 0:
@@ -143,7 +173,18 @@ def train(
                 flush=True,
             )
     saving.barrier()
-    return RankEnd(rank.number, Outcome.FINISHED, max(start_step, trainer.state.global_step), time.time())
+    return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
+
+
+def check_same_order(state: dict[str, Any], rows: Rows, checkpoint: ledger.Checkpoint) -> None:
+    """Raise RequestError unless the samples that come next are those that were to come when it was saved."""
+    found = rows.training.certificate(checkpoint.samples, state["batch_size"])
+    if found != state["next_samples"]:
+        raise RequestError(
+            f"the text or its order has changed since {checkpoint.folder.name} was saved: the samples after "
+            f"it had the hash {state['next_samples']}, and have {found} now",
+            hint=f"the checkpoint was made with {state['store']}; give a run on other text another name",
+        )
 
 
 def open_rows(orders: Orders, run: RunConfig) -> tuple[Any, Rows]:

@@ -21,6 +21,8 @@ class BestEvaluation:
     loss: float | None = None
     step: int | None = None
     since: int = 0
+    is_final: bool = False
+    """Whether patience ran out: training has ended and is not taken up again."""
 
     def add(self, loss: float, step: int, min_delta: float) -> bool:
         """Take in one evaluation; whether it is the best."""
@@ -114,13 +116,14 @@ class Cadence(TrainerCallback):
         if self._best.add(about["metrics"]["eval_loss"], state.global_step, self._early_stopping.min_delta):
             control.should_save = True
         elif self._best.since >= self._early_stopping.patience:
+            self._best.is_final = True
             control.should_save = control.should_training_stop = True
         return control
 
     def _wishes(self) -> Wishes:
         leads = self._rank == 0
         return Wishes(
-            stop=self._signals.received is not None or (leads and self._stop_request.exists()),
+            stop=self._signals.ask_to_stop or (leads and self._stop_request.exists()),
             save=leads and self._saving_clock.is_due(),
             evaluate=leads and self._evaluation_clock.is_due(),
         )

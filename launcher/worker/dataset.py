@@ -37,6 +37,10 @@ class TrainingRows(Dataset[Row]):
     def __len__(self) -> int:
         return self._samples
 
+    def certificate(self, first: int, count: int) -> str:
+        """A hash of which blocks the samples [first, first + count) are."""
+        return self._order.certificate(first, first + count)
+
     def __getitem__(self, sample: int) -> Row:
         place = self._order[sample]
         return self._blocks.read(place.source, place.block)
@@ -122,6 +126,5 @@ def training_loader(
         num_workers=arguments.dataloader_num_workers,
         prefetch_factor=arguments.dataloader_prefetch_factor,
         persistent_workers=arguments.dataloader_persistent_workers,
-        multiprocessing_context=arguments.dataloader_multiprocessing_context,
         generator=torch.Generator(),
     )

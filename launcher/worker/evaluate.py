@@ -29,7 +29,7 @@ def evaluate(
     device: torch.device,
     metrics: Sequence[Metric],
 ) -> dict[str, float]:
-    """`eval_loss` (nats per token over all validation tokens), `eval_perplexity`, `eval_tokens`, and
+    """`eval_loss` (nats per predicted token of all validation blocks), `eval_perplexity`, `eval_tokens`, and
     what the user's `metrics` return.
 
     Every rank runs the same number of forward passes, as sharded engines need; a pass without rows
@@ -49,7 +49,9 @@ def evaluate(
         if not mine:
             continue
         tokens = inputs["labels"][:, 1:].ne(IGNORED).sum()
-        sums += torch.stack([outputs.loss.double() * tokens, tokens.double()])
+        # A row of one token has no label, and the model's mean over nothing is NaN.
+        total = torch.where(tokens > 0, outputs.loss.double() * tokens, 0.0)
+        sums += torch.stack([total, tokens.double()])
         if metrics:
             expected.append(_widen(inputs["labels"][:, 1:], block_size - 1))
             predicted.append(_widen(outputs.logits[:, :-1].argmax(-1), block_size - 1))

@@ -25,7 +25,10 @@ def generate(model: str, prompt: str, *, tokens: int, temperature: float, top_k:
     network.to(torch.device(device)).eval()
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     start = torch.tensor([ids], device=device)
-    room = network.config.max_position_embeddings - len(ids)
+    positions = getattr(network.config, "max_position_embeddings", None)
+    room = tokens if positions is None else positions - len(ids)
+    if room < 1:
+        raise ValueError(f"the prompt has {len(ids)} tokens, and the model takes {positions} in all")
     drawing = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k}
         if temperature
@@ -35,7 +38,7 @@ def generate(model: str, prompt: str, *, tokens: int, temperature: float, top_k:
         out = network.generate(
             start,
             attention_mask=torch.ones_like(start),
-            max_new_tokens=max(1, min(tokens, room)),
+            max_new_tokens=min(tokens, room),
             pad_token_id=tokenizer.pad_token_id,
             **drawing,
         )

@@ -59,17 +59,19 @@ def build_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
             model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         source = weights or fields.get("model_type")
         raise RequestError(
             f"model.name: {source} cannot be built: {error}", hint="check model.name and model.overrides"
         ) from error
     if model.config.get_text_config().vocab_size < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer))
-    for key, value in special.items():
-        setattr(model.config, key, value)
-        if model.generation_config is not None:
-            setattr(model.generation_config, key, value)
+    for settings in (model.config, model.generation_config):
+        for key, value in special.items():
+            said = getattr(settings, key, None)
+            # A published model may have several end-of-text ids; the tokenizer's is then one of them.
+            if not (isinstance(said, list) and value in said):
+                setattr(settings, key, value)
     # transformers does not recognise some heads (GPT2LMHeadModel) and would warn at every step.
     model.loss_type = "ForCausalLM"
     use_tanh_gelu_kernel(model)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TextIO
+from datetime import timedelta
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from launcher.errors import LauncherError
+from launcher.config.schema import RunConfig
+from launcher.errors import LauncherError, RunDirectoryError
 from launcher.plan.choose import Plan
 from launcher.run.directory import RunDirectory
 from launcher.run.outcome import Outcome, RankEnd
@@ -22,15 +25,17 @@ from launcher.run.outcome import Outcome, RankEnd
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """This process among the ranks. `terminal` is where the person who launched it looks."""
+    """This process among the ranks. `terminal` is where the person who launched it looks;
+    `lock`, on rank 0, is the hold on the run directory."""
 
     number: int
     world_size: int
     attempt: int
     terminal: TextIO
+    lock: TextIO | None
 
 
-def join(directory: RunDirectory, plan: Plan, environment: Mapping[str, str]) -> Rank:
+def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mapping[str, str]) -> Rank:
     """Meet the other ranks, then send everything this one prints to its own log.
 
     The attempt's number comes from the supervisor; where the ranks were launched by hand, rank 0
@@ -39,8 +44,12 @@ def join(directory: RunDirectory, plan: Plan, environment: Mapping[str, str]) ->
     if plan.threads_per_rank is not None:
         torch.set_num_threads(plan.threads_per_rank)
     cpu = plan.device == "cpu"
-    state = PartialState(cpu=cpu, **({"backend": "gloo"} if cpu and plan.batch.world_size > 1 else {}))
+    options: dict[str, Any] = {"backend": "gloo"} if cpu and plan.batch.world_size > 1 else {}
+    if "ddp_timeout" in run.train.extra:
+        options["timeout"] = timedelta(seconds=run.train.extra["ddp_timeout"])
+    state = PartialState(cpu=cpu, **options)
     number, world_size = int(state.process_index), int(state.num_processes)
+    lock = _only_ranks(directory) if number == 0 else None
     attempt = [int(environment.get("LAUNCHER_ATTEMPT", 0)) or directory.next_attempt()]
     if world_size > 1:
         dist.broadcast_object_list(attempt, src=0)
@@ -48,7 +57,21 @@ def join(directory: RunDirectory, plan: Plan, environment: Mapping[str, str]) ->
     log.parent.mkdir(parents=True, exist_ok=True)
     terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     _redirect(log)
-    return Rank(number, world_size, attempt[0], terminal)
+    return Rank(number, world_size, attempt[0], terminal, lock)
+
+
+def _only_ranks(directory: RunDirectory) -> TextIO:
+    """Hold the run for as long as this process lives: ranks that outlived their supervisor still train."""
+    lock = directory.ranks_lock.open("w", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunDirectoryError(
+            f"{directory.root} is being trained by other ranks",
+            directory=directory.root,
+            hint="wait for them to end, or end them; they are the processes running launcher.worker",
+        ) from error
+    return lock
 
 
 def _redirect(log: os.PathLike[str]) -> None:

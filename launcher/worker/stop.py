@@ -8,6 +8,7 @@ result at the same step everywhere.
 
 from __future__ import annotations
 
+import os
 import signal
 from dataclasses import dataclass
 from types import FrameType
@@ -24,6 +25,12 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._parent = os.getppid()
+
+    @property
+    def ask_to_stop(self) -> bool:
+        """Whether a signal came, or whoever started this rank is gone and nobody watches it any more."""
+        return self.received is not None or os.getppid() != self._parent
 
     def install(self) -> None:
         for number in ASKING:

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from launcher.config.schema import RunConfig
+from launcher.errors import RequestError
 from launcher.plan.orders import Orders
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation
@@ -88,7 +89,12 @@ def training_arguments(run: RunConfig, orders: Orders, folder: Path) -> Training
         "remove_unused_columns": False,
         "ignore_data_skip": True,
     }
-    return TrainingArguments(**{**OPEN_DEFAULTS, **train.extra, **ours})
+    try:
+        return TrainingArguments(**{**OPEN_DEFAULTS, **train.extra, **ours})
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"train.extra: TrainingArguments refuses it: {error}", hint="look at the values in train.extra"
+        ) from error
 
 
 class LauncherTrainer(Trainer):
@@ -113,7 +119,7 @@ class LauncherTrainer(Trainer):
         self._rows = rows
         self._run = run
         self._plan = orders.plan
-        self._configuration = orders.configuration
+        self._store = orders.store
         self._checkpoints = checkpoints
         self._start_step = start_step
         self._metrics = metrics
@@ -182,7 +188,14 @@ class LauncherTrainer(Trainer):
             world_size=self._plan.batch.world_size,
             keep=self._run.checkpoint.keep,
             best=self._best.step,
-            state={"configuration": self._configuration, "best": asdict(self._best)},
+            state={
+                "store": self._store,
+                "batch_size": self._plan.batch.batch_size,
+                "next_samples": self._rows.training.certificate(
+                    step * self._plan.batch.batch_size, self._plan.batch.batch_size
+                ),
+                "best": asdict(self._best),
+            },
         )
 
     def return_to_best(self) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
+from torch.nn.parallel import DistributedDataParallel
 
 from launcher.errors import TrainingError
 from launcher.plan.choose import Plan
@@ -31,7 +32,9 @@ def verify(trainer: LauncherTrainer, plan: Plan, start_step: int) -> str:
     Raises TrainingError listing every difference with both values.
     """
     accelerator, arguments, model = trainer.accelerator, trainer.args, trainer.bare_model
-    parallel = isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    engine = trainer.model_wrapped
+    compiled = hasattr(engine, "_orig_mod")
+    parallel = isinstance(engine._orig_mod if compiled else engine, DistributedDataParallel)
     pairs: dict[str, tuple[object, object]] = {
         "engine": (ENGINE[plan.device, plan.batch.world_size > 1], accelerator.distributed_type),
         "gradient all-reduce (DDP)": (plan.batch.world_size > 1, parallel),
@@ -43,7 +46,7 @@ def verify(trainer: LauncherTrainer, plan: Plan, start_step: int) -> str:
         "accumulation": (plan.batch.accumulation, arguments.gradient_accumulation_steps),
         "steps": (plan.steps, trainer.state.max_steps),
         "gradient checkpointing": (plan.gradient_checkpointing, model.is_activation_checkpointing),
-        "compile": (plan.compile, arguments.torch_compile),
+        "compile": (plan.compile, compiled),
         "samples of the first step": (_planned_samples(plan, start_step), _live_samples(trainer, plan)),
     }
     wrong = [

@@ -1,0 +1,155 @@
+"""What goes wrong around a run: killed supervisors, changed text, mended mistakes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.run import journal
+from tests.conftest import Workplace, losses, metrics, small_run, write_json
+
+LONG = ("train.steps=100000", "train.eval_every=100000", "checkpoint.every=100000")
+
+
+@contextmanager
+def training(workplace: Workplace, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`launcher train` once its ranks have reported a step; whatever is left is ended."""
+    command = [sys.executable, "-m", "launcher", "train", "run.yaml", *arguments]
+    process = subprocess.Popen(command, cwd=workplace.folder, stderr=subprocess.PIPE, text=True)
+    numbers = workplace.folder / "runs" / "small" / "metrics.jsonl"
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 120
+        while not (numbers.exists() and numbers.stat().st_size) and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield process
+    finally:
+        for each in [*family, psutil.Process(process.pid)] if process.poll() is None else family:
+            if each.is_running():
+                each.kill()
+        process.wait()
+
+
+def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [each for each in family if "launcher.worker" in each.cmdline() and "launch" not in each.cmdline()]
+
+
+def test_a_second_ctrl_c_ends_every_rank_at_once(workplace: Workplace) -> None:
+    with training(workplace, *LONG, "--cluster", "two.yaml") as process:
+        both = ranks(process)
+        assert len(both) == 2
+        both[1].send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert "ended at once" in said
+        assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in both)
+
+
+def test_ranks_whose_supervisor_is_killed_stop_safely_and_meanwhile_keep_others_out(
+    workplace: Workplace,
+) -> None:
+    with training(workplace, *LONG) as process:
+        (rank,) = ranks(process)
+        rank.send_signal(signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kept_out = workplace.run("train", "run.yaml", *LONG)
+        assert kept_out.returncode == 2, kept_out.stderr
+        assert "being trained by ranks whose supervisor is gone" in kept_out.stderr
+        rank.send_signal(signal.SIGCONT)
+        rank.wait(timeout=60)
+    directory = workplace.folder / "runs" / "small"
+    last = metrics(directory)[-1]["step"]
+    assert (directory / "checkpoints" / f"step-{last:08d}" / "MANIFEST.json").is_file()
+
+
+def test_a_run_does_not_go_on_with_other_text(workplace: Workplace) -> None:
+    workplace.train()
+    with (workplace.folder / "corpus.txt").open("a") as stream:
+        stream.write("one more line\n")
+    before = workplace.files()
+    done = workplace.run("train", "run.yaml", "train.steps=30")
+    assert done.returncode == 2
+    assert "has changed since it began" in done.stderr
+    after = workplace.files()
+    assert {name: after[name] for name in before if name.startswith("runs/small/")} == {
+        name: content for name, content in before.items() if name.startswith("runs/small/")
+    }
+
+
+def test_a_mistake_found_before_the_first_step_can_be_mended_under_the_same_name(
+    workplace: Workplace,
+) -> None:
+    wrong = workplace.run("train", "run.yaml", "train.extra={optim: foo}")
+    assert wrong.returncode == 2, wrong.stderr
+    assert "train.extra" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    workplace.train()
+
+
+def test_early_stopping_is_final_even_if_something_fails_after_it(workplace: Workplace) -> None:
+    run = small_run()
+    run["train"] |= {"steps": 60, "eval_every": 2, "learning_rate": 0.3, "early_stopping": {"patience": 1}}
+    run["push_to_hub"] = "someone/something"
+    write_json(workplace.folder / "run.yaml", run)
+    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_notarealtoken"}
+    first = workplace.run("train", "run.yaml", **unreachable)
+    directory = workplace.folder / "runs" / "small"
+    assert first.returncode == 1
+    assert "push_to_hub: someone/something could not be uploaded" in first.stderr
+    assert "the model is whole" in first.stderr
+    ended = losses(directory)
+    assert max(step for step, _ in ended) < 60
+    again = workplace.run("train", "run.yaml", **unreachable)
+    assert again.returncode == 1
+    assert losses(directory) == ended
+    for file in directory.rglob("*"):
+        assert not file.is_file() or b"hf_notarealtoken" not in file.read_bytes()
+
+
+def test_the_journal_says_how_far_a_failed_attempt_came(workplace: Workplace) -> None:
+    (workplace.folder / "mine.py").write_text(
+        "from transformers import TrainerCallback\n"
+        "class Fail(TrainerCallback):\n"
+        "    def on_step_begin(self, args, state, control, **_):\n"
+        "        if state.global_step == 3:\n"
+        "            raise ArithmeticError('wrong')\n"
+    )
+    done = workplace.run("train", "run.yaml", "train.callbacks=[mine:Fail]")
+    assert done.returncode == 1
+    last = journal.read(workplace.folder / "runs" / "small" / "journal.jsonl")[-1]
+    assert (last["outcome"], last["step"]) == ("CRASHED", 3)
+
+
+def test_a_linked_file_is_read_by_the_name_it_was_given(workplace: Workplace) -> None:
+    blob = workplace.folder / "blobs" / "abc123"
+    blob.parent.mkdir()
+    blob.write_text('{"text": "the of and to"}\n' * 50)
+    (workplace.folder / "linked.jsonl").symlink_to(blob)
+    store = workplace.run("data", "prepare", "run.yaml", "data.train=[linked.jsonl]", "data.block_size=8")
+    assert store.returncode == 0, store.stderr
+    shown = workplace.run("data", "show", store.stdout.strip(), "--samples", "1")
+    assert "'the of and to<|endoftext|>'" in shown.stdout
+
+
+@pytest.mark.parametrize("folder", ["/proc/stores", "corpus.txt/stores"])
+def test_a_cache_that_cannot_be_written(workplace: Workplace, folder: str) -> None:
+    done = workplace.run("train", "run.yaml", f"data.cache_dir={folder}")
+    assert done.returncode == 2
+    assert "data.cache_dir" in done.stderr
+    assert not Path(workplace.folder, "runs").exists()
