@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -382,6 +383,6 @@ def main() -> None:
         app(prog_name="launcher")
     except LauncherError as error:
         if debug:
-            raise
+            traceback.print_exception(error)
         console.show_error(error)
         sys.exit(error.exit_code)

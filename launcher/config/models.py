@@ -144,8 +144,9 @@ def _overridden(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[st
         if (fault := _wrong_override(name, value, known, is_gpt2)) is not None
     ]
     merged = {**config, **overrides}
-    if is_gpt2 and not faults and merged["n_embd"] % merged["n_head"] != 0:
-        message = f"n_embd {merged['n_embd']} cannot be cut into {merged['n_head']} heads (n_head)"
+    shape = {**GPT2_FIELDS, **merged}
+    if is_gpt2 and not faults and shape["n_embd"] % shape["n_head"] != 0:
+        message = f"n_embd {shape['n_embd']} cannot be cut into {shape['n_head']} heads (n_head)"
         faults.append(Fault("model.overrides", message, hint="make n_embd a multiple of n_head"))
     if faults:
         raise ConfigError(faults)

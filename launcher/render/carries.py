@@ -9,53 +9,61 @@ import yaml
 
 PLAN, ACCELERATE, LAUNCH = "plan.json", "accelerate.yaml", "launch.sh"
 
-CARRIES: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "name": ((PLAN, "plan.name"),),
-    "model.name": ((PLAN, "model"), (PLAN, "weights"), (PLAN, "plan.parameters"), (PLAN, "plan.memory")),
-    "model.init": ((PLAN, "weights"),),
-    "model.tokenizer": ((PLAN, "store"), (PLAN, "plan.parameters"), (PLAN, "plan.memory")),
-    "model.overrides": ((PLAN, "model"), (PLAN, "plan.parameters"), (PLAN, "plan.memory")),
-    "data.train": ((PLAN, "store"), (PLAN, "plan.blocks")),
-    "data.validation": ((PLAN, "store"), (PLAN, "plan.blocks"), (PLAN, "plan.eval_every")),
-    "data.format": ((PLAN, "store"),),
-    "data.sample_by": ((PLAN, "store"), (PLAN, "plan.blocks")),
-    "data.text_field": ((PLAN, "store"),),
-    "data.block_size": (
-        (PLAN, "plan.block_size"),
-        (PLAN, "plan.steps"),
-        (PLAN, "plan.blocks"),
-        (PLAN, "plan.memory"),
-    ),
-    "data.packing": ((PLAN, "plan.blocks"),),
+Path = tuple[str, str]
+
+
+def _plan(*names: str) -> tuple[Path, ...]:
+    return tuple((PLAN, f"plan.{name}") for name in names)
+
+
+FIT = _plan("batch", "gradient_checkpointing", "memory")
+"""What is chosen together, so that the run fits."""
+
+LENGTH = _plan("steps", "warmup_steps")
+TEXT: tuple[Path, ...] = ((PLAN, "store"), (PLAN, "vocabulary"), *_plan("blocks", "eval_every"), *LENGTH)
+"""What depends on the prepared text."""
+
+CARRIES: Mapping[str, tuple[Path, ...]] = {
+    "name": (*_plan("name"), (LAUNCH, "")),
+    "model.name": ((PLAN, "model"), (PLAN, "weights"), *TEXT, *_plan("parameters"), *FIT),
+    "model.init": ((PLAN, "weights"), *_plan("parameters"), *FIT),
+    "model.tokenizer": (*TEXT, *_plan("parameters"), *FIT),
+    "model.overrides": ((PLAN, "model"), *_plan("parameters"), *FIT),
+    "data.train": TEXT,
+    "data.validation": TEXT,
+    "data.format": TEXT,
+    "data.sample_by": TEXT,
+    "data.text_field": TEXT,
     "data.cache_dir": ((PLAN, "store"),),
-    "train.batch_size": ((PLAN, "plan.batch"), (PLAN, "plan.steps")),
-    "train.tokens": ((PLAN, "plan.steps"), (PLAN, "plan.warmup_steps")),
-    "train.steps": ((PLAN, "plan.steps"), (PLAN, "plan.warmup_steps")),
-    "train.epochs": ((PLAN, "plan.steps"), (PLAN, "plan.warmup_steps")),
-    "train.warmup": ((PLAN, "plan.warmup_steps"),),
-    "train.precision": ((PLAN, "plan.precision"), (PLAN, "plan.memory"), (ACCELERATE, "mixed_precision")),
-    "train.gradient_checkpointing": ((PLAN, "plan.gradient_checkpointing"), (PLAN, "plan.memory")),
-    "train.strategy": ((PLAN, "plan.strategy"), (ACCELERATE, "distributed_type")),
-    "train.micro_batch": ((PLAN, "plan.batch"), (PLAN, "plan.memory")),
-    "train.compile": ((PLAN, "plan.compile"),),
-    "train.eval_every": ((PLAN, "plan.eval_every"),),
-    "checkpoint.every": ((PLAN, "plan.checkpoint_every"),),
-    "output_dir": ((LAUNCH, ""),),
-    "cluster.name": ((PLAN, "plan.cluster"),),
-    "cluster.nodes": ((PLAN, "plan.nodes"), (ACCELERATE, "num_machines")),
+    "data.block_size": (*_plan("block_size", "blocks", "eval_every"), *LENGTH, *FIT),
+    "data.packing": (*_plan("blocks", "eval_every"), *LENGTH),
+    "train.batch_size": (*FIT, *LENGTH),
+    "train.tokens": LENGTH,
+    "train.steps": LENGTH,
+    "train.epochs": LENGTH,
+    "train.warmup": _plan("warmup_steps"),
+    "train.precision": (*_plan("precision"), *FIT, (ACCELERATE, "mixed_precision")),
+    "train.gradient_checkpointing": FIT,
+    "train.strategy": (*_plan("strategy"), (ACCELERATE, "distributed_type")),
+    "train.micro_batch": FIT,
+    "train.compile": _plan("compile"),
+    "train.eval_every": _plan("eval_every"),
+    "checkpoint.every": _plan("checkpoint_every"),
+    "output_dir": ((LAUNCH, ""), (PLAN, "store")),
+    "cluster.name": _plan("cluster"),
+    "cluster.nodes": (*_plan("nodes"), (ACCELERATE, "num_machines")),
     "cluster.gpus_per_node": (
-        (PLAN, "plan.ranks_per_node"),
-        (PLAN, "plan.batch"),
-        (PLAN, "plan.threads_per_rank"),
+        *_plan("ranks_per_node", "threads_per_rank", "memory_available"),
+        *FIT,
         (ACCELERATE, "num_processes"),
         (ACCELERATE, "distributed_type"),
     ),
     "cluster.gpu": (
-        (PLAN, "plan.gpu"),
-        (PLAN, "plan.device"),
-        (PLAN, "plan.precision"),
+        *_plan("gpu", "device", "precision", "threads_per_rank", "memory_available"),
+        *FIT,
         (ACCELERATE, "use_cpu"),
         (ACCELERATE, "mixed_precision"),
+        (ACCELERATE, "distributed_type"),
     ),
     "cluster.env": ((LAUNCH, ""),),
 }
@@ -87,7 +95,7 @@ def places(key: str, files: Mapping[str, str]) -> list[Place]:
         else:
             lines = list(_find(files[name], path.split(".")))
         found += [Place(name, number, files[name].splitlines()[number - 1].strip()) for number in lines]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _carried(key: str) -> str:
@@ -116,8 +124,12 @@ def _find(text: str, path: list[str]) -> Iterator[int]:
 
 
 def _leaves(node: yaml.Node | None, line: int) -> Iterator[int]:
-    if not isinstance(node, yaml.MappingNode) or not node.value:
+    if isinstance(node, yaml.MappingNode) and node.value:
+        for key, value in node.value:
+            yield from _leaves(value, key.start_mark.line + 1)
+    elif isinstance(node, yaml.SequenceNode) and node.value:
         yield line
-        return
-    for key, value in node.value:
-        yield from _leaves(value, key.start_mark.line + 1)
+        for item in node.value:
+            yield from _leaves(item, item.start_mark.line + 1)
+    else:
+        yield line

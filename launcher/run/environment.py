@@ -27,7 +27,10 @@ PACKAGES = (
 DIFF_CHARACTERS = 1 << 20
 """A working tree's diff is kept up to this length."""
 
-SECRET = re.compile(r"token|secret|passw|credential|api_?key|access_?key|private|hf_\w{8}", re.IGNORECASE)
+SECRET = re.compile(
+    r"(token|secret|password|passwd|credentials?|api_?key|access_?key)[\"']?\s*[=:]|\bhf_\w{8}|\bsk-\w{8}",
+    re.IGNORECASE,
+)
 
 
 def versions() -> dict[str, str | None]:
@@ -62,8 +65,9 @@ def describe_environment(machine: Machine, folder: Path) -> str:
 
 def _without_secrets(diff: str) -> str:
     """A diff cut to DIFF_CHARACTERS, less each line that looks as if it held a token or a password."""
-    lines = diff[:DIFF_CHARACTERS].splitlines()
-    return "\n".join("(left out: it looks like a secret)" if SECRET.search(line) else line for line in lines)
+    lines = diff[:DIFF_CHARACTERS].split("\n")
+    left_out = "(left out: it looks like a secret)"
+    return "\n".join(line[:1] + left_out if SECRET.search(line) else line for line in lines)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ class BestEvaluation:
 
     def add(self, loss: float, step: int, min_delta: float) -> bool:
         """Take in one evaluation; whether it is the best."""
+        if math.isnan(loss):
+            self.since += 1
+            return False
         if self.loss is None or loss < self.loss - min_delta:
             self.loss, self.step, self.since = loss, step, 0
             return True

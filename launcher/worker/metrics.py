@@ -87,7 +87,9 @@ class Progress:
     def report(self, numbers: Mapping[str, float | int | None]) -> None:
         """Show the newest numbers: training's, or an evaluation's."""
         shown = {
-            name: numbers[name] for name in ("loss", "eval_loss", "tokens_per_second") if numbers.get(name)
+            name: numbers[name]
+            for name in ("loss", "eval_loss", "tokens_per_second")
+            if numbers.get(name) is not None
         }
         if self._bar is not None:
             self._bar.set_postfix({name: f"{value:,.4g}" for name, value in shown.items()}, refresh=True)

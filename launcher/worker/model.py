@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -59,7 +60,7 @@ def build_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
             model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as error:
         source = weights or fields.get("model_type")
         raise RequestError(
             f"model.name: {source} cannot be built: {error}", hint="check model.name and model.overrides"

@@ -99,7 +99,7 @@ def push_model(folder: Path, repository: str) -> str:
     try:
         url = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Trained with launcher")
-    except (HfHubHTTPError, TransportError, OSError) as error:
+    except (HfHubHTTPError, TransportError, OSError, RuntimeError) as error:
         raise TrainingError(
             f"push_to_hub: {repository} could not be uploaded: {error}",
             hint=f"the model is whole in {folder}; upload it with `hf upload {repository} {folder}`",

@@ -43,6 +43,9 @@ class Rows:
     padded: bool
 
 
+EVALUATION_TOKENS = 2048
+"""Tokens in a forward pass of evaluation, where training's micro-batch has fewer: it keeps no activations."""
+
 OPEN_DEFAULTS: Mapping[str, Any] = {
     "optim": "adamw_torch_fused",
     "logging_first_step": True,
@@ -156,7 +159,7 @@ class LauncherTrainer(Trainer):
             self._rows.collate,
             rank=self.rank,
             world_size=self._plan.batch.world_size,
-            micro_batch=self._plan.batch.micro_batch,
+            micro_batch=max(self._plan.batch.micro_batch, EVALUATION_TOKENS // self._plan.block_size),
             block_size=self._plan.block_size,
             device=self.args.device,
             metrics=self._metrics,

@@ -39,17 +39,19 @@ PLAN = Plan(
 PATHS = st.none() | st.text()
 
 
-@given(name=st.text(), weights=PATHS, store=PATHS, activation=st.text())
+@given(
+    name=st.text(), weights=PATHS, store=PATHS, vocabulary=st.none() | st.integers(1), activation=st.text()
+)
 def test_orders_survive_being_written_and_read(
-    name: str, weights: str | None, store: str | None, activation: str
+    name: str, weights: str | None, store: str | None, vocabulary: int | None, activation: str
 ) -> None:
     model = {**PRESETS["gpt2"].config(), "activation_function": activation}
-    orders = Orders("0.1.0", "f" * 64, replace(PLAN, name=name), model, weights, store)
+    orders = Orders("0.1.0", "f" * 64, replace(PLAN, name=name), model, weights, store, vocabulary)
     assert parse_orders(format_orders(orders)) == orders
 
 
 def test_the_file_is_json_that_a_person_can_read() -> None:
-    text = format_orders(Orders("0.1.0", "f" * 64, PLAN, {"model_type": "gpt2"}, None, "/stores/é"))
+    text = format_orders(Orders("0.1.0", "f" * 64, PLAN, {"model_type": "gpt2"}, None, "/stores/é", 300))
     assert text.endswith("}\n")
     fields = json.loads(text)
     assert fields["version"] == VERSION
@@ -65,7 +67,7 @@ def test_the_file_is_json_that_a_person_can_read() -> None:
 
 @pytest.mark.parametrize("version", [VERSION + 1, VERSION - 1, "1", None])
 def test_another_version_is_refused(version: object) -> None:
-    fields = json.loads(format_orders(Orders("0.1.0", "f" * 64, PLAN, {}, None, None)))
+    fields = json.loads(format_orders(Orders("0.1.0", "f" * 64, PLAN, {}, None, None, None)))
     if version is None:
         del fields["version"]
     else:

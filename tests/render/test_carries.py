@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from launcher.config.document import dotted
 from launcher.config.keys import leaves
-from launcher.config.load import Loaded, load_cluster, load_run
+from launcher.config.load import Loaded, differences, load_cluster, load_run
+from launcher.config.presets import PRESETS
 from launcher.config.rules import CLUSTER_NOT_YET
 from launcher.config.schema import ClusterConfig, RunConfig
-from launcher.plan.choose import Blocks
-from launcher.render.carries import CARRIES, places
-from launcher.run.assemble import Prepared, assemble, rendered_files
-from launcher.run.directory import RunDirectory, run_directory
+from launcher.data.tokenizers import train_tokenizer
+from launcher.render.carries import CARRIES, LAUNCH, places
+from launcher.run.assemble import assemble, rendered_files
+from launcher.run.directory import run_directory
 from launcher.run.machine import Machine
-from tests.conftest import small_run, write_json
+from launcher.run.text import prepare_text
+from tests.conftest import sentences, write_json
 
-MACHINE = Machine("node", 8, 2**34, (), None)
-PREPARED = Prepared(Path("/stores/0123"), 300, Blocks(4000, 256_000, 100))
-FILES = ("config.yaml", "cluster.yaml", "plan.json", "accelerate.yaml", "launch.sh")
+MACHINE = Machine("node", 8, 2**37, (), None)
+
+ONE_VALUE = frozenset({"data.isolate_documents", "data.mode", "train.offload", "train.strategy"})
+"""Keys of a run whose values all mean the same in this version."""
+
+LATER = frozenset(f"cluster.{row.path}" for row in CLUSTER_NOT_YET)
+"""Keys of a cluster that have one value in this version."""
 
 ANOTHER: Mapping[str, object] = {
     "name": "another",
-    "model.name": "model",
+    "model.name": "gpt2-large",
     "model.init": "pretrained",
     "model.tokenizer": {"train": {"vocab_size": 400}},
     "model.overrides": {"n_layer": 3},
-    "data.train": ["other.txt"],
+    "data.train": ["other.jsonl"],
     "data.validation": 0,
     "data.format": "text",
     "data.sample_by": "document",
     "data.text_field": "body",
     "data.block_size": 32,
     "data.packing": "pad",
-    "data.cache_dir": "/elsewhere",
-    "train.batch_size": 16,
+    "data.cache_dir": "stores",
+    "train.batch_size": 1024,
     "train.tokens": 100_000,
     "train.steps": 200,
     "train.epochs": 3,
@@ -49,38 +60,213 @@ ANOTHER: Mapping[str, object] = {
     "train.weight_decay": 0.2,
     "train.betas": [0.8, 0.99],
     "train.max_grad_norm": 2,
-    "train.precision": "bf16",
+    "train.precision": "fp32",
     "train.gradient_checkpointing": True,
-    "train.strategy": "ddp",
-    "train.micro_batch": 2,
+    "train.micro_batch": 1,
     "train.compile": True,
     "train.eval_every": "30min",
     "train.log_every": 5,
     "train.early_stopping": {"patience": 3},
     "train.metrics": ["mine:accuracy"],
     "train.callbacks": ["mine:Stop"],
-    "train.extra": {"group_by_length": True},
+    "train.extra": {"label_smoothing_factor": 0.1},
     "checkpoint.every": "30min",
     "checkpoint.keep": 3,
-    "report_to": ["tensorboard"],
+    "report_to": [],
     "push_to_hub": "user/name",
     "seed": 7,
     "output_dir": "elsewhere",
+    "cluster.name": "elsewhere",
+    "cluster.gpus_per_node": 4,
+    "cluster.gpu": "h100-sxm-80gb",
+    "cluster.env": {"TOKENIZERS_PARALLELISM": "false", "GREETING": "good day"},
 }
-ANOTHER_CLUSTER: Mapping[str, object] = {
-    "name": "elsewhere",
-    "gpus_per_node": 4,
-    "gpu": "v100-sxm-32gb",
-    "env": {"TOKENIZERS_PARALLELISM": "false"},
-}
-NO_OTHER_VALUE = frozenset({"data.isolate_documents", "data.mode", "train.offload"})
-"""Keys of a run that have one value in this version."""
+"""Every other key, with a value that no scenario below has."""
 
-def rendered(folder: Path, run: Mapping[str, object], cluster: Mapping[str, object]) -> dict[str, str]:
-    """Every rendered file, name to text."""
-    write_json(folder / "run.yaml", run)
+TAKE_MEMORY = frozenset(
+    {
+        *("model.name", "model.init", "model.tokenizer", "model.overrides", "data.block_size"),
+        *("train.batch_size", "train.precision", "train.gradient_checkpointing", "train.micro_batch"),
+        *("cluster.gpus_per_node", "cluster.gpu"),
+    }
+)
+"""Keys that may move what is chosen so that memory suffices."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Something to change a key in; `prepared`: its text is really prepared, each time."""
+
+    run: dict[str, Any]
+    cluster: dict[str, Any]
+    prepared: bool
+    keys: frozenset[str]
+    another: Mapping[str, object] = field(default_factory=dict)
+
+    def value(self, key: str) -> object:
+        """What `key` is changed to here."""
+        return self.another.get(key, ANOTHER[key])
+
+
+def run_of(model: dict[str, Any], data: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "run", "model": model, "data": {"train": ["corpus.jsonl"], **data}, "train": train}
+
+
+SCENARIOS: Mapping[str, Scenario] = {
+    # Text is there, and the length hangs on how much of it.
+    "prepared": Scenario(
+        run_of(
+            {"name": "gpt2", "tokenizer": {"train": {"vocab_size": 300}}, "overrides": {"n_layer": 2}},
+            {"validation": 0.2, "block_size": 64},
+            {"batch_size": 8, "epochs": 40, "warmup": 0.1},
+        ),
+        {"gpu": "cpu", "gpus_per_node": 2},
+        prepared=True,
+        keys=frozenset(ANOTHER) - {"model.init", "data.sample_by"},
+    ),
+    "lines": Scenario(
+        run_of(
+            {"name": "gpt2", "tokenizer": {"train": {"vocab_size": 300}}, "overrides": {"n_layer": 2}},
+            {"validation": 0.2, "block_size": 64, "format": "text"},
+            {"batch_size": 8, "epochs": 40},
+        ),
+        {"gpu": "cpu", "gpus_per_node": 1},
+        prepared=True,
+        keys=frozenset({"data.sample_by", "cluster.gpus_per_node"}),
+    ),
+    # A model in a folder, with its own tokenizer and a vocabulary wider than that.
+    "folder": Scenario(
+        run_of({"name": "first"}, {"validation": 0.2, "block_size": 64}, {"batch_size": 8, "epochs": 40}),
+        {"gpu": "cpu", "gpus_per_node": 1},
+        prepared=True,
+        keys=frozenset({"model.name", "model.init"}),
+        another={"model.name": "second"},
+    ),
+    # A GPU that the model only just fits on, so that whatever takes memory moves the micro-batch.
+    "tight": Scenario(
+        run_of({"name": "gpt2-medium"}, {}, {"batch_size": 32, "tokens": 10**9}),
+        {"gpu": "t4-16gb", "gpus_per_node": 1},
+        prepared=False,
+        keys=TAKE_MEMORY - {"model.name"},
+    ),
+    "no room": Scenario(
+        run_of({"name": "gpt2"}, {"block_size": 1024}, {"batch_size": 32, "steps": 1000, "micro_batch": 16}),
+        {"gpu": "t4-16gb", "gpus_per_node": 2},
+        prepared=False,
+        keys=TAKE_MEMORY - {"train.batch_size", "cluster.gpus_per_node"},
+    ),
+}
+CASES = [(name, key) for name, scenario in SCENARIOS.items() for key in ANOTHER if key in scenario.keys]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    run: Loaded[RunConfig]
+    cluster: Loaded[ClusterConfig]
+    files: dict[str, str]
+
+
+def render(folder: Path, scenario: Scenario, key: str | None = None) -> Rendered:
+    """Every file of the scenario, with `key` changed."""
+    cluster, overrides = copy.deepcopy(scenario.cluster), []
+    if key is not None and key.startswith("cluster."):
+        cluster[key.removeprefix("cluster.")] = scenario.value(key)
+    elif key is not None:
+        overrides = [f"{key}={json.dumps(scenario.value(key))}"]
+    write_json(folder / "run.yaml", scenario.run)
     write_json(folder / "cluster.yaml", cluster)
-    loaded = load_run(folder / "run.yaml")
-    assembly = assemble(loaded, load_cluster(folder / "cluster.yaml"), MACHINE, PREPARED)
-    files = rendered_files(assembly, run_directory(loaded.config), PREPARED)
-    return {path.name: text for path, text in files.items()}
+    run, where = load_run(folder / "run.yaml", overrides), load_cluster(folder / "cluster.yaml")
+    assembly, prepared = assemble(run, where, MACHINE), None
+    if scenario.prepared:
+        prepared = prepare_text(assembly, 1, lambda *_: None, lambda _: None)
+        assembly = assemble(run, where, MACHINE, prepared)
+    files = rendered_files(assembly, run_directory(run.config), prepared)
+    return Rendered(run, where, {path.name: text for path, text in files.items()})
+
+
+@pytest.fixture(scope="module")
+def renderings(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str | None], Rendered]:
+    """Each scenario as it is (None), and with each key changed."""
+    folder = tmp_path_factory.mktemp("carries")
+    for name, count in (("corpus", 150), ("other", 90)):
+        lines = [{"text": line, "body": line[:30]} for line in sentences(count, seed=count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    for name, vocabulary in (("first", 300), ("second", 400)):
+        train_tokenizer(sentences(150), vocabulary).save(folder / name)
+        write_json(folder / name / "config.json", {**PRESETS["gpt2"].config(), "n_layer": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        unchanged: list[tuple[str, str | None]] = [(name, None) for name in SCENARIOS]
+        return {(name, key): render(folder, SCENARIOS[name], key) for name, key in [*unchanged, *CASES]}
+
+
+def test_every_key_of_the_schema_is_tried() -> None:
+    run = {dotted(path) for path, _ in leaves(RunConfig)}
+    cluster = {f"cluster.{dotted(path)}" for path, _ in leaves(ClusterConfig)}
+    assert run | cluster == ANOTHER.keys() | ONE_VALUE | LATER
+    assert {key for _, key in CASES} == ANOTHER.keys()
+    assert CARRIES.keys() <= run | cluster, "the table names a key that does not exist"
+
+
+def changed_lines(before: str, after: str) -> tuple[set[int], set[int]]:
+    """Line numbers, from 1, of what is gone from `before` and of what is new in `after`."""
+    matcher = difflib.SequenceMatcher(None, before.splitlines(), after.splitlines(), autojunk=False)
+    gone: set[int] = set()
+    new: set[int] = set()
+    for tag, a, b, c, d in matcher.get_opcodes():
+        if tag != "equal":
+            gone |= set(range(a + 1, b + 1))
+            new |= set(range(c + 1, d + 1))
+    return gone, new
+
+
+def named_lines(keys: list[str], files: Mapping[str, str]) -> set[tuple[str, int]]:
+    return {(place.file, place.line) for key in keys for place in places(key, files)}
+
+
+def carries_nothing(line: str) -> bool:
+    """A comment, a bracket, the name of a section; and the configuration's hash, which carries every key."""
+    return re.fullmatch(r'\s*("?\w+"?:)?\s*[{\[\]},]*|#.*', line) is not None or '"configuration":' in line
+
+
+@pytest.mark.parametrize(("name", "key"), CASES, ids=[f"{name}: {key}" for name, key in CASES])
+def test_whatever_a_key_changes_is_named(
+    renderings: Mapping[tuple[str, str | None], Rendered], name: str, key: str
+) -> None:
+    before, after = renderings[name, None], renderings[name, key]
+    keys = differences(before.run.config, after.run.config)
+    keys += [f"cluster.{each}" for each in differences(before.cluster.config, after.cluster.config)]
+    assert any(each == key or each.startswith(f"{key}.") for each in keys), "nothing was changed"
+    unnamed = []
+    for file in before.files:
+        sides = changed_lines(before.files[file], after.files[file])
+        for side, lines in zip((before, after), sides, strict=True):
+            texts, named = side.files[file].splitlines(), named_lines([key, *keys], side.files)
+            unnamed += [
+                f"{file}:{line}: {texts[line - 1].strip()}"
+                for line in sorted(lines)
+                if (file, line) not in named and not carries_nothing(texts[line - 1])
+            ]
+    assert unnamed == []
+
+
+def value_at(files: Mapping[str, str], file: str, path: str) -> object:
+    if file == LAUNCH:
+        return files[file]
+    found: Any = yaml.load(files[file], Loader=yaml.CSafeLoader)
+    for part in path.split("."):
+        found = found[part]
+    return found
+
+
+def test_whatever_the_table_names_can_change(
+    renderings: Mapping[tuple[str, str | None], Rendered],
+) -> None:
+    moves = {
+        key
+        for name, key in CASES
+        for file, path in CARRIES.get(key, ())
+        if value_at(renderings[name, None].files, file, path)
+        != value_at(renderings[name, key].files, file, path)
+    }
+    assert CARRIES.keys() - moves - ONE_VALUE - LATER == set()

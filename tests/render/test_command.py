@@ -38,6 +38,8 @@ AWKWARD = (
     "",
     "naïve 你好 \t tab",
 )
+CHARACTERS = st.characters(codec="utf-8", exclude_characters="\0")
+"""What a path or a variable can hold."""
 
 
 class Shell:
@@ -88,8 +90,8 @@ def test_a_shell_passes_on_exactly_what_is_there(shell: Shell, text: str) -> Non
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    directory=st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1),
-    values=st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")), max_size=3),
+    directory=st.text(CHARACTERS, min_size=1),
+    values=st.lists(st.text(CHARACTERS), max_size=3),
 )
 def test_any_path_and_any_value(shell: Shell, directory: str, values: list[str]) -> None:
     check(shell, directory, {f"VALUE_{n}": value for n, value in enumerate(values)})

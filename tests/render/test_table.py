@@ -68,7 +68,7 @@ def test_what_is_not_known_yet_and_what_is_not_done() -> None:
     assert rows["strategy"] == "ddp, bf16, compiled"
     assert rows["gradient checkpointing"] == "on"
     assert rows["parameters"] == "124,439,808"
-    assert "launcher data prepare" in rows["steps"]
+    assert "prepared the text" in rows["steps"]
     assert "tokens" not in rows
     assert rows["evaluate"] == "never"
     assert rows["checkpoint"] == "every 1 step"

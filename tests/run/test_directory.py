@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config.load import dump
+from launcher.config.schema import RunConfig
+from launcher.errors import RequestError, RunDirectoryError
+from launcher.plan.choose import Place, make_plan
+from launcher.plan.hardware import find_gpu
+from launcher.plan.orders import Orders, format_orders
+from launcher.run.directory import (
+    RunDirectory,
+    check_goes_on,
+    check_same_run,
+    check_writable,
+    configuration_hash,
+    find_model_folder,
+    has_begun,
+    run_directory,
+    write_files,
+    write_text,
+)
+
+
+def asked(train: dict[str, Any] | None = None, **keys: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "small",
+            "model": {"name": "gpt2"},
+            "data": {"train": ["text"]},
+            "train": {"batch_size": 8, "steps": 100, **(train or {})},
+            **keys,
+        }
+    )
+
+
+def made(root: Path, run: RunConfig) -> RunDirectory:
+    """A run directory with the two files that say which run it is."""
+    directory = RunDirectory(root)
+    place = Place("here", 1, 1, find_gpu("cpu"))
+    plan = make_plan(run, place, shape=None, positions=None, blocks=None)
+    orders = Orders("0", configuration_hash(run), plan, {"model_type": "gpt2"}, None, str(STORE), 300)
+    write_files([(directory.config, dump(run)), (directory.orders, format_orders(orders))])
+    return directory
+
+
+STORE = Path("/stores/0123")
+
+
+def begun(directory: RunDirectory) -> RunDirectory:
+    """The run after its first line of metrics."""
+    write_text(directory.metrics, '{"step": 1, "loss": 3.0}\n')
+    return directory
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_every_path_is_inside_and_no_two_are_the_same() -> None:
+    directory = RunDirectory(Path("/runs/small"))
+    paths = [
+        getattr(directory, name) for name, kind in vars(RunDirectory).items() if isinstance(kind, property)
+    ]
+    paths += [directory.log(1, 0), directory.log(1, 1), directory.log(2, 0), directory.launch_log(1)]
+    paths += [directory.record(1, 0), directory.record(1, 1)]
+    assert len(paths) == len(set(paths)) > 15
+    assert all(path.is_relative_to(directory.root) for path in paths)
+    assert directory.log(1, 0) == Path("/runs/small/logs/attempt-001/rank-0.log")
+
+
+def test_attempts_count_on_from_the_newest(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    assert directory.next_attempt() == 1
+    directory.logs(1).mkdir(parents=True)
+    directory.logs(1000).mkdir()
+    directory.logs(9).mkdir()
+    assert directory.next_attempt() == 1001
+
+
+def test_a_run_lives_in_its_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_directory(asked()).root == tmp_path / "runs" / "small"
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert run_directory(asked(output_dir="~/made")).root == Path("/home/someone/made/small")
+
+
+def test_the_hash_is_the_configurations_and_not_the_order_of_its_keys(tmp_path: Path) -> None:
+    assert configuration_hash(asked()) == configuration_hash(
+        RunDirectory(made(tmp_path, asked()).root).read_config()
+    )
+    extra = [{"optim_args": "a", "debug": "b"}, {"debug": "b", "optim_args": "a"}]
+    one, other = (configuration_hash(asked(train={"extra": each})) for each in extra)
+    assert one == other
+    assert configuration_hash(asked(seed=1)) != configuration_hash(asked())
+
+
+def test_a_new_or_empty_folder_and_the_same_run_are_fine(tmp_path: Path) -> None:
+    check_same_run(RunDirectory(tmp_path / "new"), asked())
+    check_same_run(RunDirectory(tmp_path), asked())
+    check_same_run(made(tmp_path / "small", asked()), asked())
+
+
+def test_another_configuration_is_refused_key_by_key(tmp_path: Path) -> None:
+    directory = begun(made(tmp_path / "small", asked(model={"name": "gpt2", "overrides": {"n_layer": 2}})))
+    before = everything(tmp_path)
+    now = asked(
+        train={"learning_rate": 0.5, "early_stopping": {"patience": 2}},
+        model={"name": "gpt2", "overrides": {"n_head": 4}},
+    )
+    with pytest.raises(RunDirectoryError) as refused:
+        check_same_run(directory, now)
+    message = refused.value.message
+    for part in (
+        "train.learning_rate was 0.0006, is now 0.5",
+        "model.overrides.n_layer was 2, is now null",
+        "model.overrides.n_head was null, is now 4",
+        "train.early_stopping.patience was null, is now 2",
+    ):
+        assert part in message
+    assert refused.value.directory == directory.root
+    assert "another name" in (refused.value.hint or "")
+    assert everything(tmp_path) == before
+
+
+def test_length_and_place_may_change(tmp_path: Path) -> None:
+    directory = begun(made(tmp_path / "small", asked()))
+    check_same_run(directory, asked(train={"steps": 200}))
+    check_same_run(directory, asked(train={"steps": None, "epochs": 2.0}, output_dir="elsewhere"))
+    with pytest.raises(RunDirectoryError, match="1 key differs: seed was 1337, is now 3"):
+        check_same_run(directory, asked(train={"steps": 200}, seed=3))
+
+
+def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="exists and is not a run directory"):
+        check_same_run(RunDirectory(tmp_path), asked())
+    with pytest.raises(RunDirectoryError, match="exists and is not a run directory"):
+        check_same_run(RunDirectory(tmp_path / "precious"), asked())
+
+
+def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
+    directory = made(tmp_path / "small", asked())
+    directory.config.write_text("name: small\nmodel: [")
+    with pytest.raises(RunDirectoryError, match=r"config\.yaml cannot be read") as refused:
+        check_same_run(directory, asked())
+    assert "mend that file" in (refused.value.hint or "")
+
+
+def test_a_run_may_grow_but_not_shrink(tmp_path: Path) -> None:
+    directory = begun(made(tmp_path / "small", asked(train={"steps": 1000})))
+    for steps in (1000, 1001, None):
+        check_goes_on(directory, steps, STORE)
+    with pytest.raises(RunDirectoryError, match="planned for 1,000 steps, and 999 are asked for"):
+        check_goes_on(directory, 999, STORE)
+
+
+def test_a_run_goes_on_with_the_text_it_began_with(tmp_path: Path) -> None:
+    directory = begun(made(tmp_path / "small", asked()))
+    check_goes_on(directory, 100, Path("/moved/stores/0123"))
+    with pytest.raises(RunDirectoryError, match="text or tokenizer of run 'small' has changed") as refused:
+        check_goes_on(directory, 100, Path("/stores/4567"))
+    assert "/stores/0123" in refused.value.message
+    assert "/stores/4567" in refused.value.message
+
+
+def test_until_something_was_trained_a_mistake_may_be_mended(tmp_path: Path) -> None:
+    directory = made(tmp_path / "small", asked())
+    directory.metrics.touch()
+    directory.logs(1).mkdir(parents=True)
+    assert not has_begun(directory)
+    check_same_run(directory, asked(seed=3))
+    check_goes_on(directory, 1, Path("/stores/4567"))
+    (directory.checkpoints / "step-00000010").mkdir(parents=True)
+    assert has_begun(directory)
+    check_goes_on(RunDirectory(tmp_path / "new"), 1, STORE)
+
+
+def test_reading_what_is_not_there(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    with pytest.raises(RunDirectoryError, match=r"not a run directory: it has no config\.yaml"):
+        directory.read_config()
+    with pytest.raises(RunDirectoryError, match=r"not a run directory: it has no plan\.json"):
+        directory.read_orders()
+
+
+def test_the_model_of_a_run_of_a_folder_and_of_the_hub(tmp_path: Path) -> None:
+    directory = made(tmp_path / "small", asked())
+    with pytest.raises(RunDirectoryError, match="no model yet"):
+        find_model_folder(str(directory.root))
+    directory.model.mkdir()
+    assert find_model_folder(str(directory.root)) == directory.model
+    assert find_model_folder(str(directory.model)) == str(directory.model)
+    assert find_model_folder("openai-community/gpt2") == "openai-community/gpt2"
+
+
+def test_writing_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "plan.json"
+    write_text(file, "before, and longer")
+    write_text(file, "après\n")
+    assert file.read_bytes() == "après\n".encode()
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    write_text(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "new, but for \ud800")
+    assert file.read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device without room")
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    write_text(file, "old")
+    (tmp_path / f".plan.json.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_text(file, "new" * 10_000)
+    assert file.read_text() == "old"
+
+
+def test_only_scripts_are_executable_and_only_for_those_who_may_read(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_files([(tmp_path / "launch.sh", "#!/bin/sh\n"), (tmp_path / "plan.json", "{}")])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "launch.sh").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "plan.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_writable_is_found_out_by_trying_and_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b", "output_dir")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for folder in (Path("/proc/runs/small"), tmp_path / "file" / "runs"):
+        with pytest.raises(RequestError, match=r"data\.cache_dir: cannot write in") as refused:
+            check_writable(folder, "data.cache_dir")
+        assert "data.cache_dir" in (refused.value.hint or "")

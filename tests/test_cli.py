@@ -1,0 +1,226 @@
+"""The commands as a person types them: help, answers as JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from launcher import __version__
+from launcher.cli import app
+from launcher.config.presets import PRESETS
+from launcher.run import checkpoints as ledger
+from tests.conftest import Workplace
+
+
+def commands(group: TyperGroup, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], TyperCommand]]:
+    """Every command, with the words that call it."""
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from commands(command, (*at, name))
+        elif isinstance(command, TyperCommand):
+            yield (*at, name), command
+
+
+ROOT = get_command(app)
+assert isinstance(ROOT, TyperGroup)
+COMMANDS: Mapping[str, TyperCommand] = {" ".join(words): command for words, command in commands(ROOT)}
+
+
+def test_the_commands_are_those_that_work() -> None:
+    assert set(COMMANDS) == {
+        *("init", "plan", "train", "generate", "explain", "doctor"),
+        *("data prepare", "data verify", "data show", "checkpoint list"),
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example_that_the_command_itself_takes(name: str) -> None:
+    words = name.split()
+    shown = CliRunner().invoke(app, [*words, "-h"], prog_name="launcher")
+    assert shown.exit_code == 0
+    assert f"Usage: launcher {name}" in shown.stdout
+    example = " ".join(shown.stdout.split("Example: ")[1].split())
+    program, *rest = shlex.split(example)
+    assert program == "launcher"
+    assert rest[: len(words)] == words
+    COMMANDS[name].make_context(name, rest[len(words) :])
+    assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_what_it_is_for(name: str) -> None:
+    for parameter in COMMANDS[name].params:
+        if parameter.name != "help":
+            assert getattr(parameter, "help", None), f"{name}: {parameter.name}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([name] for name in ("status", "logs", "stop", "submit", "report", "supervise", "frobnicate")),
+        ["plan"],
+        ["plan", "run.yaml", "--frobnicate"],
+        ["data", "frobnicate"],
+        ["checkpoint", "list", ".", "--json=1"],
+        ["data", "show", ".", "--step", "0"],
+        ["generate", "model", "--tokens", "many"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_what_there_is_not_is_refused_with_code_2(arguments: list[str]) -> None:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert done.stdout == "" or not arguments
+    assert "Traceback" not in done.output
+
+
+def answered(workplace: Workplace, *arguments: str) -> Any:
+    """The whole of stdout, as JSON."""
+    done = workplace.run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_plan_explain_and_doctor_answer_in_json(workplace: Workplace) -> None:
+    plan = answered(workplace, "plan", "run.yaml", "--cluster", "two.yaml", "train.steps=7")
+    assert plan["plan"]["batch"]["world_size"] == 2
+    assert plan["tokens"] == 7 * 8 * 64
+    (entry,) = answered(workplace, "explain", "run.yaml", "train.steps", "train.steps=7")
+    assert (entry["value"], entry["set_by"]) == ("7", "override train.steps=7")
+    checks = {
+        check["check"]: check["state"] for check in answered(workplace, "doctor", "--cluster", "two.yaml")
+    }
+    assert checks["cluster"] == checks["torch"] == "ok"
+
+
+def test_the_same_for_people(workplace: Workplace) -> None:
+    before = workplace.files()
+    plan = workplace.run("plan", "run.yaml", "--cluster", "two.yaml")
+    for part in ("what you asked: small", "what it becomes", "micro-batch 4 x accumulation 1 x 2 ranks"):
+        assert part in plan.stdout
+    explained = workplace.run("explain", "run.yaml", "checkpoint")
+    assert "checkpoint.every = 10" in explained.stdout
+    assert "checkpoint.keep = 2" in explained.stdout
+    assert "torch" in workplace.run("doctor").stdout
+    assert plan.stderr == explained.stderr == ""
+    assert workplace.files() == before
+
+
+def test_what_this_machine_lacks_is_code_3(workplace: Workplace) -> None:
+    (workplace.folder / "gpus.yaml").write_text("gpu: h100-sxm-80gb\ngpus_per_node: 64\n")
+    done = workplace.run("doctor", "--cluster", "gpus.yaml", "--json")
+    assert done.returncode == 3
+    assert "cluster" in [each["check"] for each in json.loads(done.stdout) if each["state"] == "missing"]
+
+
+def test_plan_writes_what_it_would_render(workplace: Workplace) -> None:
+    done = workplace.run("plan", "run.yaml", "--write", "made", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in (workplace.folder / "made").iterdir()} == {
+        *("config.yaml", "cluster.yaml", "plan.json", "accelerate.yaml", "launch.sh"),
+    }
+    written = json.loads((workplace.folder / "made" / "plan.json").read_text())
+    assert written["plan"] == json.loads(done.stdout)["plan"]
+    refused = workplace.run("plan", "run.yaml", "--write", "corpus.txt/made")
+    assert refused.returncode == 2
+    assert "--write" in refused.stderr
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_init_then_plan(tmp_path: Path, preset: str) -> None:
+    here = Workplace(tmp_path)
+    made = here.run("init", "my run.yaml", "--preset", preset)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == ""
+    (tmp_path / "cluster.yaml").write_text("gpu: h100-sxm-80gb\ngpus_per_node: 8\n")
+    plan = answered(here, "plan", "my run.yaml", "--cluster", "cluster.yaml")["plan"]
+    assert plan["name"] == "my run"
+    assert plan["batch"]["batch_size"] == PRESETS[preset].batch_size
+    assert plan["precision"] == "bf16"
+
+
+def test_init_writes_a_cluster_file_that_plan_takes(workplace: Workplace) -> None:
+    assert workplace.run("init", "--cluster", "here.yaml").returncode == 0
+    assert (
+        answered(workplace, "plan", "run.yaml", "--cluster", "here.yaml")["plan"]["cluster"] == "my-machine"
+    )
+
+
+def test_the_version_alone_on_stdout(workplace: Workplace) -> None:
+    done = workplace.run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
+
+
+def test_a_traceback_only_when_asked_for(workplace: Workplace) -> None:
+    plain = workplace.run("plan", "nothing.yaml")
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert "error: nothing.yaml: no such file" in plain.stderr
+    assert "Traceback" not in plain.stderr
+    debug = workplace.run("--debug", "plan", "nothing.yaml")
+    assert "Traceback" in debug.stderr
+    assert "ConfigError" in debug.stderr
+    assert debug.returncode == 2
+
+
+def test_a_store_is_prepared_shown_and_verified_and_a_flipped_byte_is_found(workplace: Workplace) -> None:
+    prepared = answered(workplace, "data", "prepare", "run.yaml", "--workers", "1")
+    store = Path(prepared["store"])
+    assert prepared["vocabulary"] == 300
+    again = workplace.run("data", "prepare", "run.yaml")
+    assert again.stdout == f"{store}\n"
+
+    shown = answered(workplace, "data", "show", str(store), "--samples", "1")
+    counts = {split["split"]: split["documents"] for split in shown["splits"]}
+    assert counts["train"] + counts["validation"] == 2000
+    assert (
+        shown["splits"][0]["samples"][0].removesuffix("<|endoftext|>")
+        in (workplace.folder / "corpus.txt").read_text()
+    )
+    assert "documents" in workplace.run("data", "show", str(store)).stdout
+    assert answered(workplace, "data", "verify", str(store)) == {"store": str(store), "damage": []}
+    assert "as it was written" in workplace.run("data", "verify", str(store)).stdout
+
+    shard = next(store.glob("train*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    found = workplace.run("data", "verify", str(store), "--json")
+    assert found.returncode == 2
+    (damage,) = json.loads(found.stdout)["damage"]
+    assert shard.name in damage
+    assert f"damaged: {damage}" in found.stderr
+    assert "hint:" in found.stderr
+
+
+def test_checkpoints_are_listed_and_the_damaged_one_marked(workplace: Workplace) -> None:
+    assert workplace.run("plan", "run.yaml", "--write", "runs/small").returncode == 0
+    assert workplace.run("checkpoint", "list", "runs/small").stdout == "no checkpoint yet\n"
+    assert answered(workplace, "checkpoint", "list", "runs/small") == []
+    folder = workplace.folder / "runs" / "small" / "checkpoints"
+    for step in (10, 20):
+        temporary = ledger.begin(folder, step)
+        (temporary / "model.safetensors").write_bytes(b"x" * 2048)
+        ledger.commit(temporary, step=step, samples=step * 8, world_size=1, created=1763858761.0)
+    (folder / "step-00000020" / "model.safetensors").write_bytes(b"y" * 2048)
+
+    found = answered(workplace, "checkpoint", "list", "runs/small")
+    assert [(each["step"], each["samples"], each["bytes"]) for each in found] == [
+        (10, 80, 2048),
+        (20, 160, 2048),
+    ]
+    assert [each["damage"] for each in found] == [None, None]
+    verified = answered(workplace, "checkpoint", "list", "runs/small", "--verify")
+    assert [bool(each["damage"]) for each in verified] == [False, True]
+    rows = workplace.run("checkpoint", "list", "runs/small", "--verify").stdout.splitlines()
+    assert rows[0].split() == ["step", "samples", "size", "saved", "state"]
+    assert [(row.split()[0], row.split()[-1]) for row in rows[1:]] == [("10", "good"), ("20", "DAMAGED")]
+    assert "2.0 KiB" in rows[1]

@@ -1,0 +1,225 @@
+"""When it evaluates, saves and stops, step by step, with transformers' own control flags."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from launcher.config.schema import EarlyStopping
+from launcher.plan.batch import Batch
+from launcher.plan.choose import Every, Plan
+from launcher.worker.cadence import BestEvaluation, Cadence, Clock
+from launcher.worker.stop import Agreement, StopSignals
+
+STEPS = 12
+PLAN = Plan(
+    name="run",
+    cluster="here",
+    gpu="cpu",
+    device="cpu",
+    nodes=1,
+    ranks_per_node=1,
+    threads_per_rank=1,
+    strategy="ddp",
+    precision="fp32",
+    gradient_checkpointing=False,
+    compile=False,
+    batch=Batch(8, 8, 1, 1),
+    block_size=64,
+    steps=STEPS,
+    warmup_steps=0,
+    eval_every=Every(),
+    checkpoint_every=Every(),
+    blocks=None,
+    parameters=None,
+    memory=None,
+    memory_available=None,
+)
+
+
+class Drive:
+    """A run of `STEPS` steps as the Trainer takes them; `losses` are what its evaluations give."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        *,
+        rank: int = 0,
+        early: EarlyStopping | None = None,
+        losses: list[float] | None = None,
+        best: BestEvaluation | None = None,
+    ) -> None:
+        self.request = folder / "requests" / "stop"
+        self.signals = StopSignals()
+        self.best = best or BestEvaluation()
+        self.cadence = Cadence(
+            plan,
+            Agreement(1),
+            self.signals,
+            rank=rank,
+            stop_request=self.request,
+            best=self.best,
+            early_stopping=early,
+        )
+        self._losses = iter(losses or [])
+        self._arguments = TrainingArguments(output_dir=str(folder), use_cpu=True)
+        self.evaluated: list[int] = []
+        self.saved: list[int] = []
+        self.last = 0
+
+    def go(self, at: dict[int, Callable[[], object]] | None = None, start: int = 0) -> Drive:
+        """Take every step; `at` happens during a step."""
+        state, control = TrainerState(), TrainerControl()
+        self.cadence.on_train_begin(self._arguments, state, control)
+        for step in range(start + 1, STEPS + 1):
+            (at or {}).get(step, lambda: None)()
+            state.global_step = self.last = step
+            self.cadence.on_step_end(self._arguments, state, control)
+            if control.should_evaluate:
+                control.should_evaluate = False
+                self.evaluated.append(step)
+                found = {"eval_loss": next(self._losses, 1.0)}
+                self.cadence.on_evaluate(self._arguments, state, control, metrics=found)
+            if control.should_save:
+                control.should_save = False
+                self.saved.append(step)
+            if control.should_training_stop:
+                break
+        return self
+
+
+def every(evaluations: Every, saves: Every) -> Plan:
+    return replace(PLAN, eval_every=evaluations, checkpoint_every=saves)
+
+
+def test_in_steps_and_at_the_end(tmp_path: Path) -> None:
+    run = Drive(tmp_path, every(Every(steps=5), Every(steps=4))).go()
+    assert run.evaluated == [5, 10, 12]
+    assert run.saved == [4, 8, 12]
+    assert not run.cadence.stopped
+
+
+def test_resumed_it_falls_on_the_same_steps(tmp_path: Path) -> None:
+    run = Drive(tmp_path, every(Every(steps=5), Every(steps=4))).go(start=7)
+    assert (run.evaluated, run.saved) == ([10, 12], [8, 12])
+
+
+def test_without_validation_it_never_evaluates(tmp_path: Path) -> None:
+    run = Drive(tmp_path, every(Every(), Every(steps=100))).go()
+    assert run.evaluated == []
+    assert run.saved == [12], "the end is always saved"
+
+
+def test_a_clock_that_has_run_out_is_heard_one_step_later_and_starts_again(tmp_path: Path) -> None:
+    plan = every(Every(seconds=0.3), Every(seconds=0.3))
+    run = Drive(tmp_path, plan).go({5: lambda: time.sleep(0.31)})
+    assert run.evaluated == run.saved == [6, 12]
+    other = Drive(tmp_path, plan, rank=1).go({5: lambda: time.sleep(0.31)})
+    assert other.evaluated == [12], "rank 0's clock is the one that counts"
+
+
+def test_a_clock_is_due_once_its_time_has_passed() -> None:
+    clock = Clock(Every(seconds=0.05))
+    time.sleep(0.06)
+    assert clock.is_due()
+    clock.restart()
+    assert not clock.is_due()
+    assert not Clock(Every(steps=1)).is_due()
+    assert not Clock(Every()).is_due()
+
+
+@pytest.mark.parametrize("how", ["signal", "file"])
+def test_asked_to_stop_it_saves_and_stops_one_step_later(tmp_path: Path, how: str) -> None:
+    run = Drive(tmp_path, every(Every(steps=100), Every(steps=100)))
+
+    def ask() -> None:
+        if how == "signal":
+            run.signals.received = signal.SIGUSR1
+        else:
+            run.request.parent.mkdir()
+            run.request.touch()
+
+    run.go({4: ask})
+    assert (run.last, run.saved, run.evaluated) == (5, [5], [])
+    assert run.cadence.stopped
+
+
+def test_only_rank_0_reads_the_file_and_every_rank_its_signals(tmp_path: Path) -> None:
+    run = Drive(tmp_path, PLAN, rank=1)
+    run.request.parent.mkdir()
+    run.request.touch()
+    assert run.go().last == STEPS
+    run = Drive(tmp_path, PLAN, rank=1)
+    run.signals.received = signal.SIGTERM
+    assert run.go().last == 2
+
+
+def test_asked_at_the_last_step_it_has_finished_rather_than_stopped(tmp_path: Path) -> None:
+    for step in (STEPS - 1, STEPS):
+        run = Drive(tmp_path, PLAN)
+        run.go({step: lambda run=run: setattr(run.signals, "received", signal.SIGTERM)})  # type: ignore[misc]
+        assert run.last == STEPS
+        assert run.saved == [STEPS]
+        assert not run.cadence.stopped
+
+
+def test_early_stopping_counts_evaluations_without_improvement(tmp_path: Path) -> None:
+    losses = [5.0, 4.0, 4.1, 3.0, 3.5, 3.4, 9.0]
+    run = Drive(
+        tmp_path, every(Every(steps=1), Every(steps=100)), early=EarlyStopping(patience=2), losses=losses
+    ).go()
+    assert run.last == 6
+    assert (run.best.step, run.best.loss) == (4, 3.0)
+    assert run.saved == [1, 2, 4, 6], "every best one is kept, and where it stopped"
+    assert not run.cadence.stopped, "nobody asked: the run is finished"
+
+
+def test_an_improvement_below_min_delta_is_none(tmp_path: Path) -> None:
+    early = EarlyStopping(patience=2, min_delta=0.5)
+    run = Drive(
+        tmp_path, every(Every(steps=1), Every(steps=100)), early=early, losses=[5.0, 4.6, 4.51, 1.0]
+    ).go()
+    assert (run.last, run.best.step) == (3, 1)
+
+
+def test_the_count_goes_on_after_a_resume(tmp_path: Path) -> None:
+    best = BestEvaluation(loss=2.0, step=3, since=1)
+    early = EarlyStopping(patience=2)
+    run = Drive(tmp_path, every(Every(steps=1), Every(steps=100)), early=early, losses=[2.5], best=best).go(
+        start=4
+    )
+    assert (run.last, run.best.step) == (5, 3)
+
+
+def test_a_loss_that_is_not_a_number_is_no_improvement() -> None:
+    best = BestEvaluation()
+    assert best.add(3.0, 1, 0.0)
+    assert not best.add(float("nan"), 2, 0.0)
+    assert (best.loss, best.step, best.since) == (3.0, 1, 1)
+    assert best.add(2.0, 3, 0.0)
+
+
+def test_a_first_loss_that_is_not_a_number_does_not_stand_for_ever() -> None:
+    best = BestEvaluation()
+    best.add(float("nan"), 1, 0.0)
+    assert best.add(2.0, 2, 0.0)
+    assert (best.loss, best.step) == (2.0, 2)
+
+
+@given(losses=st.lists(st.floats(0, 10), min_size=1, max_size=20))
+def test_the_best_is_the_first_of_the_lowest(losses: list[float]) -> None:
+    best = BestEvaluation()
+    for step, loss in enumerate(losses):
+        best.add(loss, step, 0.0)
+    assert best.loss == min(losses)
+    assert best.step == losses.index(min(losses))
+    assert best.since == len(losses) - 1 - losses.index(min(losses))

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pty
+import termios
+import time
+from pathlib import Path
+from typing import cast
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from launcher.worker.dataset import TrainingRows
+from launcher.worker.metrics import MetricsFile, Progress, Throughput
+from launcher.worker.report import Report
+from tests.worker.test_cadence import PLAN
+
+
+def lines(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_each_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(file, 0)
+    metrics.write({"step": 1, "loss": 2.5, "mfu": None})
+    assert lines(file) == [{"step": 1, "loss": 2.5, "mfu": None}]
+    metrics.write({"step": 2, "loss": "nan"})
+    assert [line["step"] for line in lines(file)] == [1, 2]
+    metrics.close()
+
+
+def test_a_resumed_run_drops_what_comes_after_its_step(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    first = MetricsFile(file, 0)
+    for step in (1, 5, 10, 10, 11, 15):
+        first.write({"step": step, "loss": float(step)})
+    first.close()
+    again = MetricsFile(file, 10)
+    again.write({"step": 11, "loss": -1.0})
+    again.close()
+    assert [(line["step"], line["loss"]) for line in lines(file)] == [
+        *((1, 1.0), (5, 5.0), (10, 10.0), (10, 10.0), (11, -1.0)),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("cut", ['{"step": 3, "lo', '{"step": 3}', "", '{"step": 3, "deep": {}'])
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path, cut: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n' + cut)
+    metrics = MetricsFile(file, 10)
+    metrics.write({"step": 11})
+    metrics.close()
+    assert [line["step"] for line in lines(file)] == [1, 2, 11]
+
+
+def test_a_run_that_starts_anew_keeps_no_old_line(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n')
+    MetricsFile(file, 0).close()
+    assert file.read_text() == ""
+
+
+def report(file: Path, *, flops: float | None = None, peak: float | None = None) -> Report:
+    return Report(
+        PLAN,
+        cast("TrainingRows", None),  # blocks of one length are counted without reading them
+        MetricsFile(file, 0),
+        Progress(io.StringIO(), steps=12, done=0, name="run"),
+        padded=False,
+        flops_per_token=flops,
+        peak=peak,
+    )
+
+
+def test_what_json_cannot_hold_is_written_as_a_word(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    state, control = TrainerState(global_step=3), TrainerControl()
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    logs = {"loss": math.nan, "grad_norm": math.inf, "learning_rate": 0.5}
+    report(file).on_log(arguments, state, control, logs=logs)
+    report_of_evaluation = {"eval_loss": -math.inf}
+    Report.on_log(report(tmp_path / "other.jsonl"), arguments, state, control, logs=report_of_evaluation)
+    text = file.read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+    def refuse(word: str) -> object:
+        raise AssertionError(f"{word} is not JSON")
+
+    (line,) = [json.loads(each, parse_constant=refuse) for each in text.splitlines()]
+    assert (line["loss"], line["grad_norm"], line["learning_rate"]) == ("nan", "inf", 0.5)
+    assert lines(tmp_path / "other.jsonl")[0]["eval_loss"] == "-inf"
+
+
+def test_speed_and_mfu_leave_out_evaluating_and_saving(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    rank0 = report(file, flops=1000.0, peak=1e6)
+    state, control = TrainerState(), TrainerControl()
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    rank0.on_train_begin(arguments, state, control)
+    started, pauses = time.perf_counter(), 0.0
+    for step in (1, 2, 3):
+        rank0.on_step_begin(arguments, state, control)
+        time.sleep(0.02)
+        state.global_step, control.should_evaluate = step, step == 2
+        rank0.on_step_end(arguments, state, control)
+        if step == 2:
+            before = time.perf_counter()
+            time.sleep(0.3)
+            pauses += time.perf_counter() - before
+    busy = time.perf_counter() - started - pauses
+    rank0.on_log(arguments, state, control, logs={"loss": 1.0})
+    (line,) = lines(file)
+    assert line["tokens"] == 3 * 8 * 64
+    rate = line["tokens_per_second"]
+    assert isinstance(rate, float)
+    assert rate == pytest.approx(3 * 8 * 64 / busy, rel=0.1)
+    assert line["mfu"] == pytest.approx(rate * 1000 / 1e6)
+    assert line["peak_memory_bytes"] is None
+
+
+def test_throughput_starts_afresh_at_each_reading() -> None:
+    throughput = Throughput()
+    throughput.count(1000)
+    time.sleep(0.05)
+    assert throughput.read() == pytest.approx(1000 / 0.05, rel=0.5)
+    time.sleep(0.01)
+    assert throughput.read() == 0.0
+
+
+def test_elsewhere_than_on_a_terminal_a_report_is_a_plain_line() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream, steps=20, done=0, name="run")
+    progress.advance()
+    progress.report({"step": 10, "loss": 3.25, "tokens_per_second": 12345.6, "mfu": None})
+    progress.report({"step": 10, "eval_loss": 3.5})
+    progress.close()
+    assert stream.getvalue() == (
+        "step 10/20  loss 3.2500  tokens_per_second 12,346\nstep 10/20  eval_loss 3.5000\n"
+    )
+
+
+def test_a_loss_of_exactly_zero_is_shown_too() -> None:
+    stream = io.StringIO()
+    Progress(stream, steps=20, done=0, name="run").report({"step": 10, "loss": 0.0})
+    assert stream.getvalue() == "step 10/20  loss 0.0000\n"
+
+
+def test_on_a_terminal_there_is_one_bar() -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    with os.fdopen(theirs, "w") as stream, os.fdopen(ours, "rb", buffering=0) as person:
+        progress = Progress(stream, steps=20, done=10, name="run")
+        progress.advance()
+        progress.report({"step": 11, "loss": 3.25})
+        progress.close()
+        stream.flush()
+        seen = b""
+        while not seen.endswith(b"\n"):
+            seen += person.read(1 << 16)
+    assert b"run:" in seen
+    assert b"11/20" in seen
+    assert b"loss=3.25" in seen
+    assert seen.count(b"\n") == 1
