@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,10 @@ WORDS = (
     *("the", "of", "and", "to", "in", "that", "he", "was", "it", "his", "is", "with"),
     *("as", "had", "for", "at", "by", "on", "not", "be", "from", "but", "have", "they"),
 )
+
+
+# A shell that runs the tests in the background has them ignore SIGINT, and so would what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
