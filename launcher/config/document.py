@@ -59,6 +59,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True
 
+    def write_text(self, text: str) -> yaml.ScalarNode:
+        """YAML takes these three for line ends too, and folds them unless they are escaped."""
+        style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+        return self.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.write_text)
 
 for _name, _pattern, _first in _CORE_SCHEMA:
     for _side in (_Loader, _Dumper):

@@ -178,5 +178,10 @@ def test_what_is_written_reads_back_equal_here_and_in_yaml_1_1(value: Value) -> 
     assert repr(yaml.safe_load(text)) == repr(value)
 
 
+@pytest.mark.parametrize("text", ["\x85", "a\u2028b", "a\u2029", "two\nlines", "plain"])
+def test_every_kind_of_line_end_in_a_text_comes_back(text: str) -> None:
+    assert value_of(write({"key": [text]})) == {"key": [text]}
+
+
 def test_the_yaml_1_1_reader_is_another_reader() -> None:
     assert yaml.safe_load("a: 2026-01-31") == {"a": datetime.date(2026, 1, 31)}
