@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from launcher.config.load import differences, load_run
 from launcher.config.schema import RunConfig
@@ -223,6 +225,24 @@ def has_begun(directory: RunDirectory) -> bool:
     """Whether anything was trained here: until then a mistake in the configuration may be mended."""
     reported = directory.metrics.is_file() and directory.metrics.stat().st_size > 0
     return reported or any(directory.checkpoints.glob("step-[0-9]*"))
+
+
+def hold(lock: Path, directory: RunDirectory, by: str) -> TextIO:
+    """Hold `lock` until the returned stream is closed or this process ends.
+
+    Raises RunDirectoryError, saying that `by` trains the run, where another process holds it.
+    """
+    stream = lock.open("w", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise RunDirectoryError(
+            f"{directory.root} is being trained by {by}",
+            directory=directory.root,
+            hint="wait for it to end, or give this run another name",
+        ) from error
+    return stream
 
 
 def check_writable(folder: Path, key: str) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
-from launcher.errors import Interrupted, LauncherError, RunDirectoryError, TrainingError
+from launcher.errors import Interrupted, LauncherError, TrainingError
 from launcher.run import journal, local
-from launcher.run.directory import RunDirectory, write_text
+from launcher.run.directory import RunDirectory, hold, write_text
 from launcher.run.outcome import Outcome, RankEnd, first_failure, read_end
 
 TAIL_LINES = 15
@@ -126,21 +124,6 @@ def _signals_ask(directory: RunDirectory) -> Iterator[list[int]]:
 def only_supervisor(directory: RunDirectory) -> Iterator[None]:
     """Hold the run, so that two commands never train it at a time, nor one beside ranks left by another."""
     directory.root.mkdir(parents=True, exist_ok=True)
-    with _held(directory.lock, directory, "another command"):
-        with _held(directory.ranks_lock, directory, "ranks whose supervisor is gone"):
-            pass
-        yield
-
-
-@contextmanager
-def _held(lock: Path, directory: RunDirectory, by: str) -> Iterator[None]:
-    with lock.open("w", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunDirectoryError(
-                f"{directory.root} is being trained by {by}",
-                directory=directory.root,
-                hint="wait for it to end, or give this run another name",
-            ) from error
+    with hold(directory.lock, directory, "another command"):
+        hold(directory.ranks_lock, directory, "ranks whose supervisor is gone").close()
         yield

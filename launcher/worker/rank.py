@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import time
@@ -17,9 +16,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from launcher.config.schema import RunConfig
-from launcher.errors import LauncherError, RunDirectoryError
+from launcher.errors import LauncherError
 from launcher.plan.choose import Plan
-from launcher.run.directory import RunDirectory
+from launcher.run.directory import RunDirectory, hold
 from launcher.run.outcome import Outcome, RankEnd
 
 
@@ -49,7 +48,8 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mappi
         options["timeout"] = timedelta(seconds=run.train.extra["ddp_timeout"])
     state = PartialState(cpu=cpu, **options)
     number, world_size = int(state.process_index), int(state.num_processes)
-    lock = _only_ranks(directory) if number == 0 else None
+    # For as long as this process lives: ranks that outlived their supervisor still train.
+    lock = hold(directory.ranks_lock, directory, "other ranks") if number == 0 else None
     attempt = [int(environment.get("LAUNCHER_ATTEMPT", 0)) or directory.next_attempt()]
     if world_size > 1:
         dist.broadcast_object_list(attempt, src=0)
@@ -58,20 +58,6 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mappi
     terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     _redirect(log)
     return Rank(number, world_size, attempt[0], terminal, lock)
-
-
-def _only_ranks(directory: RunDirectory) -> TextIO:
-    """Hold the run for as long as this process lives: ranks that outlived their supervisor still train."""
-    lock = directory.ranks_lock.open("w", encoding="utf-8")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RunDirectoryError(
-            f"{directory.root} is being trained by other ranks",
-            directory=directory.root,
-            hint="wait for them to end, or end them; they are the processes running launcher.worker",
-        ) from error
-    return lock
 
 
 def _redirect(log: os.PathLike[str]) -> None:
