@@ -17,6 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+Counted = Literal["byte", "row"]
 
 
 class LauncherError(Exception):
@@ -82,7 +85,8 @@ class ConfigError(RequestError):
 class DataError(RequestError):
     """Something wrong in the text, with its place.
 
-    `offset` counts bytes from the start of the (decompressed) file, `line` from 1.
+    `offset` counts bytes from the start of the (decompressed) file, or the rows of a table: `counted` says
+    which. `line` counts from 1.
     """
 
     def __init__(
@@ -92,28 +96,44 @@ class DataError(RequestError):
         file: str | None = None,
         line: int | None = None,
         offset: int | None = None,
+        counted: Counted = "byte",
         hint: str | None = None,
         key: str | None = None,
     ) -> None:
         place = ""
         if file is not None:
             place = str(file) + (f":{line}" if line is not None else "")
-            place += f", byte {offset}" if offset is not None else ""
+            place += f", {counted} {offset}" if offset is not None else ""
         super().__init__(f"{place}: {message}" if place else message, hint=hint, key=key)
         self.reason = message
         self.file = file
         self.line = line
         self.offset = offset
+        self.counted = counted
 
     def __reduce__(self) -> tuple[object, ...]:
         """Cross a process boundary with its place: the default would lose the keywords."""
-        return _rebuild_data_error, (self.reason, self.file, self.line, self.offset, self.hint)
+        return _rebuild_data_error, (
+            self.reason,
+            self.file,
+            self.line,
+            self.offset,
+            self.counted,
+            self.hint,
+            self.key,
+        )
 
 
 def _rebuild_data_error(
-    message: str, file: str | None, line: int | None, offset: int | None, hint: str | None
+    message: str,
+    file: str | None,
+    line: int | None,
+    offset: int | None,
+    counted: Counted,
+    hint: str | None,
+    key: str | None,
 ) -> DataError:
-    return DataError(message, file=file, line=line, offset=offset, hint=hint)
+    return DataError(message, file=file, line=line, offset=offset, counted=counted, hint=hint, key=key)
 
 
 class StoreError(RequestError):
