@@ -1,4 +1,4 @@
-"""The reference tokenizer: text to ids exactly as transformers' AutoTokenizer gives them.
+"""Tokenizers: text to ids exactly as transformers' AutoTokenizer gives them.
 
 A tokenizer is a folder (`tokenizer.json`, or `vocab.json` and `merges.txt`) or a Hub id; or it is trained.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.data.alphabet import GuardedBackend
+from launcher.data.backends import REFERENCE
 from launcher.errors import RequestError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Backend
+    from tokenizers import Tokenizer as Reference
 
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 64 << 20  # of UTF-8 text a tokenizer is trained on at most
@@ -40,41 +43,88 @@ PROBES = (
 
 
 class Tokenizer:
-    """A `tokenizers` backend with what packing needs to know: end-of-text, pad, size, identity.
+    """Text to ids, with what packing needs to know: end-of-text, pad, size, identity.
 
-    `end_of_text_added` says that the tokenizer had no end-of-text token and was given a new one.
+    The reference, the `tokenizers` library, says what the ids are; `with_backend` sets a faster one to work.
     """
 
-    def __init__(self, backend: Backend, settings: dict[str, Any]) -> None:
-        backend.no_truncation()
-        backend.no_padding()
-        self._backend = backend
+    def __init__(self, reference: Reference, settings: dict[str, Any]) -> None:
+        reference.no_truncation()
+        reference.no_padding()
+        self._reference = reference
+        self._fast: GuardedBackend | None = None
         self._settings = {key: settings[key] for key in KEPT_SETTINGS if settings.get(key) is not None}
-        named = _token_name(settings.get("eos_token"))
-        self.end_of_text = named or END_OF_TEXT
-        self.end_of_text_added = backend.token_to_id(self.end_of_text) is None and named is None
-        self.end_of_text_id = _special_id(backend, self.end_of_text)
+        self.end_of_text = _token_name(settings.get("eos_token")) or END_OF_TEXT
+        self.end_of_text_id = _special_id(reference, self.end_of_text)
         self.pad = _token_name(settings.get("pad_token")) or self.end_of_text
-        self.pad_id = _special_id(backend, self.pad)
+        self.pad_id = _special_id(reference, self.pad)
 
     @property
     def size(self) -> int:
         """Entries in the vocabulary, added tokens included."""
-        return int(self._backend.get_vocab_size(with_added_tokens=True))
+        return int(self._reference.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def specification(self) -> str:
+        """The content of its tokenizer.json."""
+        return str(self._reference.to_str())
+
+    def with_backend(self, name: str) -> Tokenizer:
+        """This tokenizer with another backend at work, which gives the same ids where it is proven to.
+
+        Raises UnservedError when it cannot serve this tokenizer.
+        """
+        other = copy(self)
+        other._fast = None if name == REFERENCE else GuardedBackend(name, self.specification)
+        return other
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """The ids of each text. Nothing is added; the name of a special token in the text becomes its id."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return self._reference_ids(texts) if self._fast is None else [self._encode(text) for text in texts]
+
+    def encode_joined(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """The ids of all texts joined, end-of-text after each; and `int64[texts]`, how many ids each has.
+
+        The lengths count the end-of-text. For many short texts this is much faster than `encode_batch`.
+        """
+        whole = self._encode_whole(texts)
+        if whole is not None:
+            return whole
+        encoded = self.encode_batch(texts)
+        end = np.array([self.end_of_text_id], dtype=np.int32)
+        lengths = np.fromiter((len(ids) + 1 for ids in encoded), dtype=np.int64, count=len(encoded))
+        parts = [part for ids in encoded for part in (ids, end)]
+        return np.concatenate(parts) if parts else end[:0], lengths
+
+    def _encode_whole(self, texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
+        """`encode_joined` in one call of the fast backend; None where the texts would run together."""
+        if self._fast is None or not texts:
+            return None
+        joined = self.end_of_text.join((*texts, ""))
+        if joined.count(self.end_of_text) > len(texts):
+            return None
+        ids = self._fast.encode(joined)
+        if ids is None:
+            return None
+        ends = np.flatnonzero(ids == self.end_of_text_id)
+        return ids.view(np.int32), np.diff(ends, prepend=-1)
+
+    def _encode(self, text: str) -> NDArray[np.int32]:
+        ids = self._fast.encode(text) if self._fast is not None else None
+        return self._reference_ids([text])[0] if ids is None else ids.view(np.int32)
+
+    def _reference_ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        encodings = self._reference.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """The text of ids, special tokens included."""
-        return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=False))
+        return str(self._reference.decode([int(i) for i in ids], skip_special_tokens=False))
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of all that determines ids: two tokenizers with the same one are the same."""
-        content = json.loads(self._backend.to_str())
+        content = json.loads(self._reference.to_str())
         identity = [content, self.end_of_text_id, self.pad_id]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -93,7 +143,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             **self._settings,
         }
-        (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self._reference.to_str(), encoding="utf-8")
         text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -103,10 +153,10 @@ def load_tokenizer(name: str) -> Tokenizer:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = _from_hub(name)
-    backend = _backend(folder)
-    settings = _settings(folder, backend)
-    _set_prefix_space(backend, settings)
-    return Tokenizer(backend, settings)
+    reference = _reference(folder)
+    settings = _settings(folder, reference)
+    _set_prefix_space(reference, settings)
+    return Tokenizer(reference, settings)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -115,7 +165,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     The same documents give the same tokenizer. Text too short to fill the vocabulary gives a smaller one:
     see `unfilled`. Raises RequestError for a vocabulary below SMALLEST_VOCABULARY.
     """
-    from tokenizers import Tokenizer as Backend
+    from tokenizers import Tokenizer as Reference
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST_VOCABULARY:
@@ -124,17 +174,17 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
             "and the end-of-text token",
             hint=f"set it to {SMALLEST_VOCABULARY} or more",
         )
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    reference = Reference(models.BPE())
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reference.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(within(documents, TRAINING_BYTES), trainer)
-    return Tokenizer(backend, {"eos_token": END_OF_TEXT})
+    reference.train_from_iterator(within(documents, TRAINING_BYTES), trainer)
+    return Tokenizer(reference, {"eos_token": END_OF_TEXT})
 
 
 def unfilled(tokenizer: Tokenizer, vocab_size: int) -> str | None:
@@ -178,19 +228,19 @@ def _from_hub(name: str) -> Path:
     return folder
 
 
-def _backend(folder: Path) -> Backend:
-    from tokenizers import Tokenizer as Backend
+def _reference(folder: Path) -> Reference:
+    from tokenizers import Tokenizer as Reference
     from tokenizers import decoders, models, pre_tokenizers
 
     whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:
         if whole.is_file():
-            return Backend.from_file(str(whole))
+            return Reference.from_file(str(whole))
         if vocabulary.is_file() and merges.is_file():
-            backend = Backend(models.BPE.from_file(str(vocabulary), str(merges)))
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            backend.decoder = decoders.ByteLevel()
-            return backend
+            reference = Reference(models.BPE.from_file(str(vocabulary), str(merges)))
+            reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            reference.decoder = decoders.ByteLevel()
+            return reference
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise RequestError(f"tokenizer {folder}: cannot be read: {error}") from error
     raise RequestError(
@@ -199,14 +249,14 @@ def _backend(folder: Path) -> Backend:
     )
 
 
-def _settings(folder: Path, backend: Backend) -> dict[str, Any]:
+def _settings(folder: Path, reference: Reference) -> dict[str, Any]:
     """What the folder's JSON files say of special tokens, the most specific file last."""
     settings: dict[str, Any] = {}
     model = _read_json(folder / "config.json")
     for key in ("eos_token", "pad_token"):
         ids = model.get(f"{key}_id")
         first = ids[0] if isinstance(ids, list) and ids else ids
-        if isinstance(first, int) and (token := backend.id_to_token(first)) is not None:
+        if isinstance(first, int) and (token := reference.id_to_token(first)) is not None:
             settings[key] = token
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         settings |= {key: value for key, value in _read_json(folder / name).items() if value is not None}
@@ -225,11 +275,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _set_prefix_space(backend: Backend, settings: dict[str, Any]) -> None:
+def _set_prefix_space(reference: Reference, settings: dict[str, Any]) -> None:
     from tokenizers import pre_tokenizers
 
-    if "add_prefix_space" in settings and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
-        backend.pre_tokenizer.add_prefix_space = settings["add_prefix_space"]
+    if "add_prefix_space" in settings and isinstance(reference.pre_tokenizer, pre_tokenizers.ByteLevel):
+        reference.pre_tokenizer.add_prefix_space = settings["add_prefix_space"]
 
 
 def _token_name(value: object) -> str | None:
@@ -238,9 +288,9 @@ def _token_name(value: object) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
-def _special_id(backend: Backend, token: str) -> int:
+def _special_id(reference: Reference, token: str) -> int:
     """The token's id; added as a special token, as transformers does, where it is not one yet."""
-    backend.add_special_tokens([token])
-    identity = backend.token_to_id(token)
+    reference.add_special_tokens([token])
+    identity = reference.token_to_id(token)
     assert identity is not None
     return int(identity)

@@ -82,7 +82,6 @@ def test_loading_what_was_saved_gives_the_same_tokenizer(tokenizer: Tokenizer, s
 def test_a_vocabulary_and_its_merges(gpt2_folder: Path) -> None:
     ours, theirs = load_tokenizer(str(gpt2_folder)), reference(gpt2_folder)
     assert ours.end_of_text_id == theirs.eos_token_id
-    assert not ours.end_of_text_added
     assert ours.probe_ids() == [reference_ids(theirs, text) for text in PROBES]
 
 
@@ -107,7 +106,6 @@ def without_end_of_text(saved: Path, folder: Path) -> dict[str, Any]:
 def test_a_tokenizer_without_end_of_text_is_given_one(saved: Path, tmp_path: Path) -> None:
     without_end_of_text(saved, tmp_path)
     ours = load_tokenizer(str(tmp_path))
-    assert ours.end_of_text_added
     assert ours.end_of_text_id == ours.size - 1
     ours.save(tmp_path / "again")
     theirs = reference(tmp_path / "again")
@@ -131,7 +129,7 @@ def test_end_of_text_is_found_wherever_it_is_named(
     without_end_of_text(saved, tmp_path)
     (tmp_path / name).write_text(json.dumps(content))
     ours = load_tokenizer(str(tmp_path))
-    assert (ours.end_of_text, ours.end_of_text_id, ours.end_of_text_added) == ("<|other|>", 0, False)
+    assert (ours.end_of_text, ours.end_of_text_id) == ("<|other|>", 0)
 
 
 def test_a_pad_token_of_its_own_is_kept(saved: Path, tmp_path: Path) -> None:
