@@ -20,6 +20,7 @@ from launcher import __version__, console
 from launcher.errors import Interrupted, LauncherError, RequestError
 
 if TYPE_CHECKING:
+    from launcher.data.units import Slice
     from launcher.run.assemble import Assembly, Prepared
 
 app = typer.Typer(
@@ -134,6 +135,7 @@ def train(
     check_launch(draft.run.config, draft.place, draft.machine)
     check_same_run(directory, draft.run.config)
     prepared = _prepare(draft, workers)
+    assert prepared is not None
     final = assemble(draft.run, draft.cluster, draft.machine, prepared)
     _show_plan(final, stream_of_answer=False)
     with only_supervisor(directory):
@@ -229,19 +231,39 @@ def doctor(cluster: ClusterFile = None, as_json: AsJson = False) -> None:
         raise SystemExit(3)
 
 
-@data.command("prepare", epilog="Example: launcher data prepare run.yaml")
+@data.command("prepare", epilog="Example: launcher data prepare run.yaml --units $SLURM_ARRAY_TASK_ID/8")
 def data_prepare(
-    run: RunFile, overrides: Overrides = None, workers: Workers = None, as_json: AsJson = False
+    run: RunFile,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    units: Annotated[
+        str,
+        typer.Option(
+            "--units",
+            metavar="I/N",
+            help="Do the I-th of N parts; whoever finishes the last one finishes the store.",
+        ),
+    ] = "1/1",
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out records that cannot be read, and record each.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Turn a run's text into its token store, once; training does this itself where it is needed."""
+    """Turn a run's text into its token store, once; training does this itself where it is needed.
+
+    What is finished is kept: the same command goes on where it was stopped. A damaged store is mended."""
+    from launcher.data.units import parse_slice
     from launcher.run.directory import check_writable, run_directory
 
+    part = parse_slice(units)
     draft = _assemble(run, overrides, None)
     check_writable(run_directory(draft.run.config).root, "output_dir")
-    prepared = _prepare(draft, workers)
+    prepared = _prepare(draft, workers, part, skip_bad)
     if as_json:
-        console.answer_json({"store": str(prepared.store), "vocabulary": prepared.vocabulary})
-    else:
+        console.answer_json(
+            {"store": str(prepared.store), "vocabulary": prepared.vocabulary} if prepared else None
+        )
+    elif prepared:
         console.answer(str(prepared.store))
 
 
@@ -252,11 +274,12 @@ def data_verify(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Read every byte of a token store and compare it with its manifest."""
-    from launcher.data.store import verify_store
+    """Read every byte of a token store and compare it with its manifest; set damaged files aside."""
+    from launcher.data.store import set_aside, verify_store
     from launcher.run.assemble import store_folder
 
-    damage = [str(each) for each in verify_store(store_folder(store))]
+    found = verify_store(store_folder(store))
+    damage = [str(each) for each in found]
     if as_json:
         console.answer_json({"store": str(store), "damage": damage})
     elif not damage:
@@ -264,9 +287,10 @@ def data_verify(
     for each in damage:
         console.say(f"damaged: {each}")
     if damage:
+        set_aside(found)
         raise RequestError(
-            f"{store}: {len(damage)} damaged files",
-            hint="move the store away and run `launcher data prepare` again: it gives the same bytes",
+            f"{store}: {len(damage)} damaged files, which are set aside",
+            hint="`launcher data prepare RUN` makes them again, to the same bytes",
         )
 
 
@@ -347,10 +371,20 @@ def _assemble(run: Path, overrides: list[str] | None, cluster: Path | None) -> A
     return assemble(load_run(run, overrides or []), load_cluster(cluster), find_machine())
 
 
-def _prepare(draft: Assembly, workers: int | None) -> Prepared:
+def _prepare(
+    draft: Assembly, workers: int | None, part: Slice | None = None, skip_bad: bool = False
+) -> Prepared | None:
+    from launcher.data.units import WHOLE
     from launcher.run.text import prepare_text
 
-    return prepare_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
+    return prepare_text(
+        draft,
+        workers or draft.machine.cores,
+        console.Bar("preparing"),
+        console.say,
+        part=part or WHOLE,
+        skip_bad=skip_bad,
+    )
 
 
 def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:

@@ -85,6 +85,14 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def duration(seconds: float) -> str:
+    """A time as a person reads it: 5,000 seconds are `1 h 23 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
 def bars(parts: Mapping[str, int], available: int | None, width: int = 40) -> list[tuple[str, str]]:
     """Sizes in bytes as bars, all to one scale: the memory available, or else their sum."""
     whole = max(available or 0, sum(parts.values()), 1)
@@ -95,25 +103,30 @@ def bars(parts: Mapping[str, int], available: int | None, width: int = 40) -> li
 
 
 class Bar:
-    """Progress of something counted in bytes: a line that is rewritten on a terminal, silent elsewhere."""
+    """Progress of something counted in bytes: a line that is rewritten on a terminal, silent elsewhere.
+
+    Speed and time left count from the first call, so what was done before it is not taken for speed.
+    """
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._start = time.monotonic()
+        self._begun: tuple[float, int, int] | None = None
         self._shown = 0.0
 
     def __call__(self, done: int, total: int, tokens: int) -> None:
         """`done` of `total` bytes have become `tokens` tokens."""
         now = time.monotonic()
+        start, done_before, tokens_before = self._begun = self._begun or (now, done, tokens)
         if not sys.stderr.isatty() or (now - self._shown < 0.1 and done < total):
             return
         self._shown = now
-        rate = done / max(now - self._start, 1e-9)
-        left = (total - done) / rate if rate else 0.0
+        seconds = max(now - start, 1e-9)
+        rate = (done - done_before) / seconds
+        left = duration((total - done) / rate) if rate else "?"
         filled = round(30 * done / max(total, 1))
         print(
             f"\r{self._title} [{'#' * filled:<30}] {done / max(total, 1):4.0%}  {count(tokens)} tokens"
-            f"  {count(tokens / max(now - self._start, 1e-9))} tokens/s  {left:.0f} s left ",
+            f"  {count((tokens - tokens_before) / seconds)} tokens/s  {left} left    ",
             end="\n" if done >= total else "",
             file=sys.stderr,
             flush=True,

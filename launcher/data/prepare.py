@@ -1,132 +1,94 @@
 """Text to token store: cut the listing into units, convert each into shards, seal them with the manifest.
 
-A unit's shards depend on nothing but the unit, so the store has the same bytes for any number of workers.
+A unit's shards depend on nothing but the unit, so the store has the same bytes for any number of workers,
+machines and kills. Whatever ends the making, a finished unit is kept (`data.making`).
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
+import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
-from launcher.config.schema import DataSection, TokenizerFromCorpus
-from launcher.data.corpus import Corpus, list_corpora, reading_of
+from launcher.config.schema import DataSection
+from launcher.data.conversion import Conversion, InHand, Rules
+from launcher.data.corpus import list_corpora, reading_of
+from launcher.data.making import (
+    UNITS,
+    UnitRecord,
+    finished,
+    keep_tokenizer,
+    locked,
+    set_up,
+    unit_of,
+    writing_to,
+)
+from launcher.data.manifest import content_of, seal
 from launcher.data.packing import Packing
-from launcher.data.pool import Stopped, StoppedError, spread
-from launcher.data.shards import ShardWriter, mark_of, sync_folder
-from launcher.data.sources import Document, Reading, changed, documents
+from launcher.data.pool import spread
 from launcher.data.store import (
-    FORMAT_VERSION,
-    TOKENIZER_FOLDER,
+    DAMAGED,
+    MANIFEST,
     Content,
-    Listed,
-    Listing,
+    Damage,
     Manifest,
-    Origin,
     Shard,
-    SourceLedger,
     Split,
     Store,
-    TokenizerRecord,
+    find_missing,
     is_store,
-    write_manifest,
+    read_manifest,
+    set_aside,
 )
-from launcher.data.tokenizers import TRAINING_BYTES, Tokenizer, load_tokenizer, train_tokenizer, within
-from launcher.data.units import UNIT_BYTES, Piece, Unit, cut
-from launcher.errors import DataError, MachineError
-
-SPLIT_KEY = b"launcher validation split 1"
-TRAINING_RULES = 1  # to be raised whenever the same text would train another tokenizer
-TRAINING_UNITS = 1024  # places in the corpus that a tokenizer's training text is taken from, at most
-BATCH_CHARACTERS = 1 << 20
-BATCH_DOCUMENTS = 1 << 14
+from launcher.data.tokenizers import Tokenizer
+from launcher.data.units import WHOLE, Slice, Unit, cut
+from launcher.errors import DataError, MachineError, StoreError
 
 Progress = Callable[[int, int, int], None]
-"""Called with bytes done, bytes in all (of files as stored) and tokens so far."""
-
-
-@dataclass(frozen=True, slots=True)
-class UnitResult:
-    """What a unit became."""
-
-    unit: Unit
-    shards: tuple[Shard, ...]
-    skipped_empty: int
+"""Called with bytes done, bytes in all (of files as stored) and tokens so far; first with what was there."""
 
 
 def prepare(
-    data: DataSection, tokenizer: Tokenizer, cache_dir: Path, workers: int, progress: Progress | None = None
+    data: DataSection,
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    workers: int,
+    progress: Progress | None = None,
+    *,
+    part: Slice = WHOLE,
+    skip_bad: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
-    """The token store of this text under this tokenizer, made if it is not there. Returns its folder.
+    """The folder of the token store of this text under this tokenizer: made if it is not there, mended
+    where a file of it is missing or short.
 
-    A second process that asks for the same store waits for the first. What ends it early, an interruption
-    too, leaves no store and no shard behind. Raises DataError for bad or missing text.
+    With a `part` of the units only those are done, and the store is there (`is_store`) once all parts are:
+    whoever finishes the last one writes the manifest. A second process that asks for the same part waits
+    for the first. Whatever ends it early, finished units are kept; where there are none, nothing is left.
+    Raises DataError for bad or missing text, MachineError where the store cannot be written.
     """
-    corpora = list_corpora(data)
-    reading = reading_of(data)
-    content = _content(data, corpora, tokenizer)
-    folder = cache_dir / content.name
-    if is_store(folder):
-        return folder
-    with locked(cache_dir / f"{content.name}.lock"):
-        if not is_store(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            try:
-                tokenizer.save(folder / TOKENIZER_FOLDER)
-                make = partial(Conversion, folder, reading, content.validation_fraction)
-                units = cut(corpora, reading)
-                results = _converted(make, units, workers, progress)
-                _seal(folder, content, results)
-            except BaseException:
-                shutil.rmtree(folder)
-                raise
-    return folder
-
-
-def resolve_tokenizer(asked: str | TokenizerFromCorpus, data: DataSection, cache_dir: Path) -> Tokenizer:
-    """The tokenizer a run asks for. One that is trained on the run's text is trained once for that text.
-
-    Raises RequestError for a tokenizer that cannot be found, DataError for bad or missing text.
-    """
-    if isinstance(asked, str):
-        return load_tokenizer(asked)
-    corpora = [corpus for corpus in list_corpora(data) if not corpus.held_out]
-    reading = reading_of(data)
-    listing = [each.model_dump(mode="json") for each in _listing(corpora)]
-    rules = [TRAINING_RULES, TRAINING_BYTES, asked.train.vocab_size, asdict(reading), listing]
-    name = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:24]
-    folder = cache_dir / "tokenizers" / name
-    with locked(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            unfinished = folder.with_suffix(".tmp")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            train_tokenizer(_spread_texts(corpora, reading), asked.train.vocab_size).save(unfinished)
-            unfinished.replace(folder)
-    return load_tokenizer(str(folder))
-
-
-def _spread_texts(corpora: Sequence[Corpus], reading: Reading) -> Iterator[str]:
-    """Texts from all over the corpus, TRAINING_BYTES in all at most: an equal share from the start of units
-    that lie evenly over it."""
-    units = cut(corpora, reading)
-    chosen = units[:: -(-len(units) // TRAINING_UNITS)]
-    for unit in chosen:
-        yield from within(_texts(unit, reading), TRAINING_BYTES // len(chosen))
-
-
-def _texts(unit: Unit, reading: Reading) -> Iterator[str]:
-    for piece in unit.pieces:
-        for document in documents(piece.file, reading, piece.start, piece.end):
-            if not document.empty:
-                yield document.text
+    corpora, reading = list_corpora(data), reading_of(data)
+    content = content_of(data, corpora, tokenizer)
+    making = _Making(
+        folder=cache_dir / content.name,
+        content=content,
+        tokenizer=tokenizer,
+        rules=Rules(reading, content.validation_fraction, skip_bad),
+        units=cut(corpora, reading, content.unit_bytes),
+        part=part,
+        workers=workers,
+        progress=progress or _silent,
+        say=say or _silent,
+    )
+    if not making.is_whole():
+        with locked(making.lock):
+            making.mend()
+            making.make()
+    return making.folder
 
 
 def check_blocks(store: Store, block_size: int, packing: Packing) -> None:
@@ -144,192 +106,173 @@ def check_blocks(store: Store, block_size: int, packing: Packing) -> None:
             )
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file lock, waiting for it. The system lets go of it when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError as error:
-            raise MachineError(
-                f"{path} cannot be locked: {error.strerror}",
-                hint="set data.cache_dir to a folder on a file system that has file locks",
-            ) from error
-        yield
-
-
-class Conversion:
-    """Turns units into shards in `folder`; holds the tokenizer that lies there."""
-
-    def __init__(self, folder: Path, reading: Reading, validation_fraction: float) -> None:
-        self._folder = folder
-        self._reading = reading
-        self._threshold = int(validation_fraction * 2**64)
-        self._tokenizer = load_tokenizer(str(folder / TOKENIZER_FOLDER))
-
-    def __call__(self, unit: Unit, stopped: Stopped) -> UnitResult:
-        """Convert one unit. Asks `stopped` every batch; raises StoppedError when told so, and DataError."""
-        skipped = 0
-        with ExitStack() as stack:
-            shards: dict[Split, _OpenShard] = {}
-            for batch in self._batches(unit):
-                if stopped():
-                    raise StoppedError
-                kept = [(piece, document) for piece, document in batch if not document.empty]
-                skipped += len(batch) - len(kept)
-                encoded = self._tokenizer.encode_batch([document.text for _, document in kept])
-                for (piece, document), ids in zip(kept, encoded, strict=True):
-                    split = self._split(unit, document)
-                    if split not in shards:
-                        name = f"{split}-{unit.number:05d}"
-                        writer = stack.enter_context(ShardWriter(self._folder, name, self._tokenizer.size))
-                        shards[split] = _OpenShard(name, split, writer, [])
-                    shards[split].place(piece, document)
-                    shards[split].writer.add(
-                        ids, self._tokenizer.end_of_text_id, document.offset, document.length
-                    )
-            _check_unchanged(unit.pieces)
-            done = tuple(shards[split].finish(unit.source) for split in sorted(shards))
-        return UnitResult(unit, done, skipped)
-
-    def _batches(self, unit: Unit) -> Iterator[list[tuple[Piece, Document]]]:
-        batch: list[tuple[Piece, Document]] = []
-        characters = 0
-        for piece in unit.pieces:
-            for document in documents(piece.file, self._reading, piece.start, piece.end):
-                batch.append((piece, document))
-                characters += len(document.text)
-                if characters >= BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS:
-                    yield batch
-                    batch, characters = [], 0
-        yield batch
-
-    def _split(self, unit: Unit, document: Document) -> Split:
-        """By content alone, so that adding files never moves a document across the split."""
-        if unit.held_out:
-            return "validation"
-        digest = hashlib.blake2b(document.text.encode("utf-8"), digest_size=8, key=SPLIT_KEY).digest()
-        return "validation" if int.from_bytes(digest, "big") < self._threshold else "train"
-
-
 @dataclass(frozen=True, slots=True)
-class _OpenShard:
-    """A shard being written, and where its documents come from so far."""
+class _Making:
+    """One process's share in making a store, or in mending one."""
 
-    name: str
-    split: Split
-    writer: ShardWriter
-    origins: list[tuple[Piece, int]]
+    folder: Path
+    content: Content
+    tokenizer: Tokenizer
+    rules: Rules
+    units: Sequence[Unit]
+    part: Slice
+    workers: int
+    progress: Progress
+    say: Callable[[str], None]
 
-    def place(self, piece: Piece, document: Document) -> None:
-        """Note where the next document comes from."""
-        if not self.origins or self.origins[-1][0] is not piece:
-            self.origins.append((piece, self.writer.documents))
+    @property
+    def lock(self) -> Path:
+        """Held by whoever does this part."""
+        return self.folder.with_name(f"{self.folder.name}.{self.part}.lock")
 
-    def finish(self, source: str) -> Shard:
-        """Give the shard its name on disk."""
-        origins = [
-            Origin(file=piece.file.path, start=piece.start, end=piece.end, first_document=first)
-            for piece, first in self.origins
-        ]
-        return Shard(
-            name=self.name,
-            split=self.split,
-            source=source,
-            tokens=self.writer.tokens,
-            documents=self.writer.documents,
-            origins=origins,
-            files=self.writer.finish(),
+    @property
+    def _store_lock(self) -> Path:
+        """Held, for a moment, by whoever begins, seals or takes back the store."""
+        return self.folder.with_name(f"{self.folder.name}.lock")
+
+    def is_whole(self) -> bool:
+        """Whether the store is there, with every file in its full size and nothing left of its making."""
+        manifest = self._manifest()
+        missing = manifest is None or any(find_missing(self.folder, manifest))
+        return not missing and not (self.folder / UNITS).exists()
+
+    def make(self) -> None:
+        """Unless the store is there: do what is missing of this part, and seal it if that was all."""
+        try:
+            with locked(self._store_lock), writing_to(self.folder):
+                if is_store(self.folder):
+                    return
+                work = set_up(self.folder, self.part)
+                keep_tokenizer(self.tokenizer, self.folder, work)
+            own = self.part.of(self.units)
+            kept = [each for each in finished(self.folder, own) if self.rules.skip_bad or not each.bad]
+            self._convert(own, kept, partial(Conversion, self.folder, work, self.rules))
+            with locked(self._store_lock), writing_to(self.folder):
+                shutil.rmtree(work)
+                self._seal()
+        except BaseException as error:
+            # Another process that did this part too may have sealed the store, which removes `work`.
+            if isinstance(error, MachineError) and is_store(self.folder):
+                return
+            self._leave(error)
+            raise
+
+    def mend(self) -> None:
+        """Make again what a finished store lacks of this part. Without its manifest it is not finished."""
+        with locked(self._store_lock), writing_to(self.folder):
+            if not is_store(self.folder):
+                return
+            manifest = self._manifest()
+            if manifest is None:
+                self.say(f"note: {self.folder / MANIFEST} is damaged: the store is made again")
+                set_aside([Damage(None, self.folder / MANIFEST, "damaged")])
+                return
+            damage = list(find_missing(self.folder, manifest))
+            if self._alone():
+                shutil.rmtree(self.folder / UNITS, ignore_errors=True)
+            if not damage:
+                return
+            work = set_up(self.folder, self.part)
+            if any(each.shard is None for each in damage):
+                keep_tokenizer(self.tokenizer, self.folder, work, manifest.tokenizer_files)
+        numbers = {unit_of(each.shard) for each in damage if each.shard is not None}
+        units = [unit for unit in self.part.of(self.units) if unit.number in numbers]
+        self.say(f"note: {len(units)} damaged of {len(self.units)} units are made again")
+        promised: dict[int, list[Shard]] = {unit.number: [] for unit in units}
+        for shard in manifest.shards:
+            if unit_of(shard.name) in promised:
+                promised[unit_of(shard.name)].append(shard)
+        try:
+            self._convert(units, [], partial(Conversion, self.folder, work, self.rules, promised))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (self.folder / UNITS).rmdir()
+        for each in damage:
+            each.file.with_name(each.file.name + DAMAGED).unlink(missing_ok=True)
+
+    def _manifest(self) -> Manifest | None:
+        """The store's manifest, unless it is missing or damaged."""
+        try:
+            return read_manifest(self.folder)
+        except StoreError:
+            return None
+
+    def _convert(
+        self, units: Sequence[Unit], kept: Sequence[UnitRecord], make: Callable[[], Conversion]
+    ) -> None:
+        account = _Account(units, kept, self.progress)
+        done = {record.number for record in kept}
+        # A file that cannot be split may be a large unit: begun last, it would be waited for alone.
+        missing = sorted((u for u in units if u.number not in done), key=lambda unit: -unit.size)
+        with closing(spread(make, missing, self.workers, account.hear)) as converting:
+            for record in converting:
+                account.finish(record)
+
+    def _seal(self) -> None:
+        records = finished(self.folder, self.units)
+        if len(records) < len(self.units):
+            missing = len(self.units) - len(records)
+            self.say(f"note: units {self.part} are finished; {missing} units of other parts are not yet")
+            return
+        try:
+            seal(self.folder, self.content, records)
+        except DataError:
+            shutil.rmtree(self.folder)
+            raise
+        (self.folder / (MANIFEST + DAMAGED)).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / UNITS, ignore_errors=True)
+
+    def _leave(self, error: BaseException) -> None:
+        """Keep finished units, and say so; with none, and nobody else at work, leave nothing."""
+        with locked(self._store_lock):
+            done = len(finished(self.folder, self.units))
+            if done:
+                past = ", or with --skip-bad past bad records" if isinstance(error, DataError) else ""
+                self.say(
+                    f"note: {done} of {len(self.units)} units are finished and kept: "
+                    f"`launcher data prepare` goes on from there{past}"
+                )
+            elif self._alone():
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _alone(self) -> bool:
+        """Whether nobody works on another part of this store."""
+        locks = self.folder.parent.glob(f"{self.folder.name}.*.lock")
+        return all(lock == self.lock for lock in locks)
+
+
+class _Account:
+    """How far a conversion is: what was there, what has been finished, what is in hand."""
+
+    def __init__(self, units: Sequence[Unit], kept: Sequence[UnitRecord], progress: Progress) -> None:
+        self._sizes: Mapping[int, int] = {unit.number: unit.size for unit in units}
+        self._total = sum(self._sizes.values())
+        self._size = sum(self._sizes[record.number] for record in kept)
+        self._tokens = sum(record.tokens for record in kept)
+        self._in_hand: dict[int, InHand] = {}
+        self._progress = progress
+        self._show()
+
+    def hear(self, report: InHand) -> None:
+        """Take in how far a unit has come."""
+        self._in_hand[report.unit] = report
+        self._show()
+
+    def finish(self, record: UnitRecord) -> None:
+        """Take in a finished unit."""
+        self._in_hand.pop(record.number, None)
+        self._size += self._sizes[record.number]
+        self._tokens += record.tokens
+        self._show()
+
+    def _show(self) -> None:
+        self._progress(
+            self._size + sum(each.size for each in self._in_hand.values()),
+            self._total,
+            self._tokens + sum(each.tokens for each in self._in_hand.values()),
         )
 
 
-def _check_unchanged(pieces: Sequence[Piece]) -> None:
-    for file, _ in groupby(piece.file for piece in pieces):
-        if changed(file):
-            raise DataError(
-                "changed while it was being read", file=file.path, hint="run again when nothing writes to it"
-            )
-
-
-def _content(data: DataSection, corpora: Sequence[Corpus], tokenizer: Tokenizer) -> Content:
-    return Content(
-        format_version=FORMAT_VERSION,
-        format=data.format,
-        sample_by=data.sample_by,
-        text_field=data.text_field,
-        validation_fraction=0.0 if isinstance(data.validation, list) else data.validation,
-        unit_bytes=UNIT_BYTES,
-        tokenizer=TokenizerRecord(
-            fingerprint=tokenizer.fingerprint,
-            size=tokenizer.size,
-            end_of_text=tokenizer.end_of_text,
-            end_of_text_id=tokenizer.end_of_text_id,
-            end_of_text_policy="after every document",
-            pad_id=tokenizer.pad_id,
-            probe_ids=tokenizer.probe_ids(),
-        ),
-        listing=_listing(corpora),
-    )
-
-
-def _listing(corpora: Sequence[Corpus]) -> list[Listing]:
-    return [
-        Listing(
-            source=corpus.source,
-            held_out=corpus.held_out,
-            files=[Listed(file=file.path, size=file.size, etag=file.etag) for file in corpus.files],
-        )
-        for corpus in corpora
-    ]
-
-
-def _converted(
-    make: Callable[[], Conversion], units: Sequence[Unit], workers: int, progress: Progress | None
-) -> list[UnitResult]:
-    total, done, tokens = sum(unit.size for unit in units), 0, 0
-    results = []
-    with closing(spread(make, units, workers)) as converting:
-        for result in converting:
-            results.append(result)
-            done += result.unit.size
-            tokens += sum(shard.tokens for shard in result.shards)
-            if progress is not None:
-                progress(done, total, tokens)
-    return sorted(results, key=lambda result: result.unit.number)
-
-
-def _seal(folder: Path, content: Content, results: Sequence[UnitResult]) -> None:
-    shards = [shard for result in results for shard in result.shards]
-    if not any(shard.split == "train" for shard in shards):
-        files = sum(len(listing.files) for listing in content.listing)
-        raise DataError(
-            f"no document to train on in {files:,} files",
-            hint="they are empty, hold only white space, or are all held out by data.validation",
-        )
-    tokenizer = folder / TOKENIZER_FOLDER
-    manifest = Manifest(
-        content=content,
-        ledger=[_ledger(listing.source, results) for listing in content.listing],
-        shards=shards,
-        tokenizer_files={path.name: mark_of(path) for path in sorted(tokenizer.iterdir())},
-    )
-    sync_folder(tokenizer)
-    write_manifest(folder, manifest)
-
-
-def _ledger(source: str, results: Sequence[UnitResult]) -> SourceLedger:
-    own = [result for result in results if result.unit.source == source]
-    shards = [shard for result in own for shard in result.shards]
-    tokens = {
-        split: sum(shard.tokens for shard in shards if shard.split == split)
-        for split in ("train", "validation")
-    }
-    return SourceLedger(
-        source=source,
-        tokens_in=sum(tokens.values()),
-        train_tokens=tokens["train"],
-        validation_tokens=tokens["validation"],
-        documents=sum(shard.documents for shard in shards),
-        skipped_empty=sum(result.skipped_empty for result in own),
-    )
+def _silent(*_: object) -> None:
+    """For what nobody listens to."""

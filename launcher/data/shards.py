@@ -9,11 +9,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +29,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 TYPE_CODES: Mapping[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 SMALL_VOCABULARY = 65_500  # below it ids are stored as uint16, as Megatron chooses
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 
 
 class Mark(BaseModel):
@@ -56,20 +57,48 @@ def mark_of(path: Path) -> Mark:
     return Mark(size=size, sha256=digest.hexdigest())
 
 
+class Output:
+    """A file being written, marked as it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    def write(self, part: bytes | memoryview) -> None:
+        """Append; raises OSError."""
+        self._stream.write(part)
+        self._digest.update(part)
+        self._size += len(part)
+
+    def finish(self) -> Mark:
+        """Have it on disk, whole. Raises OSError."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        return Mark(size=self._size, sha256=self._digest.hexdigest())
+
+    def discard(self) -> None:
+        """Remove it."""
+        # Closing writes what is buffered, and fails where writing did: there is nothing to save.
+        with contextlib.suppress(OSError):
+            self._stream.close()
+        self.path.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, parts: Iterable[bytes]) -> Mark:
-    """Write a file that is either not there or whole: a temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    digest = hashlib.sha256()
-    size = 0
-    with temporary.open("wb") as stream:
+    """Write a file that is either not there or whole: a temporary name, fsync, rename. Raises OSError."""
+    output = Output(path.with_name(path.name + ".tmp"))
+    try:
         for part in parts:
-            stream.write(part)
-            digest.update(part)
-            size += len(part)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    return Mark(size=size, sha256=digest.hexdigest())
+            output.write(part)
+        mark = output.finish()
+    except BaseException:
+        output.discard()
+        raise
+    output.path.replace(path)
+    return mark
 
 
 def sync_folder(folder: Path) -> None:
@@ -82,20 +111,20 @@ def sync_folder(folder: Path) -> None:
 
 
 class ShardWriter:
-    """Writes a shard a document at a time. Nothing has its final name until `finish`.
+    """Writes a shard's three files into a folder, a batch of documents at a time; holds 4 bytes a document.
 
-    As a context manager it removes what it wrote when it is left without `finish`.
+    The folder is one that nobody reads: whoever does takes a file that is there for whole. As a context
+    manager it removes what it wrote when it is left without `finish`.
     """
 
     def __init__(self, folder: Path, name: str, vocabulary: int) -> None:
         self._folder = folder
         self._name = name
         self._type = token_type(vocabulary)
-        self._bin = folder / f"{name}.bin.tmp"
-        self._stream = self._bin.open("wb")
-        self._digest = hashlib.sha256()
+        self._bin = Output(folder / f"{name}.bin")
+        self._doc = Output(folder / f"{name}.doc")
         self._lengths = array("i")
-        self._places = array("q")
+        self._finished = False
         self.tokens = 0
 
     @property
@@ -103,37 +132,45 @@ class ShardWriter:
         """Documents so far."""
         return len(self._lengths)
 
-    def add(self, ids: NDArray[np.integer[Any]], end_of_text: int, offset: int, length: int) -> None:
-        """Append a document: its ids, then end-of-text; and its place in the source file, in bytes."""
-        content = np.empty(len(ids) + 1, dtype=self._type)
-        content[:-1] = ids
-        content[-1] = end_of_text
-        self._stream.write(content.data)
-        self._digest.update(content.data)
-        self._lengths.append(len(ids) + 1)
-        self._places.extend((offset, length))
-        self.tokens += len(ids) + 1
+    def write(self, ids: NDArray[np.integer[Any]]) -> None:
+        """Append ids; `end` says which documents they are."""
+        self._bin.write(np.ascontiguousarray(ids, dtype=self._type).data.cast("B"))
+        self.tokens += len(ids)
+
+    def end(self, lengths: NDArray[np.integer[Any]], places: NDArray[np.int64]) -> None:
+        """Say what was written since the last time: `lengths[n]` in tokens, end-of-text included, of n
+        documents, and `places[n, 2]`, the byte offset and byte length of each in its source file."""
+        self._lengths.frombytes(lengths.astype(np.intc).tobytes())
+        self._doc.write(places.astype("<i8").tobytes())
 
     def finish(self) -> dict[str, Mark]:
-        """Give the three files their names, the .bin last of all to be renamed. Returns their marks."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        lengths = np.frombuffer(self._lengths, dtype=np.int32).astype("<i4")
-        ends = np.cumsum(lengths, dtype="<i8") * self._type.itemsize
-        pointers = np.concatenate([np.zeros(1, "<i8"), ends[:-1]])
-        documents = np.arange(len(lengths) + 1, dtype="<i8")
-        code = next(code for code, kind in TYPE_CODES.items() if kind == self._type)
-        header = HEADER.pack(MAGIC, 1, code, len(lengths), len(documents))
-        index = (header, lengths.tobytes(), pointers.tobytes(), documents.tobytes())
-        places = np.frombuffer(self._places, dtype=np.int64).astype("<i8").tobytes()
-        marks = {
-            "bin": Mark(size=self.tokens * self._type.itemsize, sha256=self._digest.hexdigest()),
-            "idx": write_whole(self._folder / f"{self._name}.idx", index),
-            "doc": write_whole(self._folder / f"{self._name}.doc", (places,)),
-        }
-        self._bin.replace(self._folder / f"{self._name}.bin")
+        """Have the three files on disk, whole. Returns their marks. Raises OSError."""
+        index = Output(self._folder / f"{self._name}.idx")
+        try:
+            for part in self._index():
+                index.write(part)
+            marks = {"bin": self._bin.finish(), "idx": index.finish(), "doc": self._doc.finish()}
+        except BaseException:
+            index.discard()
+            raise
+        self._finished = True
         return marks
+
+    def _index(self) -> Iterator[bytes]:
+        lengths = np.frombuffer(self._lengths, dtype=np.intc)
+        assert int(lengths.sum(dtype=np.int64)) == self.tokens
+        code = next(code for code, kind in TYPE_CODES.items() if kind == self._type)
+        yield HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1)
+        pieces = [lengths[start : start + CHUNK] for start in range(0, len(lengths), CHUNK)]
+        for piece in pieces:
+            yield piece.astype("<i4").tobytes()
+        pointer = 0
+        for piece in pieces:
+            ends = pointer + np.cumsum(piece, dtype="<i8") * self._type.itemsize
+            yield np.concatenate([np.array([pointer], "<i8"), ends[:-1]]).tobytes()
+            pointer = int(ends[-1])
+        for start in range(0, len(lengths) + 1, CHUNK):
+            yield np.arange(start, min(start + CHUNK, len(lengths) + 1), dtype="<i8").tobytes()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -141,9 +178,9 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._stream.closed:
-            self._stream.close()
-        self._bin.unlink(missing_ok=True)
+        if not self._finished:
+            self._bin.discard()
+            self._doc.discard()
 
 
 def read_tokens(path: Path, vocabulary: int) -> NDArray[np.integer[Any]]:

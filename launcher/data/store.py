@@ -7,7 +7,7 @@ The manifest is written last, so a folder without one is not a store. Blocks are
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,11 +28,13 @@ from launcher.data.shards import (
     write_whole,
 )
 from launcher.data.tokenizers import Tokenizer, load_tokenizer
-from launcher.errors import StoreError
+from launcher.errors import MachineError, StoreError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
+DAMAGED = ".damaged"  # ends the name of a file that was set aside
+REPAIR = "`launcher data prepare RUN` makes it again, to the same bytes"
 OPEN_SHARDS = 256  # memory maps held at a time: each holds a file descriptor
 
 Split = Literal["train", "validation"]
@@ -112,6 +114,19 @@ class Content(Record):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:24]
 
 
+class BadRecord(Record):
+    """A record of the text that could not be read and was left out, because `--skip-bad` asked for it.
+
+    `offset` counts bytes of the decompressed file, `line` from 1.
+    """
+
+    source: str
+    file: str
+    line: int | None
+    offset: int | None
+    reason: str
+
+
 class SourceLedger(Record):
     """What became of a source's documents: tokens_in = train_tokens + validation_tokens, end-of-text
     included."""
@@ -122,6 +137,7 @@ class SourceLedger(Record):
     validation_tokens: int
     documents: int
     skipped_empty: int
+    skipped_bad: int
 
 
 class Manifest(Record):
@@ -130,6 +146,7 @@ class Manifest(Record):
     content: Content
     ledger: list[SourceLedger]
     shards: list[Shard]
+    bad: list[BadRecord]
     tokenizer_files: dict[str, Mark]
     checksum: str = ""
 
@@ -248,12 +265,17 @@ def open_store(path: Path) -> Store:
 
     Raises StoreError. Reads no shard: `verify_store` does.
     """
-    manifest = _read_manifest(path)
-    for name, _, mark in _files(manifest):
-        problem = _size_problem(path / name, mark)
-        if problem:
-            raise StoreError(f"{path / name}: {problem}", hint=_rebuild(path))
+    manifest = read_manifest(path)
+    for each in find_missing(path, manifest):
+        raise StoreError(str(each), hint=REPAIR)
     return Store(path, manifest)
+
+
+def find_missing(path: Path, manifest: Manifest) -> Iterator[Damage]:
+    """Every file that is not there in its full size. Reads none."""
+    for name, shard, mark in _files(manifest):
+        if problem := _size_problem(path / name, mark):
+            yield Damage(shard, path / name, problem)
 
 
 def verify_store(path: Path) -> list[Damage]:
@@ -261,33 +283,46 @@ def verify_store(path: Path) -> list[Damage]:
 
     Raises StoreError when the manifest itself is missing or damaged.
     """
-    damage = []
-    for name, shard, mark in _files(_read_manifest(path)):
-        problem = _size_problem(path / name, mark)
-        if not problem and mark_of(path / name) != mark:
-            problem = "its content has changed (sha256 differs)"
-        if problem:
-            damage.append(Damage(shard, path / name, problem))
-    return damage
+    manifest = read_manifest(path)
+    damage = {each.file: each for each in find_missing(path, manifest)}
+    for name, shard, mark in _files(manifest):
+        if path / name not in damage and mark_of(path / name) != mark:
+            damage[path / name] = Damage(shard, path / name, "its content has changed (sha256 differs)")
+    return list(damage.values())
 
 
-def _read_manifest(path: Path) -> Manifest:
+def set_aside(damage: Sequence[Damage]) -> None:
+    """Rename damaged files that are there to `NAME.damaged`: nobody opens them any more, and `prepare`
+    finds them missing and makes them again. Whoever has one open reads on. Raises MachineError."""
+    for each in damage:
+        if each.file.exists():
+            try:
+                each.file.replace(each.file.with_name(each.file.name + DAMAGED))
+            except OSError as error:
+                raise MachineError(
+                    f"{each.file} is damaged and cannot be set aside: {error.strerror}",
+                    hint="let someone who may write to the store run `launcher data verify`",
+                ) from error
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest, if it is whole and of this version. Raises StoreError."""
     if not is_store(path):
         raise StoreError(
-            f"{path} is not a token store: it has no {MANIFEST}", hint="run `launcher data prepare`"
+            f"{path} is not a token store: it has no {MANIFEST}", hint="run `launcher data prepare RUN`"
         )
     try:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
-        raise StoreError(f"{path / MANIFEST} is damaged: {reason}", hint=_rebuild(path)) from None
+        raise StoreError(f"{path / MANIFEST} is damaged: {reason}", hint=REPAIR) from None
     if manifest.checksum != manifest.computed_checksum():
-        raise StoreError(f"{path / MANIFEST} is damaged: its checksum differs", hint=_rebuild(path))
+        raise StoreError(f"{path / MANIFEST} is damaged: its checksum differs", hint=REPAIR)
     if manifest.content.format_version != FORMAT_VERSION:
         raise StoreError(
             f"{path} has format version {manifest.content.format_version}, not {FORMAT_VERSION}",
-            hint="run `launcher data prepare` for a store of this version",
+            hint="run `launcher data prepare RUN` for a store of this version",
         )
     return manifest
 
@@ -305,7 +340,3 @@ def _size_problem(path: Path, mark: Mark) -> str | None:
         return "missing"
     size = path.stat().st_size
     return None if size == mark.size else f"{size:,} bytes where the manifest says {mark.size:,}"
-
-
-def _rebuild(path: Path) -> str:
-    return f"delete {path} and run `launcher data prepare` again"

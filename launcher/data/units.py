@@ -8,8 +8,11 @@ from itertools import pairwise
 
 from launcher.data.corpus import Corpus
 from launcher.data.sources import Reading, SourceFile, splittable
+from launcher.errors import RequestError
 
-UNIT_BYTES = 16 << 20  # of files as stored: some 4 million tokens of plain text, seconds of work
+SMALLEST = 16 << 20  # of files as stored: some 4 million tokens of plain text, a second of work
+LARGEST = 1 << 30  # a minute of work: what a kill may cost
+FEW = 4096  # shards a split, for a store of any size to open at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,42 @@ class Unit:
         return sum(piece.size for piece in self.pieces)
 
 
-def cut(corpora: Sequence[Corpus], reading: Reading, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The `index`-th, from 1, of `count` equal parts of the units: what one machine of several does."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}-of-{self.count}"
+
+    def of(self, units: Sequence[Unit]) -> list[Unit]:
+        """Its units: every `count`-th, so that each slice has its share of every source."""
+        return [unit for unit in units if unit.number % self.count == self.index - 1]
+
+
+WHOLE = Slice(1, 1)
+
+
+def parse_slice(text: str) -> Slice:
+    """`2/8` is the second of eight. Raises RequestError."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise RequestError(
+            f"--units {text}: expected I/N, the I-th of N parts, with I from 1 to N",
+            hint="in a SLURM array of 1-8: --units $SLURM_ARRAY_TASK_ID/8",
+        )
+    return Slice(int(index), int(count))
+
+
+def unit_bytes(corpora: Sequence[Corpus]) -> int:
+    """Bytes of files as stored in a unit: few enough units to open quickly, each soon done."""
+    total = sum(file.size for corpus in corpora for file in corpus.files)
+    return min(max(total // FEW, SMALLEST), LARGEST)
+
+
+def cut(corpora: Sequence[Corpus], reading: Reading, unit_bytes: int) -> list[Unit]:
     """The units of a listing: small files together, large ones in equal ranges where they can be split."""
     units: list[Unit] = []
     for corpus in corpora:

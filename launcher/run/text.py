@@ -3,58 +3,74 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.config.schema import RunConfig, TokenizerFromCorpus
-from launcher.data.prepare import Progress, check_blocks, prepare, resolve_tokenizer
-from launcher.data.store import MANIFEST, Store, open_store
+from launcher.data.prepare import Progress, check_blocks, prepare
+from launcher.data.store import Store, is_store, open_store
 from launcher.data.tokenizers import unfilled
+from launcher.data.units import SMALLEST, WHOLE, Slice
+from launcher.data.vocabulary import TOKENIZERS, resolve_tokenizer
 from launcher.errors import DataError, LauncherError
 from launcher.plan.choose import Blocks
 from launcher.run.assemble import Assembly, Prepared
 
 
-def prepare_text(draft: Assembly, workers: int, progress: Progress, say: Callable[[str], None]) -> Prepared:
-    """The store of the draft's run, and what it holds.
+def prepare_text(
+    draft: Assembly,
+    workers: int,
+    progress: Progress,
+    say: Callable[[str], None],
+    *,
+    part: Slice = WHOLE,
+    skip_bad: bool = False,
+) -> Prepared | None:
+    """The store of the draft's run, and what it holds; None while other parts of it are to be made.
 
-    Raises DataError or RequestError for text or a tokenizer that cannot be used; a folder that this
-    call made is then gone again.
+    Raises DataError or RequestError for text or a tokenizer that cannot be used. Unless a unit of the store
+    was finished, a folder that this call made is then gone again.
     """
     run = draft.run.config
     try:
-        return _prepare(draft, run, workers, progress, say)
+        with _nothing_left_on_failure(store_cache(run)) as cache:
+            asked = draft.model.tokenizer
+            tokenizer = resolve_tokenizer(asked, run.data, cache, skip_bad=skip_bad)
+            if isinstance(asked, TokenizerFromCorpus) and (
+                sentence := unfilled(tokenizer, asked.train.vocab_size)
+            ):
+                say(f"note: {sentence}")
+            folder = prepare(
+                run.data, tokenizer, cache, workers, progress, part=part, skip_bad=skip_bad, say=say
+            )
+            return _opened(folder, run, say) if is_store(folder) else None
     except LauncherError as error:
         error.place(draft.run.origins)
         raise
 
 
-def _prepare(
-    draft: Assembly, run: RunConfig, workers: int, progress: Progress, say: Callable[[str], None]
-) -> Prepared:
-    with _nothing_left_on_failure(store_cache(run)) as cache:
-        tokenizer = resolve_tokenizer(draft.model.tokenizer, run.data, cache)
-        asked = draft.model.tokenizer
-        if isinstance(asked, TokenizerFromCorpus) and (
-            sentence := unfilled(tokenizer, asked.train.vocab_size)
-        ):
-            say(f"note: {sentence}")
-        finished = set(cache.glob(f"*/{MANIFEST}"))
-        folder = prepare(run.data, tokenizer, cache, workers, progress)
-        store = open_store(folder)
-        try:
-            check_blocks(store, run.data.block_size, run.data.packing)
-        except DataError:
-            if folder / MANIFEST not in finished:
-                shutil.rmtree(folder)
-            raise
+def _opened(folder: Path, run: RunConfig, say: Callable[[str], None]) -> Prepared:
+    store = open_store(folder)
+    try:
+        check_blocks(store, run.data.block_size, run.data.packing)
+    except DataError:
+        # It serves other block sizes: only what is made again in a moment is not worth its room.
+        if _size(store) <= SMALLEST:
+            shutil.rmtree(folder)
+        raise
+    if skipped := len(store.manifest.bad):
+        say(f"note: {skipped:,} bad records of the text were skipped: `launcher data show {folder}`")
     blocks = _count(store, run)
     if run.data.validation not in (0, []) and not blocks.validation:
         say("note: data.validation holds out no block of this text: nothing will be evaluated")
     return Prepared(folder, store.vocabulary, blocks)
+
+
+def _size(store: Store) -> int:
+    """Bytes of the files it was made from."""
+    return sum(file.size for listing in store.manifest.content.listing for file in listing.files)
 
 
 def store_cache(run: RunConfig) -> Path:
@@ -76,33 +92,19 @@ def _count(store: Store, run: RunConfig) -> Blocks:
 
 @contextmanager
 def _nothing_left_on_failure(cache: Path) -> Iterator[Path]:
-    """Yield `cache`; if what follows fails, take back what it put there, and no one else's files."""
-    before = _entries(cache)
+    """Yield `cache`; if what follows fails and leaves no store or part of one there, take back the folders
+    and the trained tokenizer that it made."""
+    before = set(cache.glob("*/*"))
     new_folders = [folder for folder in (cache, *cache.parents) if not folder.exists()]
     try:
         yield cache
     except BaseException:
-        for lock in _entries(cache) - before:
-            _take_back(lock)
-        for folder in (cache / "tokenizers", *new_folders):
+        made = set(cache.glob("*/*")) - before
+        trained = [path for path in made if path.parent.name == TOKENIZERS]
+        if len(trained) == len(made):
+            for folder in trained:
+                shutil.rmtree(folder, ignore_errors=True)
+        for folder in (cache / TOKENIZERS, *new_folders):
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-
-
-def _entries(cache: Path) -> set[Path]:
-    """The lock of each store and each trained tokenizer in `cache`."""
-    return {*cache.glob("*.lock"), *cache.glob("tokenizers/*.lock")}
-
-
-def _take_back(lock: Path) -> None:
-    """Remove a trained tokenizer and its lock, or a store's lock, unless someone holds or has used it."""
-    folder = lock.with_suffix("")
-    with lock.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        if not (folder / MANIFEST).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink()

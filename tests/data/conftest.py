@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 from launcher.config.schema import DataSection, Source
+from launcher.data import units
 from launcher.data.prepare import prepare
 from launcher.data.store import Store, open_store
 from launcher.data.tokenizers import Tokenizer, train_tokenizer
@@ -24,6 +26,15 @@ def sentences(count: int, seed: int = 1) -> list[str]:
         " ".join(WORDS[(seed * i * (j + 3) + j * j) % len(WORDS)] for j in range(4 + i % 9)) + f" {seed}.{i}"
         for i in range(count)
     ]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file in a folder, by its path there."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +60,12 @@ def lines() -> list[str]:
     return sentences(400)
 
 
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of 3,000 bytes: some twenty of the corpus."""
+    monkeypatch.setattr(units, "SMALLEST", 3000)
+
+
 class Preparing(Protocol):
     def __call__(self, train: list[str] | list[Source], workers: int = 1, **keys: Any) -> Store: ...
 
@@ -59,7 +76,8 @@ def prepared(tokenizer: Tokenizer, tmp_path: Path) -> Preparing:
 
     def make(train: list[str] | list[Source], workers: int = 1, **keys: Any) -> Store:
         cache = keys.pop("cache", tmp_path / "cache")
+        rest = {name: keys.pop(name) for name in ("part", "skip_bad", "say") if name in keys}
         data = DataSection(train=train, **keys)
-        return open_store(prepare(data, tokenizer, cache, workers))
+        return open_store(prepare(data, tokenizer, cache, workers, **rest))
 
     return make

@@ -10,26 +10,30 @@ from pathlib import Path
 
 import pytest
 
-from launcher.data.pool import Stopped, StoppedError, spread
+from launcher.data.pool import Tell, spread
 from launcher.errors import DataError, MachineError
 
 
 class Squares:
-    """Squares numbers; 3 fails, 5 kills its process, 7 goes on until it is told to stop."""
+    """Squares numbers, and tells each first; 3 fails, 5 kills its process, 7 goes on until it is given up."""
 
     def __init__(self, folder: Path) -> None:
         (folder / str(os.getpid())).touch()
 
-    def __call__(self, number: int, stopped: Stopped) -> int:
+    def __call__(self, number: int, tell: Tell) -> int:
+        tell(number)
         if number == 3:
             raise DataError("three", file="a.txt", line=3, hint="not three")
         if number == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         while number == 7:
-            if stopped():
-                raise StoppedError
+            tell(number)
             time.sleep(0.01)
         return number * number
+
+
+def deaf(_: object) -> None:
+    """For reports that do not matter."""
 
 
 def processes(folder: Path) -> list[int]:
@@ -47,27 +51,29 @@ def assert_all_gone(folder: Path) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_every_item_is_done_once(tmp_path: Path, workers: int) -> None:
     items = [10, 11, 12, 13, 14]
-    results = sorted(spread(partial(Squares, tmp_path), items, workers))
+    heard: list[int] = []
+    results = sorted(spread(partial(Squares, tmp_path), items, workers, heard.append))
     assert results == [item * item for item in items]
+    assert sorted(heard) == items
     assert len(processes(tmp_path)) == workers
     assert (os.getpid() in processes(tmp_path)) == (workers == 1)
 
 
 def test_an_error_comes_back_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(DataError) as raised:
-        list(spread(partial(Squares, tmp_path), [1, 3, 7, 7], 2))
+        list(spread(partial(Squares, tmp_path), [1, 3, 7, 7], 2, deaf))
     assert (raised.value.file, raised.value.line, raised.value.hint) == ("a.txt", 3, "not three")
     assert_all_gone(tmp_path)
 
 
 def test_a_process_that_dies_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="exit code -9"):
-        list(spread(partial(Squares, tmp_path), [7, 5], 2))
+        list(spread(partial(Squares, tmp_path), [7, 5], 2, deaf))
     assert_all_gone(tmp_path)
 
 
 def test_work_that_is_given_up_stops_inside_an_item(tmp_path: Path) -> None:
-    results = spread(partial(Squares, tmp_path), [2, 7, 7], 2)
+    results = spread(partial(Squares, tmp_path), [2, 7, 7], 2, deaf)
     assert next(results) == 4
     begun = time.monotonic()
     results.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,20 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.config.schema import DataSection, Source, TokenizerFromCorpus, TrainTokenizer
-from launcher.data import prepare as module
-from launcher.data import units
-from launcher.data.prepare import check_blocks, prepare, resolve_tokenizer
+from launcher.data import conversion, vocabulary
+from launcher.data.prepare import check_blocks, prepare
 from launcher.data.store import Store, open_store
 from launcher.data.tokenizers import Tokenizer, train_tokenizer
+from launcher.data.vocabulary import resolve_tokenizer
 from launcher.errors import DataError, RequestError
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+from tests.data.conftest import hashes
 
 
 def validation_texts(store: Store) -> set[str]:
@@ -58,11 +50,6 @@ def keyed_share(text: str) -> float:
 
 
 TRAINED_AT_ANY_FRACTION = max((f"document {i}" for i in range(100)), key=keyed_share)
-
-
-@pytest.fixture
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units.cut, "__defaults__", (3000,))
 
 
 @pytest.mark.usefixtures("small_units")
@@ -114,7 +101,7 @@ def test_the_ledger_is_exact(
 def test_empty_documents_are_counted_in_every_batch(
     prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr(conversion, "BATCH_CHARACTERS", 9)
     (tmp_path / "a.txt").write_text("one\n\n \n\n\n\ntwo\n\n\n\t\nthree\n")
     (ledger,) = prepared([str(tmp_path / "a.txt")], validation=0.0).manifest.ledger
     assert (ledger.documents, ledger.skipped_empty) == (3, 8)
@@ -182,13 +169,12 @@ def test_progress_ends_at_the_whole(corpus: Path, tokenizer: Tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.usefixtures("small_units")
-def test_bad_text_leaves_no_store(prepared: Any, corpus: Path, tmp_path: Path, workers: int) -> None:
+def test_bad_text_leaves_nothing(prepared: Any, corpus: Path, tmp_path: Path, workers: int) -> None:
     (corpus / "b.txt").write_bytes((corpus / "b.txt").read_bytes() + b"\n\xff")
     with pytest.raises(DataError, match=r"b\.txt:501") as raised:
         prepared([f"{corpus}/*.txt"], workers)
     assert raised.value.offset == (corpus / "b.txt").stat().st_size - 1
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\t\n"])
@@ -227,13 +213,13 @@ def test_validation_files_without_a_document(prepared: Any, corpus: Path) -> Non
 def test_a_file_that_changes_while_it_is_read(
     prepared: Any, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Tokenizer.encode_batch
+    real = Tokenizer.encode_joined
 
     def touching(self: Tokenizer, texts: Any) -> Any:
         os.utime(corpus / "a.txt", ns=(7, 7))
         return real(self, texts)
 
-    monkeypatch.setattr(Tokenizer, "encode_batch", touching)
+    monkeypatch.setattr(Tokenizer, "encode_joined", touching)
     with pytest.raises(DataError, match=r"a\.txt: changed while it was being read"):
         prepared([f"{corpus}/*.txt"])
 
@@ -305,7 +291,7 @@ def test_an_interrupted_preparation(
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: list(cache.glob("*/train-*.bin.tmp")))
+    wait_for(lambda: list(cache.glob("*/units/*/train-*.bin")))
     workers = children_of(process.pid)
     assert len(workers) == 2
     (os.killpg if group else os.kill)(process.pid, how)
@@ -315,31 +301,7 @@ def test_an_interrupted_preparation(
     assert list(cache.glob("*/manifest.json")) == []
     if how == signal.SIGINT:
         assert err.count("KeyboardInterrupt") == 1
-        assert [path.suffix for path in cache.iterdir()] == [".lock"]
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.usefixtures("small_units")
-def test_an_interruption_between_units(
-    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, workers: int
-) -> None:
-    def interrupt(*_: int) -> None:
-        raise KeyboardInterrupt
-
-    data = DataSection(train=[f"{corpus}/*.txt"])
-    with pytest.raises(KeyboardInterrupt):
-        prepare(data, tokenizer, tmp_path / "cache", workers, interrupt)
-    assert multiprocessing.active_children() == []
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-
-
-def test_what_a_killed_preparation_left_is_cleared(prepared: Any, corpus: Path, tmp_path: Path) -> None:
-    first = prepared([f"{corpus}/*.txt"], cache=tmp_path / "one")
-    left = tmp_path / "two" / first.path.name
-    left.mkdir(parents=True)
-    (left / "train-00007.bin.tmp").write_bytes(b"half")
-    (left / "train-00000.bin").write_bytes(b"of another kind")
-    assert hashes(prepared([f"{corpus}/*.txt"], cache=tmp_path / "two").path) == hashes(first.path)
+        assert list(cache.glob("*/units/*/*")) == []
 
 
 # The tokenizer of a run
@@ -372,8 +334,8 @@ def test_training_text_comes_from_all_over(
         seen.extend(texts)
         return train_tokenizer(seen, vocab_size)
 
-    monkeypatch.setattr(module, "TRAINING_BYTES", 6000)
-    monkeypatch.setattr(module, "train_tokenizer", train)
+    monkeypatch.setattr(vocabulary, "TRAINING_BYTES", 6000)
+    monkeypatch.setattr(vocabulary, "train_tokenizer", train)
     resolve_tokenizer(trained(300), DataSection(train=[f"{corpus}/*.txt"]), tmp_path / "cache")
     assert 3000 < sum(len(text) for text in seen) <= 6000
     numbers = [text.split()[-1] for text in seen if text[-1].isdigit() and "." in text]

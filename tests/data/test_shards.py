@@ -50,8 +50,13 @@ def test_a_shard_is_megatrons_format(
 ) -> None:
     folder = tmp_path_factory.mktemp("shard")
     with ShardWriter(folder, "train-00000", vocabulary) as writer:
-        for number, ids in enumerate(documents):
-            writer.add(np.array(ids, dtype=np.int32), END, number * 10, number)
+        for first in range(0, len(documents), 3):
+            some = [[*ids, END] for ids in documents[first : first + 3]]
+            for ids in some:
+                writer.write(np.array(ids, dtype=np.int32))
+            numbers = np.arange(first, first + len(some))
+            writer.end(np.array([len(ids) for ids in some]), np.stack([numbers * 10, numbers], axis=1))
+        assert (writer.documents, writer.tokens) == (len(documents), sum(len(ids) + 1 for ids in documents))
         marks = writer.finish()
     code, sequences, table, places = parse(folder, "train-00000")
     assert code == (8 if vocabulary < 65_500 else 4)
@@ -66,8 +71,8 @@ def test_a_shard_is_megatrons_format(
 
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s", 500) as writer:
-        writer.add(np.array([5, 6], dtype=np.int32), END, 0, 4)
-        writer.add(np.array([], dtype=np.int32), END, 9, 1)
+        writer.write(np.array([5, 6, END, END], dtype=np.int32))
+        writer.end(np.array([3, 1]), np.array([[0, 4], [9, 1]]))
         writer.finish()
     lengths, pointers = read_index(tmp_path / "s.idx")
     assert read_tokens(tmp_path / "s.bin", 500).tolist() == [5, 6, END, END]
@@ -77,8 +82,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 
 def test_a_shard_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "s", 500) as writer:
-        writer.add(np.array([5], dtype=np.int32), END, 0, 1)
-        assert not (tmp_path / "s.bin").exists()
+        writer.write(np.array([5, END], dtype=np.int32))
     assert list(tmp_path.iterdir()) == []
 
 

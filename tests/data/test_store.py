@@ -75,11 +75,11 @@ def test_a_folder_without_a_manifest_is_no_store(store: Store) -> None:
 
 
 def test_another_format_version_is_refused(store: Store) -> None:
-    content = store.manifest.content.model_copy(update={"format_version": 2})
+    content = store.manifest.content.model_copy(update={"format_version": 3})
     other = store.manifest.model_copy(update={"content": content})
     sealed = other.model_copy(update={"checksum": other.computed_checksum()})
     (store.path / MANIFEST).write_text(sealed.model_dump_json())
-    with pytest.raises(StoreError, match="format version 2"):
+    with pytest.raises(StoreError, match="format version 3"):
         open_store(store.path)
 
 
