@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from launcher.data.making import UnitRecord, publish, reveal, writing_to
 from launcher.data.pool import Tell
 from launcher.data.shards import ShardWriter, token_type
-from launcher.data.sources import Batch, Reading, batches, changed
+from launcher.data.sources import Batch, Cuts, Reading, batches, changed
 from launcher.data.split import HeldOut
 from launcher.data.store import TOKENIZER_FOLDER, BadRecord, Origin, Shard, Split
 from launcher.data.tokenizers import Tokenizer, load_tokenizer
@@ -43,12 +43,19 @@ class InHand:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a conversion does with text: how it is read, what is held out, and whether bad records are
-    skipped."""
+    """What a conversion does with text: how it is read, what is held out, whether bad records are skipped."""
 
     reading: Reading
     validation_fraction: float
     skip_bad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What has been proven to give the tokenizer's ids for this corpus: never decides what they are."""
+
+    backend: str
+    cuts: Cuts | None
 
 
 class Conversion:
@@ -58,13 +65,19 @@ class Conversion:
     """
 
     def __init__(
-        self, folder: Path, work: Path, rules: Rules, promised: dict[int, list[Shard]] | None = None
+        self,
+        folder: Path,
+        work: Path,
+        rules: Rules,
+        tools: Tools,
+        promised: dict[int, list[Shard]] | None = None,
     ) -> None:
         self._folder = folder
         self._work = work
         self._rules = rules
+        self._cuts = tools.cuts
         self._promised = promised
-        self._tokenizer = load_tokenizer(str(folder / TOKENIZER_FOLDER))
+        self._tokenizer = load_tokenizer(str(folder / TOKENIZER_FOLDER)).with_backend(tools.backend)
 
     def __call__(self, unit: Unit, tell: Tell) -> UnitRecord:
         """Convert one unit, telling every batch how far it is (InHand).
@@ -84,10 +97,14 @@ class Conversion:
         bad: list[BadRecord] = []
 
         def skip(error: DataError) -> None:
-            file = error.file or unit.pieces[0].file.path
             bad.append(
                 BadRecord(
-                    source=unit.source, file=file, line=error.line, offset=error.offset, reason=error.reason
+                    source=unit.source,
+                    file=error.file or unit.pieces[0].file.path,
+                    line=error.line,
+                    offset=error.offset,
+                    counted=error.counted,
+                    reason=error.reason,
                 )
             )
 
@@ -102,6 +119,7 @@ class Conversion:
                     self._rules.reading,
                     piece.start,
                     piece.end,
+                    cuts=self._cuts,
                     on_bad=skip if self._rules.skip_bad else None,
                 ):
                     if writing.take(piece, batch):

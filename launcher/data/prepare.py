@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from launcher.config.schema import DataSection
-from launcher.data.conversion import Conversion, InHand, Rules
+from launcher.data.conversion import Conversion, InHand, Rules, Tools
 from launcher.data.corpus import list_corpora, reading_of
 from launcher.data.making import (
     UNITS,
@@ -30,6 +30,7 @@ from launcher.data.making import (
 from launcher.data.manifest import content_of, seal
 from launcher.data.packing import Packing
 from launcher.data.pool import spread
+from launcher.data.proof import SAMPLE_BYTES, choose_backend
 from launcher.data.store import (
     DAMAGED,
     MANIFEST,
@@ -46,7 +47,10 @@ from launcher.data.store import (
 )
 from launcher.data.tokenizers import Tokenizer
 from launcher.data.units import WHOLE, Slice, Unit, cut
+from launcher.data.vocabulary import spread_texts
 from launcher.errors import DataError, MachineError, StoreError
+
+PLACES = 32  # in the corpus that text to prove tools on is taken from, at most
 
 Progress = Callable[[int, int, int], None]
 """Called with bytes done, bytes in all (of files as stored) and tokens so far; first with what was there."""
@@ -146,7 +150,7 @@ class _Making:
                 keep_tokenizer(self.tokenizer, self.folder, work)
             own = self.part.of(self.units)
             kept = [each for each in finished(self.folder, own) if self.rules.skip_bad or not each.bad]
-            self._convert(own, kept, partial(Conversion, self.folder, work, self.rules))
+            self._convert(own, kept, work)
             with locked(self._store_lock), writing_to(self.folder):
                 shutil.rmtree(work)
                 self._seal()
@@ -183,7 +187,7 @@ class _Making:
             if unit_of(shard.name) in promised:
                 promised[unit_of(shard.name)].append(shard)
         try:
-            self._convert(units, [], partial(Conversion, self.folder, work, self.rules, promised))
+            self._convert(units, [], work, promised)
         finally:
             shutil.rmtree(work, ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -199,15 +203,31 @@ class _Making:
             return None
 
     def _convert(
-        self, units: Sequence[Unit], kept: Sequence[UnitRecord], make: Callable[[], Conversion]
+        self,
+        units: Sequence[Unit],
+        kept: Sequence[UnitRecord],
+        work: Path,
+        promised: dict[int, list[Shard]] | None = None,
     ) -> None:
         account = _Account(units, kept, self.progress)
         done = {record.number for record in kept}
         # A file that cannot be split may be a large unit: begun last, it would be waited for alone.
         missing = sorted((u for u in units if u.number not in done), key=lambda unit: -unit.size)
+        if not missing:
+            return
+        make = partial(Conversion, self.folder, work, self.rules, self._tools(), promised)
         with closing(spread(make, missing, self.workers, account.hear)) as converting:
             for record in converting:
                 account.finish(record)
+
+    def _tools(self) -> Tools:
+        """Proven here, once, on text from all over the corpus. The conversion says what is bad in it."""
+        texts = spread_texts(self.units, self.rules.reading, SAMPLE_BYTES, PLACES, skip_bad=True)
+        sample = list(texts)
+        choice = choose_backend(self.tokenizer, sample)
+        for note in choice.notes:
+            self.say(f"note: {note}")
+        return Tools(choice.name, None)
 
     def _seal(self) -> None:
         records = finished(self.folder, self.units)

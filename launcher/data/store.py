@@ -28,7 +28,7 @@ from launcher.data.shards import (
     write_whole,
 )
 from launcher.data.tokenizers import Tokenizer, load_tokenizer
-from launcher.errors import MachineError, StoreError
+from launcher.errors import Counted, MachineError, StoreError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -117,13 +117,15 @@ class Content(Record):
 class BadRecord(Record):
     """A record of the text that could not be read and was left out, because `--skip-bad` asked for it.
 
-    `offset` counts bytes of the decompressed file, `line` from 1.
+    `offset` counts bytes of the decompressed file, or the rows of a table: `counted` says which. `line`
+    counts from 1.
     """
 
     source: str
     file: str
     line: int | None
     offset: int | None
+    counted: Counted
     reason: str
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launcher.config.schema import DataSection, TokenizerFromCorpus
-from launcher.data.corpus import Corpus, list_corpora, reading_of
+from launcher.data.corpus import list_corpora, reading_of
 from launcher.data.making import locked
 from launcher.data.manifest import listing_of
 from launcher.data.sources import Reading, batches
@@ -20,7 +20,7 @@ from launcher.errors import DataError
 
 TRAINING_RULES = 1  # to be raised whenever the same text would train another tokenizer
 TOKENIZERS = "tokenizers"  # where trained ones are, in the folder of all stores
-PLACES = 1024  # in the corpus that text is taken from, at most
+PLACES = 1024  # in the corpus that a tokenizer's training text is taken from, at most
 
 
 def resolve_tokenizer(
@@ -42,19 +42,19 @@ def resolve_tokenizer(
         if not folder.is_dir():
             unfinished = folder.with_suffix(".tmp")
             shutil.rmtree(unfinished, ignore_errors=True)
-            texts = spread_texts(corpora, reading, TRAINING_BYTES, skip_bad=skip_bad)
+            units = cut(corpora, reading, unit_bytes(corpora))
+            texts = spread_texts(units, reading, TRAINING_BYTES, PLACES, skip_bad=skip_bad)
             train_tokenizer(texts, asked.train.vocab_size).save(unfinished)
             unfinished.replace(folder)
         return load_tokenizer(str(folder))
 
 
 def spread_texts(
-    corpora: Sequence[Corpus], reading: Reading, size: int, *, skip_bad: bool = False
+    units: Sequence[Unit], reading: Reading, size: int, places: int, *, skip_bad: bool
 ) -> Iterator[str]:
-    """Texts from all over the corpus, `size` bytes in all at most: an equal share from the start of units
-    that lie evenly over it. Raises DataError for a bad record, unless they are to be skipped."""
-    units = cut(corpora, reading, unit_bytes(corpora))
-    chosen = units[:: -(-len(units) // PLACES)]
+    """Texts from all over the corpus, `size` bytes in all at most: an equal share from the start of at most
+    `places` units that lie evenly over it. Raises DataError for a bad record, unless they are skipped."""
+    chosen = units[:: -(-len(units) // places)]
     for unit in chosen:
         yield from within(_texts(unit, reading, skip_bad), size // len(chosen))
 
