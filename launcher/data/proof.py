@@ -93,15 +93,16 @@ def proving_texts(served: ByteLevelBPE) -> Iterator[str]:
 
 def _disagreement(fast: Tokenizer, texts: Sequence[str], expected: Sequence[NDArray[np.int32]]) -> str | None:
     """The first place where the ids differ, as it is shown to people: of texts alone or in a row."""
+    end = np.array([fast.end_of_text_id], dtype=np.int32)
     for start in range(0, len(texts), IN_A_ROW):
-        row = texts[start : start + IN_A_ROW]
-        alone = fast.encode_batch(row)
-        ids, lengths = fast.encode_joined(row)
-        joined = np.split(ids, np.cumsum(lengths)[:-1])
-        for text, right, own, ended in zip(row, expected[start:], alone, joined, strict=False):
-            for found in (own, ended[:-1]):
-                if found.tobytes() != right.tobytes():
-                    return _excerpt(fast, text, found, right)
+        row, rights = texts[start : start + IN_A_ROW], expected[start : start + IN_A_ROW]
+        for text, ids, right in zip(row, fast.encode_batch(row), rights, strict=True):
+            if ids.tobytes() != right.tobytes():
+                return _excerpt(fast, text, ids, right)
+        ids, _ = fast.encode_joined(row)
+        joined = np.concatenate([part for right in rights for part in (right, end)])
+        if ids.tobytes() != joined.tobytes():
+            return _excerpt(fast, fast.end_of_text.join((*row, "")), ids, joined)
     return None
 
 

@@ -117,6 +117,14 @@ class Tokenizer:
         encodings = self._reference.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
 
+    def pieces(self, text: str) -> list[str]:
+        """What the model is given one by one: the text normalized and cut. Looks for no added token."""
+        normalizer, pre_tokenizer = self._reference.normalizer, self._reference.pre_tokenizer
+        normalized = text if normalizer is None else normalizer.normalize_str(text)
+        if pre_tokenizer is None:
+            return [normalized]
+        return [piece for piece, _ in pre_tokenizer.pre_tokenize_str(normalized)]
+
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """The text of ids, special tokens included."""
         return str(self._reference.decode([int(i) for i in ids], skip_special_tokens=False))

@@ -12,7 +12,7 @@ from launcher.config.schema import DataSection, Source
 from launcher.data import units
 from launcher.data.prepare import prepare
 from launcher.data.store import Store, open_store
-from launcher.data.tokenizers import Tokenizer, train_tokenizer
+from launcher.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
 WORDS = (
     *("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while"),
@@ -81,3 +81,12 @@ def prepared(tokenizer: Tokenizer, tmp_path: Path) -> Preparing:
         return open_store(prepare(data, tokenizer, cache, workers, **rest))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Tokenizer:
+    """GPT-2's own tokenizer, where the folder of data for trials is."""
+    folder = Path(__file__).parents[3] / "shared" / "data" / "gpt2-tokenizer"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    return load_tokenizer(str(folder))
