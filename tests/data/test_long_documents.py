@@ -212,13 +212,29 @@ def test_bad_lines_of_jsonl_are_told(tmp_path: Path) -> None:
     assert bad[-1].offset == content.index(b"\xe9")
 
 
-def test_lines_are_told_in_any_range(tmp_path: Path) -> None:
-    content = b"fine\n" * 10 + b"\xff\n" + b"fine\n" * 10
+@pytest.mark.parametrize("sample_by", ["line", "paragraph"])
+def test_lines_are_told_in_any_range(tmp_path: Path, sample_by: str) -> None:
+    content = b"fine\n \n\n" * 10 + b"\xff\n" + b"fine\n" * 10
     file = written(tmp_path / "a.txt", content)
-    for start in (0, 1, 12, 49, 50):
+    for start in (0, 1, 12, 70, 78, 79, 80):
         bad: list[DataError] = []
-        list(documents(file, TEXT, start, None, on_bad=bad.append))
-        assert [(error.line, error.offset) for error in bad] == [(11, 50)]
+        reading = Reading(format="text", sample_by=sample_by)  # type: ignore[arg-type]
+        list(documents(file, reading, start, None, on_bad=bad.append))
+        assert [(error.line, error.offset) for error in bad] == [(31, 80)]
+
+
+@pytest.mark.parametrize("ending", [b"\n", b" words\n" * 9])
+def test_a_long_document_that_turns_out_bad_is_forgotten(tmp_path: Path, ending: bytes) -> None:
+    file = written(tmp_path / "a.txt", b"first\n" + b"some words " * 9 + b"\xff" + ending + b"last\n")
+    bad: list[DataError] = []
+    with small():
+        parts = list(documents(file, TEXT, cuts=AfterSpace(), on_bad=bad.append))
+    assert [part.bad for part in parts].count(True) == 1
+    assert len(parts) > 5
+    whole = [document.text for document in joined(parts)]
+    assert (whole[0], whole[-1]) == ("first", "last")
+    assert not any("some" in text for text in whole)
+    assert [error.offset for error in bad] == [6 + 99]
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
@@ -229,10 +245,12 @@ def test_what_comes_before_the_damage_is_read(tmp_path: Path, suffix: str, long:
     file = written(tmp_path / f"cut.txt{suffix}", packed[: len(packed) * 3 // 4])
     reading = Reading(format="text", sample_by="document" if long else "line")
     bad: list[DataError] = []
-    found = list(documents(file, reading, cuts=AfterSpace() if long else None, on_bad=bad.append))
+    with small(batch=1000, long=5000, uncut=100_000):
+        found = list(documents(file, reading, cuts=AfterSpace() if long else None, on_bad=bad.append))
     assert len(bad) == 1
     assert "truncated" in bad[0].reason
     if long:
+        assert len(found) > 10
         assert joined(found) == []
     else:
         assert len(found) > 10_000
