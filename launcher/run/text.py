@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launcher.config.schema import RunConfig, TokenizerFromCorpus
 from launcher.data.prepare import Progress, check_blocks, prepare, resolve_tokenizer
-from launcher.data.store import MANIFEST, Store, open_store
+from launcher.data.store import MANIFEST, Store, check_files, open_store
 from launcher.data.tokenizers import unfilled
 from launcher.errors import DataError, LauncherError
 from launcher.plan.choose import Blocks
@@ -45,6 +45,7 @@ def _prepare(
         finished = set(cache.glob(f"*/{MANIFEST}"))
         folder = prepare(run.data, tokenizer, cache, workers, progress)
         store = open_store(folder)
+        check_files(store)
         try:
             check_blocks(store, run.data.block_size, run.data.packing)
         except DataError:
