@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.data import packing as module
@@ -43,6 +43,7 @@ def contents(shards: Sequence[Sequence[int]], plan: Plan) -> list[list[Token]]:
     ]
 
 
+@settings(deadline=None)
 @given(shards=shards_of_documents, block_size=st.integers(1, 40))
 def test_concat_is_the_joined_tokens_cut(shards: list[list[int]], block_size: int) -> None:
     plan = plan_of(shards, block_size, "concat")
@@ -54,6 +55,7 @@ def test_concat_is_the_joined_tokens_cut(shards: list[list[int]], block_size: in
     assert plan.padding == 0
 
 
+@settings(deadline=None)
 @given(shards=shards_of_documents, block_size=st.integers(1, 40))
 def test_pad_gives_each_document_rows_of_its_own(shards: list[list[int]], block_size: int) -> None:
     plan = plan_of(shards, block_size, "pad")
@@ -69,6 +71,7 @@ def test_pad_gives_each_document_rows_of_its_own(shards: list[list[int]], block_
 
 
 @pytest.mark.parametrize("window", [3, 1 << 17])
+@settings(deadline=None)
 @given(shards=shards_of_documents, block_size=st.integers(1, 40))
 def test_best_fit_cuts_no_document_that_fits(window: int, shards: list[list[int]], block_size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -107,6 +110,7 @@ def one_by_one(sizes: Sequence[int], room: int) -> list[list[int]]:
     return blocks
 
 
+@settings(deadline=None)
 @given(data=st.data(), room=st.integers(1, 50))
 def test_best_fit_is_the_textbook_s(data: st.DataObject, room: int) -> None:
     sizes = data.draw(st.lists(st.integers(1, room), max_size=60))
