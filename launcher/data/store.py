@@ -6,6 +6,7 @@ The manifest is written last, so a folder without one is not a store. Blocks are
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from launcher.errors import StoreError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+CHECKSUM = b'"checksum": "'
 TOKENIZER_FOLDER = "tokenizer"
 OPEN_SHARDS = 256  # memory maps held at a time: each holds a file descriptor
 
@@ -289,7 +291,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     text = manifest.model_copy(update={"checksum": ""}).model_dump_json(indent=1).encode() + b"\n"
     before, after = _around_checksum(text)
     sync_folder(folder)
-    write_whole(folder / MANIFEST, (before, _checksum(before, after).encode(), after))
+    write_whole(folder / MANIFEST, (bytes(before), _checksum(before, after).encode(), bytes(after)))
     sync_folder(folder)
 
 
@@ -336,7 +338,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
         )
     content = (path / MANIFEST).read_bytes()
     try:
-        fields = from_json(content)
+        fields = _parse(content)
         version, checksum = fields["content"]["format_version"], fields["checksum"]
     except ValueError as error:
         raise StoreError(f"{path / MANIFEST} is damaged: {error}", hint=_rebuild(path)) from None
@@ -354,13 +356,24 @@ def _read_fields(path: Path) -> dict[str, Any]:
     return dict(fields)
 
 
-def _around_checksum(content: bytes) -> tuple[bytes, bytes]:
+def _parse(content: bytes) -> Any:
+    """JSON has no cycles to look for, and looking for them in a large manifest takes as long as parsing it."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return from_json(content)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _around_checksum(content: bytes) -> tuple[memoryview, memoryview]:
     """What stands before and after the characters of the checksum, the last value of the manifest."""
-    before, quote, rest = content.rpartition(b'"checksum": "')
-    return before + quote, rest[rest.find(b'"') :]
+    start = content.rfind(CHECKSUM) + len(CHECKSUM)
+    return memoryview(content)[:start], memoryview(content)[content.find(b'"', start) :]
 
 
-def _checksum(before: bytes, after: bytes) -> str:
+def _checksum(before: memoryview, after: memoryview) -> str:
     digest = hashlib.sha256(before)
     digest.update(after)
     return digest.hexdigest()
