@@ -357,7 +357,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
 
 
 def _parse(content: bytes) -> Any:
-    """JSON has no cycles to look for, and looking for them in a large manifest takes as long as parsing it."""
+    """JSON has no cycles to look for, and in a large manifest looking takes as long as parsing."""
     collecting = gc.isenabled()
     gc.disable()
     try:
