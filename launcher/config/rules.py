@@ -63,10 +63,10 @@ def one_length(*lengths: float | None) -> Iterator[Fault]:
 
 
 def tokens_of_padded_rows(tokens: int | None, packing: str) -> Iterator[Fault]:
-    if tokens is not None and packing == "pad":
+    if tokens is not None and packing != "concat":
         yield Fault(
             "train.tokens",
-            "with data.packing pad rows differ in length, so tokens do not say how many steps to take",
+            f"with data.packing {packing} rows differ in length, so tokens do not say how many steps to take",
             hint="set train.steps or train.epochs, or data.packing: concat",
         )
 
@@ -274,13 +274,6 @@ RUN_NOT_YET = (
     NotYet("data.train", _any_parquet, "reading parquet", _JSONL),
     NotYet("data.validation", _any_parquet, "reading parquet", _JSONL),
     NotYet("data.format", _is("parquet"), "reading parquet", _JSONL),
-    NotYet("data.packing", _is("best_fit"), "best_fit packing", "set data.packing: concat, or pad"),
-    NotYet(
-        "data.isolate_documents",
-        _is(True),
-        "isolating documents inside a block",
-        "set data.packing: pad, where a row holds one document",
-    ),
     NotYet("data.mode", _is("stream"), "training from a stream", "set data.mode: prepared"),
     NotYet(
         "train.strategy",

@@ -123,10 +123,12 @@ class DataSection(Section):
         "concat",
         description="`concat`: documents joined by the end-of-text token and cut into blocks. "
         "`pad`: one document a row, padded to the longest row of the batch; a document longer than a "
-        "block goes on in the next row. `best_fit`: documents kept whole where they fit.",
+        "block goes on in the next row. `best_fit`: such rows put together into blocks that are nearly full.",
     )
     isolate_documents: bool = Field(
-        False, description="No position attends across a document boundary inside a block."
+        False,
+        description="No position attends across a document boundary inside a block, and no document's first "
+        "token is predicted from another document. Proved on the live model before the first step.",
     )
     mode: Literal["prepared", "stream"] = Field(
         "prepared", description="`prepared`: tokenised once into a store. `stream`: straight from the text."

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from launcher.data.packing import Packing, Span
-from launcher.data.store import Shard, Split, Store
+from launcher.data.store import Split, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,16 @@ class Passage:
     document_token: int
 
 
+COUNTED_SHARDS = 16  # shards whose documents' ends are held at a time: 8 bytes a document
+
+
 class Blocks:
-    """The blocks of one split. Sources are numbered as in `sources`."""
+    """The blocks of one split. Sources are numbered as in `sources`. `full`: each has `block_size` tokens."""
 
     def __init__(self, store: Store, split: Split, block_size: int, packing: Packing) -> None:
         self.store = store
         self.block_size = block_size
+        self.full = packing == "concat"
         self.sources = store.sources(split)
         self._parts = [SourceBlocks(store, split, source, block_size, packing) for source in self.sources]
 
@@ -48,8 +53,12 @@ class Blocks:
         return self._parts[source]
 
     def read(self, source: int, block: int) -> NDArray[np.int64]:
-        """`int64[block_size]` ids under concat; `int64[<= block_size]` under pad. IndexError past the end."""
+        """`int64[block_size]` ids under concat, else `int64[<= block_size]`. IndexError past the end."""
         return self._parts[source].read(block)
+
+    def length(self, source: int, block: int) -> int:
+        """Tokens in a block, without reading them."""
+        return self.block_size if self.full else self._parts[source].length(block)
 
     def describe(self, source: int, block: int) -> list[Passage]:
         """Which bytes of which files a block's tokens come from, in order."""
@@ -63,6 +72,7 @@ class SourceBlocks:
         self._store = store
         self._shards = store.shards(split, source)
         self._plan = store.plan(split, source, block_size, packing)
+        self._ends = lru_cache(COUNTED_SHARDS)(self._count_ends)
 
     def __len__(self) -> int:
         return self._plan.blocks
@@ -74,16 +84,23 @@ class SourceBlocks:
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return joined.astype(np.int64)
 
+    def length(self, block: int) -> int:
+        """The block's tokens: see `Blocks.length`."""
+        return sum(span.stop - span.start for span in self._plan.locate(block))
+
     def describe(self, block: int) -> list[Passage]:
         """The block's passages: see `Blocks.describe`."""
         passages: list[Passage] = []
         for span in self._plan.locate(block):
             position = passages[-1].stop if passages else 0
-            passages += self._passages(self._shards[span.shard], span, position)
+            passages += self._passages(span, position)
         return passages
 
-    def _passages(self, shard: Shard, span: Span, position: int) -> list[Passage]:
-        ends = np.cumsum(self._store.lengths(shard), dtype=np.int64)
+    def _count_ends(self, shard: int) -> NDArray[np.int64]:
+        return np.cumsum(self._store.lengths(self._shards[shard]), dtype=np.int64)
+
+    def _passages(self, span: Span, position: int) -> list[Passage]:
+        shard, ends = self._shards[span.shard], self._ends(span.shard)
         places = self._store.places(shard)
         firsts = [origin.first_document for origin in shard.origins]
         passages = []

@@ -6,18 +6,21 @@ The manifest is written last, so a folder without one is not a store. Blocks are
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
+from pydantic_core import from_json
 
-from launcher.data.packing import Packing, Plan, ShardSizes, plan_blocks
+from launcher.data.layout import Layout, layout_of
+from launcher.data.packing import ByDocument, ConcatPlan, LaidOutPlan, Packing, Plan
 from launcher.data.shards import (
     Mark,
     mark_of,
@@ -32,6 +35,7 @@ from launcher.errors import Counted, MachineError, StoreError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+CHECKSUM = b'"checksum": "'
 TOKENIZER_FOLDER = "tokenizer"
 DAMAGED = ".damaged"  # ends the name of a file that was set aside
 REPAIR = "`launcher data prepare RUN` makes it again, to the same bytes"
@@ -143,7 +147,7 @@ class SourceLedger(Record):
 
 
 class Manifest(Record):
-    """`manifest.json`. `checksum` is the sha256 of the rest of it."""
+    """`manifest.json`. `checksum` stands last: the sha256 of the file's bytes with the checksum empty."""
 
     content: Content
     ledger: list[SourceLedger]
@@ -151,10 +155,6 @@ class Manifest(Record):
     bad: list[BadRecord]
     tokenizer_files: dict[str, Mark]
     checksum: str = ""
-
-    def computed_checksum(self) -> str:
-        """sha256 of everything but the checksum."""
-        return hashlib.sha256(self.model_dump_json(exclude={"checksum"}).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,38 +182,82 @@ class Damage:
         return f"{self.file}: {self.reason}"
 
 
-class Store:
-    """An open store. Shards are memory-mapped when first read."""
+class Shards:
+    """The shards of one source and split, in order. Each becomes a `Shard` when it is first looked at: a
+    large store has thousands, and a rank that starts needs only their sizes."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._records = records
+        self._made: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: int) -> Shard:
+        if number not in self._made:
+            self._made[number] = Shard.model_validate(self._records[number])
+        return self._made[number]
+
+    def __iter__(self) -> Iterator[Shard]:
+        return (self[number] for number in range(len(self)))
+
+    @property
+    def names(self) -> list[str]:
+        """What each is called."""
+        return [record["name"] for record in self._records]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens in each, end-of-text included."""
+        return [record["tokens"] for record in self._records]
+
+
+class Store:
+    """An open store. `fields` are the manifest's, as JSON has them. A shard's files are checked for their
+    size and memory-mapped when first read: StoreError where one is missing or short."""
+
+    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
         self.path = path
-        self.manifest = manifest
+        self._fields = fields
         self._tokens = lru_cache(OPEN_SHARDS)(self._map_tokens)
+        self._layout = cache(self._make_layout)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The whole manifest."""
+        return Manifest.model_validate(self._fields)
 
     @property
     def vocabulary(self) -> int:
         """Entries in the tokenizer's vocabulary."""
-        return self.manifest.content.tokenizer.size
+        return int(self._fields["content"]["tokenizer"]["size"])
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The id that ends every document."""
+        return int(self._fields["content"]["tokenizer"]["end_of_text_id"])
 
     def sources(self, split: Split) -> list[str]:
         """The sources that have documents in a split, in the order they were given."""
-        return list(dict.fromkeys(shard.source for shard in self.manifest.shards if shard.split == split))
+        return list(
+            dict.fromkeys(each["source"] for each in self._fields["shards"] if each["split"] == split)
+        )
 
-    def shards(self, split: Split, source: str) -> list[Shard]:
+    def shards(self, split: Split, source: str) -> Shards:
         """The shards of one source and split, in order."""
-        return [s for s in self.manifest.shards if s.split == split and s.source == source]
+        return Shards([s for s in self._fields["shards"] if s["split"] == split and s["source"] == source])
 
     def tokens(self, shard: Shard) -> NDArray[np.integer[Any]]:
         """`uint16` or `int32[tokens]`: the shard's ids, memory-mapped."""
-        return self._tokens(shard.name)
+        return self._tokens(shard.name, shard.files["bin"].size)
 
     def lengths(self, shard: Shard) -> NDArray[np.int32]:
         """`int32[documents]`: tokens of each document, end-of-text included, memory-mapped."""
-        return read_index(self._file(shard.name, "idx"))[0]
+        return read_index(self._file(shard.name, "idx", shard.files["idx"].size))[0]
 
     def places(self, shard: Shard) -> NDArray[np.int64]:
         """`int64[documents, 2]`: byte offset and byte length of each document in its source file."""
-        return read_places(self._file(shard.name, "doc"))
+        return read_places(self._file(shard.name, "doc", shard.files["doc"].size))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the store was made with."""
@@ -221,12 +265,12 @@ class Store:
 
     def plan(self, split: Split, source: str, block_size: int, packing: Packing) -> Plan:
         """How one source's shards become blocks."""
-        nothing = np.empty(0, dtype=np.int32)
-        sizes = [
-            ShardSizes(shard.tokens, self.lengths(shard) if packing == "pad" else nothing)
-            for shard in self.shards(split, source)
-        ]
-        return plan_blocks(sizes, block_size, packing)
+        shards = self.shards(split, source)
+        if packing == "concat":
+            return ConcatPlan(shards.tokens, block_size)
+        layout, names = self._layout(block_size, packing), shards.names
+        blocks = [layout.blocks[name] for name in names]
+        return LaidOutPlan(blocks, sum(shards.tokens), block_size, lambda shard: layout.shard(names[shard]))
 
     def summary(self, block_size: int, packing: Packing) -> list[Summary]:
         """Documents, tokens and blocks of every split and source."""
@@ -242,18 +286,31 @@ class Store:
         documents, tokens = sum(s.documents for s in shards), sum(s.tokens for s in shards)
         return Summary(split, source, documents, tokens, plan.blocks, plan.dropped, plan.padding)
 
-    def _map_tokens(self, name: str) -> NDArray[np.integer[Any]]:
-        return read_tokens(self._file(name, "bin"), self.vocabulary)
+    def _map_tokens(self, name: str, size: int) -> NDArray[np.integer[Any]]:
+        return read_tokens(self._file(name, "bin", size), self.vocabulary)
 
-    def _file(self, name: str, kind: str) -> Path:
-        return self.path / f"{name}.{kind}"
+    def _make_layout(self, block_size: int, packing: ByDocument) -> Layout:
+        shards = {shard["name"]: shard for shard in self._fields["shards"]}
+
+        def lengths(name: str) -> NDArray[np.int32]:
+            return self.lengths(Shard.model_validate(shards[name]))
+
+        checksum = self._fields["checksum"]
+        return layout_of(self.path, checksum, list(shards), lengths, block_size, packing)
+
+    def _file(self, name: str, kind: str, size: int) -> Path:
+        path = self.path / f"{name}.{kind}"
+        if problem := _size_problem(path, size):
+            raise StoreError(f"{path}: {problem}", hint=REPAIR)
+        return path
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Make the folder a store: everything it names is on disk before the manifest appears."""
-    sealed = manifest.model_copy(update={"checksum": manifest.computed_checksum()})
+    text = manifest.model_copy(update={"checksum": ""}).model_dump_json(indent=1).encode() + b"\n"
+    before, after = _around_checksum(text)
     sync_folder(folder)
-    write_whole(folder / MANIFEST, (sealed.model_dump_json(indent=1).encode() + b"\n",))
+    write_whole(folder / MANIFEST, (bytes(before), _checksum(before, after).encode(), bytes(after)))
     sync_folder(folder)
 
 
@@ -263,20 +320,28 @@ def is_store(folder: Path) -> bool:
 
 
 def open_store(path: Path) -> Store:
-    """Open a store, checking the manifest and that every file is there in its full size.
+    """Open a store by its manifest alone, so that a rank starts at once however large the store is.
 
-    Raises StoreError. Reads no shard: `verify_store` does.
+    Raises StoreError. `check_files` looks at every file, `verify_store` reads them.
     """
-    manifest = read_manifest(path)
-    for each in find_missing(path, manifest):
+    return Store(path, _read_fields(path))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest, if it is whole and of this version. Raises StoreError."""
+    return open_store(path).manifest
+
+
+def check_files(store: Store) -> None:
+    """Raise StoreError unless every file is there in its full size."""
+    for each in find_missing(store.path, store.manifest):
         raise StoreError(str(each), hint=REPAIR)
-    return Store(path, manifest)
 
 
 def find_missing(path: Path, manifest: Manifest) -> Iterator[Damage]:
     """Every file that is not there in its full size. Reads none."""
     for name, shard, mark in _files(manifest):
-        if problem := _size_problem(path / name, mark):
+        if problem := _size_problem(path / name, mark.size):
             yield Damage(shard, path / name, problem)
 
 
@@ -307,26 +372,51 @@ def set_aside(damage: Sequence[Damage]) -> None:
                 ) from error
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest, if it is whole and of this version. Raises StoreError."""
+def _read_fields(path: Path) -> dict[str, Any]:
+    """The manifest as JSON has it, once its checksum holds: what was written is what `Manifest` dumped."""
     if not is_store(path):
         raise StoreError(
             f"{path} is not a token store: it has no {MANIFEST}", hint="run `launcher data prepare RUN`"
         )
+    content = (path / MANIFEST).read_bytes()
     try:
-        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
-        raise StoreError(f"{path / MANIFEST} is damaged: {reason}", hint=REPAIR) from None
-    if manifest.checksum != manifest.computed_checksum():
-        raise StoreError(f"{path / MANIFEST} is damaged: its checksum differs", hint=REPAIR)
-    if manifest.content.format_version != FORMAT_VERSION:
+        fields = _parse(content)
+        version, checksum = fields["content"]["format_version"], fields["checksum"]
+    except ValueError as error:
+        raise StoreError(f"{path / MANIFEST} is damaged: {error}", hint=REPAIR) from None
+    except (TypeError, KeyError):
+        raise StoreError(f"{path / MANIFEST} is damaged: it is no manifest of a store", hint=REPAIR) from None
+    if version != FORMAT_VERSION:
         raise StoreError(
-            f"{path} has format version {manifest.content.format_version}, not {FORMAT_VERSION}",
+            f"{path} has format version {version}, not {FORMAT_VERSION}",
             hint="run `launcher data prepare RUN` for a store of this version",
         )
-    return manifest
+    if checksum != _checksum(*_around_checksum(content)):
+        raise StoreError(f"{path / MANIFEST} is damaged: its checksum differs", hint=REPAIR)
+    return dict(fields)
+
+
+def _parse(content: bytes) -> Any:
+    """JSON has no cycles to look for, and in a large manifest looking takes as long as parsing."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return from_json(content)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _around_checksum(content: bytes) -> tuple[memoryview, memoryview]:
+    """What stands before and after the characters of the checksum, the last value of the manifest."""
+    start = content.rfind(CHECKSUM) + len(CHECKSUM)
+    return memoryview(content)[:start], memoryview(content)[content.find(b'"', start) :]
+
+
+def _checksum(before: memoryview, after: memoryview) -> str:
+    digest = hashlib.sha256(before)
+    digest.update(after)
+    return digest.hexdigest()
 
 
 def _files(manifest: Manifest) -> Sequence[tuple[str, str | None, Mark]]:
@@ -337,8 +427,8 @@ def _files(manifest: Manifest) -> Sequence[tuple[str, str | None, Mark]]:
     return [*shards, *tokenizer]
 
 
-def _size_problem(path: Path, mark: Mark) -> str | None:
+def _size_problem(path: Path, size: int) -> str | None:
     if not path.is_file():
         return "missing"
-    size = path.stat().st_size
-    return None if size == mark.size else f"{size:,} bytes where the manifest says {mark.size:,}"
+    found = path.stat().st_size
+    return None if found == size else f"{found:,} bytes where the manifest says {size:,}"

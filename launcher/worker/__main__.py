@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from launcher.config.schema import RunConfig
+from launcher.config.schema import DataSection, RunConfig
 from launcher.data.blocks import Blocks
 from launcher.data.mixture import training_order
 from launcher.data.store import TOKENIZER_FOLDER, open_store
@@ -29,7 +29,8 @@ from launcher.run.directory import RunDirectory
 from launcher.run.outcome import Outcome, RankEnd
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
-from launcher.worker.dataset import PadToLongest, TrainingRows, ValidationRows, stack
+from launcher.worker.dataset import Collate, PadToLongest, TrainingRows, ValidationRows, stack
+from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import build_model, load_tokenizer
 from launcher.worker.rank import Rank, join, last_word
@@ -42,8 +43,9 @@ from launcher.worker.verify import verify
 class Verify(TrainerCallback):
     """Compares the live run with the plan once everything is built and before step 1."""
 
-    def __init__(self, orders: Orders, start_step: int) -> None:
+    def __init__(self, orders: Orders, rows: Rows, start_step: int) -> None:
         self._orders = orders
+        self._rows = rows
         self._start_step = start_step
         self.trainer: LauncherTrainer | None = None
 
@@ -51,7 +53,20 @@ class Verify(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         assert self.trainer is not None
-        print(verify(self.trainer, self._orders.plan, self._start_step), flush=True)
+        plan, collate = self._orders.plan, self._rows.collate
+        print(verify(self.trainer, plan, self._start_step), flush=True)
+        if isinstance(collate, Isolate):
+            assert self._orders.vocabulary is not None
+            said = prove_isolation(
+                self.trainer.model_wrapped,
+                collate,
+                rows=plan.batch.micro_batch,
+                block_size=plan.block_size,
+                vocabulary=self._orders.vocabulary,
+                device=args.device,
+                precision=plan.precision,
+            )
+            print(said, flush=True)
 
 
 class Reached(TrainerCallback):
@@ -133,7 +148,7 @@ def train(
         best=best,
         early_stopping=run.train.early_stopping,
     )
-    checks = Verify(orders, start_step)
+    checks = Verify(orders, rows, start_step)
     reached.step = start_step
     callbacks: list[TrainerCallback] = [checks, reached, cadence]
     if rank.number == 0:
@@ -196,16 +211,24 @@ def open_rows(orders: Orders, run: RunConfig) -> tuple[Any, Rows]:
         )
     store = open_store(Path(orders.store))
     tokenizer = load_tokenizer(store.path / TOKENIZER_FOLDER)
-    padded = run.data.packing == "pad"
     training = Blocks(store, "train", run.data.block_size, run.data.packing)
     order = training_order(training, run.data, run.seed)
     samples = orders.plan.steps * orders.plan.batch.batch_size
+    flash = str(orders.model.get("attn_implementation")).startswith("flash")
+    collate = collate_of(run.data, store.end_of_text_id, tokenizer.pad_token_id, flash=flash)
     return tokenizer, Rows(
         training=TrainingRows(training, order, samples),
         validation=ValidationRows(Blocks(store, "validation", run.data.block_size, run.data.packing)),
-        collate=PadToLongest(tokenizer.pad_token_id) if padded else stack,
-        padded=padded,
+        collate=collate,
+        labels=run.data.block_size - 1 if collate is stack else None,
     )
+
+
+def collate_of(data: DataSection, end_of_text_id: int, pad_token_id: int, *, flash: bool) -> Collate:
+    """How this text's rows become tensors. Under `pad` a row holds one document: there is none to see."""
+    if data.isolate_documents and data.packing != "pad":
+        return Isolate(end_of_text_id, pad_token_id, flash=flash)
+    return stack if data.packing == "concat" else PadToLongest(pad_token_id)
 
 
 def reports(
@@ -221,7 +244,6 @@ def reports(
             rows,
             MetricsFile(directory.metrics, start_step),
             Progress(rank.terminal, steps=plan.steps, done=start_step, name=run.name),
-            padded=run.data.packing == "pad",
             flops_per_token=None if shape is None else flops_per_token(shape, plan.block_size),
             peak=gpu.peak_flops(plan.precision),
         )

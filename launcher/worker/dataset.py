@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,9 @@ IGNORED = -100
 """The label that cross-entropy leaves out."""
 
 Row = npt.NDArray[np.int64]
-Tensors = dict[str, torch.Tensor]
+Lengths = Callable[[Sequence[int]], npt.NDArray[np.int64]]
+Tensors = dict[str, Any]
+"""What the model is called with: tensors by name, and numbers where FlashAttention asks for them."""
 
 
 class Collate(Protocol):
@@ -41,6 +45,13 @@ class TrainingRows(Dataset[Row]):
         """A hash of which blocks the samples [first, first + count) are."""
         return self._order.certificate(first, first + count)
 
+    def lengths(self, samples: Sequence[int]) -> npt.NDArray[np.int64]:
+        """`int64[n]`: the tokens of each of n samples, without reading them."""
+        if self._blocks.full:
+            return np.full(len(samples), self._blocks.block_size)
+        places = self._order.map(samples).tolist()
+        return np.array([self._blocks.length(source, block) for source, _, block in places])
+
     def __getitem__(self, sample: int) -> Row:
         place = self._order[sample]
         return self._blocks.read(place.source, place.block)
@@ -50,26 +61,29 @@ class ValidationRows(Dataset[Row]):
     """Every validation block of every source, in store order."""
 
     def __init__(self, blocks: Blocks) -> None:
-        self._rows = [(source, row) for source in range(len(blocks)) for row in range(len(blocks[source]))]
+        self._starts = [0, *accumulate(len(blocks[source]) for source in range(len(blocks)))]
         self._blocks = blocks
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> Row:
-        return self._blocks.read(*self._rows[index])
+        source = bisect_right(self._starts, index) - 1
+        return self._blocks.read(source, index - self._starts[source])
 
 
 class RankBatches(Sampler[list[int]]):
     """The micro-batches of one rank, in order, from `start` (a step) to `steps`.
 
     Step `s` takes the samples [s x batch_size, (s+1) x batch_size) whatever the world size,
-    micro-batch and accumulation; only who takes which of them differs.
+    micro-batch and accumulation; only who takes which of them differs. `lengths` gives the tokens of each of
+    some samples: a step's are dealt out by length, so that a micro-batch needs little padding.
     """
 
-    def __init__(self, batch: Batch, rank: int, *, start: int, steps: int) -> None:
+    def __init__(self, batch: Batch, rank: int, lengths: Lengths, *, start: int, steps: int) -> None:
         self._batch = batch
         self._rank = rank
+        self._lengths = lengths
         self._start = start
         self._steps = steps
 
@@ -80,9 +94,16 @@ class RankBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         micro, world = self._batch.micro_batch, self._batch.world_size
         for step in range(self._start, self._steps):
+            first = step * self._batch.batch_size
+            samples = by_length(range(first, first + self._batch.batch_size), self._lengths)
             for turn in range(self._batch.accumulation):
-                first = step * self._batch.batch_size + (turn * world + self._rank) * micro
-                yield list(range(first, first + micro))
+                mine = (turn * world + self._rank) * micro
+                yield samples[mine : mine + micro]
+
+
+def by_length(samples: Sequence[int], lengths: Lengths) -> list[int]:
+    """The samples of one step, the longest first and those of one length in their own order."""
+    return [samples[place] for place in np.argsort(-lengths(samples), kind="stable")]
 
 
 def stack(rows: Sequence[Row]) -> Tensors:
@@ -100,12 +121,26 @@ class PadToLongest:
         self._pad = pad_token_id
 
     def __call__(self, rows: Sequence[Row]) -> Tensors:
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.full((len(rows), int(lengths.max())), self._pad, dtype=torch.int64)
-        for target, row in zip(ids, rows, strict=True):
-            target[: len(row)] = torch.from_numpy(row)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
+        ids, real = padded(rows, self._pad)
+        return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, IGNORED)}
+
+
+def padded(rows: Sequence[Row], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows padded on the right, int64[rows, longest], and where they hold tokens of their own, bool of the
+    same shape."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), pad_token_id, dtype=torch.int64)
+    for target, row in zip(ids, rows, strict=True):
+        target[: len(row)] = torch.from_numpy(row)
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def to_device(batch: Tensors, device: torch.device) -> Tensors:
+    """The batch with its tensors on `device`."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def training_loader(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import EvalPrediction
 
-from launcher.worker.dataset import IGNORED, Collate, ValidationRows
+from launcher.worker.dataset import IGNORED, Collate, ValidationRows, to_device
 
 Metric = Callable[[EvalPrediction], Mapping[str, float]]
 
@@ -43,8 +43,7 @@ def evaluate(
     for turn in range(passes):
         first = (turn * world_size + rank) * micro_batch
         mine = range(first, min(first + micro_batch, len(rows)))
-        batch = collate([rows[index] for index in mine] or [rows[0]])
-        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        inputs = to_device(collate([rows[index] for index in mine] or [rows[0]]), device)
         outputs = model(**inputs)
         if not mine:
             continue

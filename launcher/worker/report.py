@@ -27,13 +27,11 @@ class Report(TrainerCallback):
         file: MetricsFile,
         progress: Progress,
         *,
-        padded: bool,
         flops_per_token: float | None,
         peak: float | None,
     ) -> None:
         self._plan = plan
         self._rows = rows
-        self._padded = padded
         self._file = file
         self._progress = progress
         self._throughput = Throughput()
@@ -84,9 +82,7 @@ class Report(TrainerCallback):
     def _tokens_in(self, step: int) -> int:
         """Tokens of one optimizer step over the whole world, padding left out."""
         size = self._plan.batch.batch_size
-        if not self._padded:
-            return size * self._plan.block_size
-        return sum(len(self._rows[sample]) for sample in range(step * size, (step + 1) * size))
+        return int(self._rows.lengths(range(step * size, (step + 1) * size)).sum())
 
     def _speed(self, state: TrainerState) -> dict[str, float | int | None]:
         rate = self._throughput.read()

@@ -35,12 +35,15 @@ from launcher.worker.evaluate import Metric, evaluate
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What there is to train and evaluate on, and how rows become tensors."""
+    """What there is to train and evaluate on, and how rows become tensors.
+
+    `labels`: how many each training row has; None where rows differ and labels must be counted.
+    """
 
     training: TrainingRows
     validation: ValidationRows
     collate: Collate
-    padded: bool
+    labels: int | None
 
 
 EVALUATION_TOKENS = 2048
@@ -143,13 +146,16 @@ class LauncherTrainer(Trainer):
 
     def _batches(self) -> RankBatches:
         assert self._plan.steps is not None
-        return RankBatches(self._plan.batch, self.rank, start=self._start_step, steps=self._plan.steps)
+        lengths = self._rows.training.lengths
+        return RankBatches(
+            self._plan.batch, self.rank, lengths, start=self._start_step, steps=self._plan.steps
+        )
 
     def _get_num_items_in_batch(self, batch_samples: list[Tensors], device: torch.device) -> Any:
-        """Labelled tokens in the whole optimizer step. Equal blocks need no counting and no collective."""
-        if self._rows.padded:
+        """Labelled tokens in the whole optimizer step. Equal rows need no counting and no collective."""
+        if self._rows.labels is None:
             return super()._get_num_items_in_batch(batch_samples, device)
-        return torch.tensor(self._plan.batch.batch_size * (self._plan.block_size - 1), device=device)
+        return torch.tensor(self._plan.batch.batch_size * self._rows.labels, device=device)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Every validation token once; see `worker.evaluate`."""

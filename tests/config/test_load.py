@@ -215,7 +215,7 @@ model:
 data:
   train: [{name: a, files: [x]}]
   validation: 1.5
-  packing: best_fit
+  packing: tight
 train:
   batchsize: 8
   micro_batch: 0

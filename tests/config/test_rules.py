@@ -33,7 +33,13 @@ def loads(tmp_path: Path, *overrides: str) -> bool:
         (
             ["train.tokens=1e6", "data.packing=pad"],
             "train.tokens",
-            "rows differ in length",
+            "with data.packing pad rows differ in length",
+            "set train.steps or",
+        ),
+        (
+            ["train.tokens=1e6", "data.packing=best_fit"],
+            "train.tokens",
+            "with data.packing best_fit rows differ in length",
             "set train.steps or",
         ),
         (
@@ -118,6 +124,8 @@ def test_a_broken_rule(tmp_path: Path, overrides: list[str], path: str, message:
         ["data.validation=0.99"],
         ["train.micro_batch=8"],
         ["train.epochs=0.5", "data.packing=pad"],
+        ["train.epochs=0.5", "data.packing=best_fit", "data.isolate_documents=true"],
+        ["train.epochs=0.5", "data.packing=pad", "data.isolate_documents=true"],
         ["train.metrics=['my.metrics:f1']"],
         ["train.extra={label_smoothing_factor: 0.1, optim: adafactor}"],
         ["data.train=[{name: a, files: [x], weight: 1}, {name: b, files: [y], weight: 1}]"],
@@ -143,8 +151,6 @@ def test_lengths_in_conflict_are_placed_where_the_second_stands(tmp_path: Path) 
     [
         ("data.format=parquet", "convert the files to jsonl"),
         ("data.train=[a.PARQUET]", "convert the files to jsonl"),
-        ("data.packing=best_fit", "set data.packing: concat, or pad"),
-        ("data.isolate_documents=true", "set data.packing: pad"),
         ("data.mode=stream", "set data.mode: prepared"),
         ("data.train=[s3://bucket/a.txt]", "download the files"),
         ("data.train=[{name: a, files: [x, hf://datasets/a], weight: 1}]", "download the files"),

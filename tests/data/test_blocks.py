@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,8 @@ import numpy as np
 import pytest
 
 from launcher.config.schema import Source
-from launcher.data import units
 from launcher.data.blocks import Blocks
 from launcher.data.tokenizers import Tokenizer
-
-
-@pytest.fixture
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of 3,000 bytes, so that a small corpus makes many shards."""
-    monkeypatch.setattr(units.cut, "__defaults__", (3000,))
 
 
 @pytest.mark.usefixtures("small_units")
@@ -46,7 +40,26 @@ def test_pad_rows_are_the_documents(prepared: Any, corpus: Path, tokenizer: Toke
 
 
 @pytest.mark.usefixtures("small_units")
-@pytest.mark.parametrize("packing", ["concat", "pad"])
+def test_best_fit_blocks_hold_whole_documents_each_once(
+    prepared: Any, corpus: Path, tokenizer: Tokenizer
+) -> None:
+    store = prepared([f"{corpus}/*.txt"], validation=0.0)
+    texts = [line for name in ("a.txt", "b.txt") for line in (corpus / name).read_text().splitlines()]
+    documents = [(*ids.tolist(), tokenizer.end_of_text_id) for ids in tokenizer.encode_batch(texts)]
+    blocks = Blocks(store, "train", 100, "best_fit")
+    found = []
+    for block in range(len(blocks[0])):
+        ids = blocks.read(0, block).tolist()
+        assert len(ids) <= 100
+        ends = [place + 1 for place, token in enumerate(ids) if token == tokenizer.end_of_text_id]
+        assert ends[-1] == len(ids)
+        found += [tuple(ids[start:stop]) for start, stop in pairwise([0, *ends])]
+    assert sorted(found) == sorted(documents)
+    assert len(blocks[0]) < len(Blocks(store, "train", 100, "pad")[0]) / 3
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("packing", ["concat", "pad", "best_fit"])
 def test_a_description_leads_back_to_the_bytes(
     prepared: Any, corpus: Path, tokenizer: Tokenizer, packing: Any
 ) -> None:
@@ -55,7 +68,7 @@ def test_a_description_leads_back_to_the_bytes(
         ids = blocks.read(0, block).tolist()
         passages = blocks.describe(0, block)
         assert [p.start for p in passages] == [0, *(p.stop for p in passages[:-1])]
-        assert passages[-1].stop == len(ids)
+        assert passages[-1].stop == len(ids) == blocks.length(0, block)
         for p in passages:
             text = Path(p.file).read_bytes()[p.offset : p.offset + p.length].decode()
             document = [*tokenizer.encode_batch([text])[0].tolist(), tokenizer.end_of_text_id]

@@ -25,7 +25,15 @@ from launcher.data import conversion, units
 from launcher.data.making import UNITS, locked
 from launcher.data.prepare import prepare
 from launcher.data.sources import Batch, batches
-from launcher.data.store import MANIFEST, Store, is_store, open_store, set_aside, verify_store
+from launcher.data.store import (
+    MANIFEST,
+    Store,
+    check_files,
+    is_store,
+    open_store,
+    set_aside,
+    verify_store,
+)
 from launcher.data.tokenizers import Tokenizer
 from launcher.data.units import Slice
 from launcher.errors import DataError, MachineError, StoreError
@@ -346,7 +354,7 @@ def test_each_damaged_file_is_made_again_to_the_same_bytes(
             assert [each.file for each in damage] == [undisturbed / name]
             set_aside(damage)
         with pytest.raises(StoreError) as refused:
-            open_store(undisturbed)
+            check_files(open_store(undisturbed))
         assert "launcher data prepare RUN" in (refused.value.hint or "")
         prepare(data_of(corpus), tokenizer, undisturbed.parent, 1, say=said.append)
         assert hashes(undisturbed) == whole, name

@@ -30,7 +30,7 @@ from tests.conftest import sentences, write_json
 
 MACHINE = Machine("node", 8, 2**37, (), None)
 
-ONE_VALUE = frozenset({"data.isolate_documents", "data.mode", "train.offload", "train.strategy"})
+ONE_VALUE = frozenset({"data.mode", "train.offload", "train.strategy"})
 """Keys of a run whose values all mean the same in this version."""
 
 LATER = frozenset(f"cluster.{row.path}" for row in CLUSTER_NOT_YET)
@@ -49,6 +49,7 @@ ANOTHER: Mapping[str, object] = {
     "data.text_field": "body",
     "data.block_size": 32,
     "data.packing": "pad",
+    "data.isolate_documents": True,
     "data.cache_dir": "stores",
     "train.batch_size": 1024,
     "train.tokens": 100_000,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from launcher.data.packing import Packing
 from launcher.data.prepare import prepare
 from launcher.data.store import open_store
 from launcher.data.tokenizers import train_tokenizer
-from launcher.worker.dataset import IGNORED, Collate, PadToLongest, ValidationRows, stack
+from launcher.worker.__main__ import collate_of
+from launcher.worker.dataset import IGNORED, Row, ValidationRows, stack
 from launcher.worker.evaluate import evaluate
 from tests.conftest import sentences
 
@@ -29,10 +32,36 @@ BLOCK = 16
 VOCABULARY = 300
 
 
+@dataclass(frozen=True)
+class Way:
+    """How documents become rows."""
+
+    packing: Packing
+    isolated: bool = False
+
+
+WAYS = (
+    Way("pad"),
+    Way("concat"),
+    Way("best_fit"),
+    Way("pad", isolated=True),
+    Way("concat", isolated=True),
+    Way("best_fit", isolated=True),
+)
+
+
 def small_model() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_positions=BLOCK, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.5)
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=BLOCK,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=0.5,
+            use_cache=False,  # as the Trainer has it
+        )
     )
 
 
@@ -44,8 +73,8 @@ def validation(folder: Path, documents: list[str]) -> Path:
     return prepare(data, train_tokenizer(sentences(200), VOCABULARY), folder / "cache", 1)
 
 
-def read(store: Path, packing: Packing) -> ValidationRows:
-    return ValidationRows(Blocks(open_store(store), "validation", BLOCK, packing))
+def read(store: Path, way: Way) -> ValidationRows:
+    return ValidationRows(Blocks(open_store(store), "validation", BLOCK, way.packing))
 
 
 def counted(prediction: EvalPrediction) -> Mapping[str, float]:
@@ -60,16 +89,14 @@ def counted(prediction: EvalPrediction) -> Mapping[str, float]:
     }
 
 
-def evaluated(
-    store: Path, packing: Packing, micro_batch: int, rank: int, world_size: int
-) -> dict[str, float]:
+def evaluated(store: Path, way: Way, micro_batch: int, rank: int, world_size: int) -> dict[str, float]:
     tokenizer = open_store(store).tokenizer()
-    collate: Collate = PadToLongest(tokenizer.pad_id) if packing == "pad" else stack
+    data = DataSection(train=["text"], packing=way.packing, isolate_documents=way.isolated)
     model = small_model().train()
     found = evaluate(
         model,
-        read(store, packing),
-        collate,
+        read(store, way),
+        collate_of(data, tokenizer.end_of_text_id, tokenizer.pad_id, flash=False),
         rank=rank,
         world_size=world_size,
         micro_batch=micro_batch,
@@ -81,12 +108,24 @@ def evaluated(
     return found
 
 
-def expected(store: Path, packing: Packing) -> dict[str, float]:
-    """The same numbers, one row at a time, nothing padded, in double precision."""
+def apart(row: Row, end: int) -> list[Row]:
+    """The documents of a row."""
+    ends = [place + 1 for place, token in enumerate(row) if token == end]
+    return [row[start:stop] for start, stop in pairwise([0, *ends, len(row)]) if start < stop]
+
+
+def expected(store: Path, way: Way) -> dict[str, float]:
+    """The same numbers, one row (one document, where they are isolated) at a time, nothing padded, in double
+    precision."""
     model = small_model().double().eval()
-    lost, right, count, total, rows = 0.0, 0, 0, 0, read(store, packing)
-    for index in range(len(rows)):
-        ids = torch.from_numpy(rows[index])
+    lost, right, count, total, rows = 0.0, 0, 0, 0, read(store, way)
+    end = open_store(store).end_of_text_id
+    seen = [rows[index] for index in range(len(rows))]
+    if way.isolated:
+        seen = [document for row in seen for document in apart(row, end)]
+    for ids in map(torch.from_numpy, seen):
+        if len(ids) == 1:
+            continue
         with torch.no_grad():
             scores = model(input_ids=ids[None]).logits[0, :-1]
         lost += torch.nn.functional.cross_entropy(scores, ids[1:], reduction="sum").item()
@@ -105,15 +144,13 @@ def expected(store: Path, packing: Packing) -> dict[str, float]:
     }
 
 
-Case = tuple[str, str, Packing, int]
-"""A name, a store, a packing and a micro-batch."""
+Case = tuple[str, str, Way, int]
+"""A name, a store, a way and a micro-batch."""
 
 
 def _one_rank(rank: int, world: int, folder: str, cases: list[Case]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    found = {
-        name: evaluated(Path(store), packing, micro, rank, world) for name, store, packing, micro in cases
-    }
+    found = {name: evaluated(Path(store), way, micro, rank, world) for name, store, way, micro in cases}
     Path(folder, f"rank-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -123,29 +160,30 @@ def documents(count: int) -> list[str]:
     return [line[: 4 + 17 * n % 61].strip() for n, line in enumerate(sentences(count, seed=9))]
 
 
-@pytest.mark.parametrize("packing", ["pad", "concat"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize(("count", "micro_batch"), [(3, 1), (7, 1), (7, 2), (11, 8)])
-def test_one_rank_and_any_micro_batch(tmp_path: Path, packing: Packing, count: int, micro_batch: int) -> None:
+def test_one_rank_and_any_micro_batch(tmp_path: Path, way: Way, count: int, micro_batch: int) -> None:
     store = validation(tmp_path, documents(count))
-    assert evaluated(store, packing, micro_batch, 0, 1) == pytest.approx(expected(store, packing), rel=1e-5)
+    assert evaluated(store, way, micro_batch, 0, 1) == pytest.approx(expected(store, way), rel=1e-5)
 
 
 def test_two_ranks_count_every_token_once(tmp_path: Path) -> None:
-    wanted: list[tuple[str, Packing, int, int]] = [
-        ("padded", "pad", 7, 2),
-        ("blocks", "concat", 11, 2),
-        ("one rank has nothing", "pad", 1, 4),
+    wanted: list[tuple[str, Way, int, int]] = [
+        ("padded", Way("pad"), 7, 2),
+        ("blocks", Way("concat"), 11, 2),
+        ("one rank has nothing", Way("pad"), 1, 4),
+        ("apart", Way("best_fit", isolated=True), 11, 2),
     ]
     cases: list[Case] = []
-    for name, packing, count, micro_batch in wanted:
+    for name, way, count, micro_batch in wanted:
         folder = tmp_path / name
         folder.mkdir()
-        cases.append((name, str(validation(folder, documents(count))), packing, micro_batch))
+        cases.append((name, str(validation(folder, documents(count))), way, micro_batch))
     spawn(_one_rank, args=(2, str(tmp_path), cases), nprocs=2)  # type: ignore[no-untyped-call]
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
     assert first == second, "ranks decide alike"
-    for name, store, packing, _ in cases:
-        assert first[name] == pytest.approx(expected(Path(store), packing), rel=1e-5), name
+    for name, store, way, _ in cases:
+        assert first[name] == pytest.approx(expected(Path(store), way), rel=1e-5), name
 
 
 def test_a_row_of_one_token_has_nothing_to_predict_and_spoils_nothing(tmp_path: Path) -> None:
@@ -154,9 +192,9 @@ def test_a_row_of_one_token_has_nothing_to_predict_and_spoils_nothing(tmp_path: 
     letters = next(n for n in range(1, 200) if len(tokenizer.encode_batch(["x" * n])[0]) == BLOCK)
     (tmp_path / "again").mkdir()
     store = validation(tmp_path / "again", ["the of and", "x" * letters, "to in"])
-    rows = read(store, "pad")
+    rows = read(store, Way("pad"))
     assert 1 in [len(rows[index]) for index in range(len(rows))], "the end-of-text alone in its row"
-    assert evaluated(store, "pad", 1, 0, 1) == pytest.approx(expected(store, "pad"), rel=1e-5)
+    assert evaluated(store, Way("pad"), 1, 0, 1) == pytest.approx(expected(store, Way("pad")), rel=1e-5)
 
 
 def test_perplexity_of_a_ruined_model_is_a_number(tmp_path: Path) -> None:
@@ -166,7 +204,7 @@ def test_perplexity_of_a_ruined_model_is_a_number(tmp_path: Path) -> None:
         model.transformer.wte.weight.mul_(1e4)
     found = evaluate(
         model,
-        read(store, "concat"),
+        read(store, Way("concat")),
         stack,
         rank=0,
         world_size=1,

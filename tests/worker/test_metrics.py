@@ -7,9 +7,12 @@ import os
 import pty
 import termios
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -65,13 +68,19 @@ def test_a_run_that_starts_anew_keeps_no_old_line(tmp_path: Path) -> None:
     assert file.read_text() == ""
 
 
+class Full:
+    """Rows of full blocks."""
+
+    def lengths(self, samples: Sequence[int]) -> npt.NDArray[np.int64]:
+        return np.full(len(samples), PLAN.block_size)
+
+
 def report(file: Path, *, flops: float | None = None, peak: float | None = None) -> Report:
     return Report(
         PLAN,
-        cast("TrainingRows", None),  # blocks of one length are counted without reading them
+        cast("TrainingRows", Full()),
         MetricsFile(file, 0),
         Progress(io.StringIO(), steps=12, done=0, name="run"),
-        padded=False,
         flops_per_token=flops,
         peak=peak,
     )
