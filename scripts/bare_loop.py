@@ -2,16 +2,18 @@
 
 Started by torchrun, one process per rank. Arguments: a JSON object with layers, heads, width,
 vocabulary, block_size, micro_batch, accumulation, steps, warm, tokens (a file of uint16 ids).
-Rank 0 prints {"tokens_per_second": ...} over the steps after the first `warm`.
+Rank 0 prints {"tokens_per_second": ...} of the median step after the first `warm`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 import time
 from contextlib import nullcontext
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -54,12 +56,12 @@ class GPT2(nn.Module):
                     parameter, std=0.02 / (math.sqrt(2 * layers) if "out" in name or "down" in name else 1)
                 )
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
-        return functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        return functional.cross_entropy(logits.view(-1, logits.shape[-1]), following.view(-1))
 
 
 def main() -> None:
@@ -74,25 +76,26 @@ def main() -> None:
         model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     ids = np.memmap(asked["tokens"], dtype=np.uint16, mode="r")
-    blocks = len(ids) // asked["block_size"]
+    length = asked["block_size"]
+    blocks = (len(ids) - 1) // length
     draw = np.random.default_rng(rank)
-    began = 0.0
-    for step in range(asked["steps"]):
-        if step == asked["warm"]:
-            began = time.perf_counter()
+    ends = [time.perf_counter()]
+    for _ in range(asked["steps"]):
         for turn in range(asked["accumulation"]):
-            chosen = draw.integers(0, blocks, asked["micro_batch"]) * asked["block_size"]
-            rows = np.stack([ids[start : start + asked["block_size"]] for start in chosen]).astype(np.int64)
+            chosen = draw.integers(0, blocks, asked["micro_batch"]) * length
+            rows = np.stack([ids[start : start + length + 1] for start in chosen]).astype(np.int64)
+            here, following = (torch.from_numpy(part.copy()) for part in (rows[:, :-1], rows[:, 1:]))
             last = turn == asked["accumulation"] - 1
             with nullcontext() if last or world == 1 else model.no_sync():
-                (model(torch.from_numpy(rows)) / asked["accumulation"]).backward()
+                (model(here, following) / asked["accumulation"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    seconds = time.perf_counter() - began
-    tokens = (asked["steps"] - asked["warm"]) * asked["accumulation"] * asked["micro_batch"] * world
+        ends.append(time.perf_counter())
+    seconds = statistics.median(end - start for start, end in pairwise(ends[asked["warm"] :]))
+    tokens = asked["accumulation"] * asked["micro_batch"] * length * world
     if rank == 0:
-        print(json.dumps({"tokens_per_second": tokens * asked["block_size"] / seconds}), flush=True)
+        print(json.dumps({"tokens_per_second": tokens / seconds}), flush=True)
     dist.destroy_process_group()
 
 

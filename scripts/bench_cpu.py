@@ -1,17 +1,17 @@
 """The launcher against a bare PyTorch loop, same shape, world and precision, on this machine's CPU.
 
-    ./scripts/bench_cpu [--rounds 5] [--write]
+    ./scripts/bench_cpu [--rounds 7] [--write]
 
-Both train the same GPT-2 shape on the Python standard library's source with two ranks over gloo, in
-turn, and the ratio of their tokens per second is printed for each round. `--write` keeps the result in
-docs/benchmarks/cpu.md.
+Both train the same GPT-2 shape on the Python standard library's source with two ranks over gloo. A round
+is one run of each, one after the other, and who goes first alternates, so that a machine that grows busier
+favours neither. Of a run counts its median step; of the rounds, the median ratio of tokens per second.
+`--write` keeps the result in docs/benchmarks/cpu.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -31,18 +31,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="keep the result in docs/benchmarks/cpu.md")
     asked = parser.parse_args()
-    threads = max(1, len(os.sched_getaffinity(0)) // RANKS)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         configure(work)
         run_launcher(work, "prepare", steps=1)
+        threads = int(json.loads((work / "runs/prepare/plan.json").read_text())["plan"]["threads_per_rank"])
         rows = []
         for number in range(asked.rounds):
-            ours = run_launcher(work, f"round-{number}", steps=STEPS)
-            bare = run_bare(work, threads)
+            if number % 2:
+                bare = run_bare(work, threads)
+                ours = run_launcher(work, f"round-{number}", steps=STEPS)
+            else:
+                ours = run_launcher(work, f"round-{number}", steps=STEPS)
+                bare = run_bare(work, threads)
             rows.append((ours, bare))
             print(
                 f"round {number + 1}: launcher {ours:,.0f} tokens/s, bare {bare:,.0f},"
@@ -84,7 +88,7 @@ def configure(work: Path) -> None:
                     "batch_size": RANKS * SHAPE["micro_batch"] * SHAPE["accumulation"],
                     "micro_batch": SHAPE["micro_batch"],
                     "steps": STEPS,
-                    "log_every": WARM,
+                    "log_every": 1,
                     "precision": "fp32",
                 },
                 "report_to": [],
@@ -95,14 +99,12 @@ def configure(work: Path) -> None:
 
 
 def run_launcher(work: Path, name: str, *, steps: int) -> float:
-    """Tokens per second over the steps after the first WARM, from the run's own metrics."""
+    """Tokens per second of the median step after the first WARM, from the run's own metrics."""
     command = [sys.executable, "-m", "launcher", "train", "run.yaml", "--cluster", "cluster.yaml"]
     command += [f"name={name}", f"train.steps={steps}", f"checkpoint.every={steps}"]
     subprocess.run(command, cwd=work, check=True, stderr=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (work / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    later = [line for line in lines if line["step"] > WARM]
-    seconds = sum(WARM / line["tokens_per_second"] for line in later)
-    return WARM * len(later) / seconds if later else 0.0
+    return statistics.median(line["tokens_per_second"] for line in lines[min(WARM, steps - 1) :])
 
 
 def run_bare(work: Path, threads: int) -> float:
@@ -139,11 +141,11 @@ def page(rows: list[tuple[float, float]], ratio: float, threads: int) -> str:
         [
             "# CPU: the launcher against a bare PyTorch loop",
             "",
-            "`./scripts/bench_cpu --write` wrote this page. Both sides train the same shape, in turn, in one",
-            "run; times on shared machines vary, so the ratio is what counts.",
+            "`./scripts/bench_cpu --write` wrote this page. Both sides train the same shape in turn, and who",
+            "goes first alternates; times on shared machines vary, so the ratio of a round is what counts.",
             "",
             f"{RANKS} ranks over gloo, {threads} thread(s) each, fp32; {shape}, vocabulary {VOCABULARY}; "
-            f"{STEPS - WARM} steps after {WARM} of warming up. "
+            f"the median of {STEPS - WARM} steps after {WARM} of warming up. "
             f"Python {platform.python_version()}, torch {torch.__version__}.",
             "",
             "| round | launcher, tokens/s | bare loop, tokens/s | ratio |",

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from launcher.plan.batch import Batch
+from launcher.plan.choose import Blocks, Every, Plan
+
 WORDS = (
     *("the", "of", "and", "to", "in", "that", "he", "was", "it", "his", "is", "with"),
     *("as", "had", "for", "at", "by", "on", "not", "be", "from", "but", "have", "they"),
@@ -79,6 +82,33 @@ def small_run() -> dict[str, Any]:
         "checkpoint": {"every": 10},
         "report_to": [],
     }
+
+
+def small_plan() -> Plan:
+    """A plan for two ranks on the CPU, as `small_run` gives one."""
+    return Plan(
+        name="run",
+        cluster="here",
+        gpu="cpu",
+        device="cpu",
+        nodes=1,
+        ranks_per_node=2,
+        threads_per_rank=1,
+        strategy="ddp",
+        precision="fp32",
+        gradient_checkpointing=False,
+        compile=False,
+        batch=Batch(8, 2, 2, 2),
+        block_size=64,
+        steps=20,
+        warmup_steps=0,
+        eval_every=Every(steps=10),
+        checkpoint_every=Every(seconds=900.0),
+        blocks=Blocks(1000, 64000, 10),
+        parameters=12345,
+        memory={"parameters": 49380},
+        memory_available=None,
+    )
 
 
 def sentences(count: int, seed: int = 1) -> Sequence[str]:

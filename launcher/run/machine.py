@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from launcher.errors import MachineError
 from launcher.plan.hardware import GPU, find_gpu, from_nvml
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+NVML = "libnvidia-ml.so.1"
+"""The driver's own library: installed with it, and shown to containers that may use its GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,8 @@ class FoundGPU:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """This machine: `cores` that this process may run on, `memory` in bytes, `gpus` visible to it."""
+    """This machine: `cores` that this process may run on, `memory` in bytes that it may fill, `gpus`
+    visible to it."""
 
     hostname: str
     cores: int
@@ -65,7 +70,7 @@ def find_machine() -> Machine:
     return Machine(
         hostname=socket.gethostname(),
         cores=_cores(),
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory=min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *memory_limits(Path("/"))),
         gpus=visible(gpus, os.environ.get(VISIBLE)),
         driver=driver,
     )
@@ -77,8 +82,46 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def memory_limits(root: Path) -> Iterator[int]:
+    """Bytes of memory that a container or a scheduler's job is held to, from `root`/proc and `root`/sys.
+
+    A control group is held to its own limit and to those of every group above it (cgroups(7); both
+    versions). A container may see only its own group, as the root of the tree, under a name that does
+    not stand there: then that root's limit counts.
+    """
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for group in groups:
+        number, controllers, name = group.split(":", 2)
+        if number == "0":
+            tree, file = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            tree, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        for depth in range(len(Path(name).parts)):
+            yield from _limit(tree.joinpath(*Path(name).parts[1 : depth + 1]) / file)
+
+
+def _limit(file: Path) -> Iterator[int]:
+    """The number in `file`, if there is such a file and it holds one: `max` is no limit."""
+    try:
+        text = file.read_text(encoding="ascii").strip()
+    except OSError:
+        return
+    if text.isdecimal():
+        yield int(text)
+
+
 def _find_gpus() -> tuple[list[FoundGPU], str | None]:
     """Every GPU of this machine, and the driver's version; none where there is no NVIDIA driver."""
+    try:
+        # What pynvml itself would load first: a machine without it need not wait for pynvml.
+        ctypes.CDLL(NVML)
+    except OSError:
+        return [], None
     import pynvml
 
     try:

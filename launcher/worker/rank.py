@@ -20,6 +20,7 @@ from launcher.errors import LauncherError
 from launcher.plan.choose import Plan
 from launcher.run.directory import RunDirectory, hold
 from launcher.run.outcome import Outcome, RankEnd
+from launcher.worker.fast import keep_freed_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mappi
     if plan.threads_per_rank is not None:
         torch.set_num_threads(plan.threads_per_rank)
     cpu = plan.device == "cpu"
+    if cpu:
+        keep_freed_memory()
     options: dict[str, Any] = {"backend": "gloo"} if cpu and plan.batch.world_size > 1 else {}
     if "ddp_timeout" in run.train.extra:
         options["timeout"] = timedelta(seconds=run.train.extra["ddp_timeout"])

@@ -9,33 +9,10 @@ from hypothesis import strategies as st
 
 from launcher.config.presets import PRESETS
 from launcher.errors import RequestError
-from launcher.plan.batch import Batch
-from launcher.plan.choose import Blocks, Every, Plan
 from launcher.plan.orders import VERSION, Orders, format_orders, parse_orders
+from tests.conftest import small_plan
 
-PLAN = Plan(
-    name="run",
-    cluster="here",
-    gpu="cpu",
-    device="cpu",
-    nodes=1,
-    ranks_per_node=2,
-    threads_per_rank=1,
-    strategy="ddp",
-    precision="fp32",
-    gradient_checkpointing=False,
-    compile=False,
-    batch=Batch(8, 2, 2, 2),
-    block_size=64,
-    steps=20,
-    warmup_steps=0,
-    eval_every=Every(steps=10),
-    checkpoint_every=Every(seconds=900.0),
-    blocks=Blocks(1000, 64000, 10),
-    parameters=12345,
-    memory={"parameters": 49380},
-    memory_available=None,
-)
+PLAN = small_plan()
 PATHS = st.none() | st.text()
 
 

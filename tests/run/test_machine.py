@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import MachineError
-from launcher.run.machine import FoundGPU, Machine, find_machine, visible
+from launcher.run.machine import FoundGPU, Machine, find_machine, memory_limits, visible
 
 MIB = 2**20
 GPUS = tuple(
@@ -36,8 +36,61 @@ def test_the_machine_is_what_the_system_says() -> None:
         line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")
     )
     assert found.hostname == socket.gethostname()
-    assert found.memory == int(total.split()[1]) * 1024
+    assert found.memory == min(int(total.split()[1]) * 1024, *memory_limits(Path("/")))
     assert found.cores == len(os.sched_getaffinity(0))
+
+
+def limits(root: Path, groups: str, **files: str) -> list[int]:
+    """`memory_limits` on a tree of control groups: `groups` is /proc's word, `files` hold the limits."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        file = root / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    return sorted(memory_limits(root))
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        # A job of a scheduler, held to what its step, its job and the whole slice may use.
+        (
+            "0::/slurm/job_7/step_0\n",
+            {
+                "slurm/job_7/step_0/memory.max": "max",
+                "slurm/job_7/memory.max": "4294967296",
+                "slurm/memory.max": "8589934592",
+                "slurm/job_8/memory.max": "1",
+            },
+            [2**32, 2**33],
+        ),
+        # The same under version 1, where other controllers have groups of their own.
+        (
+            "9:cpuset:/other\n4:memory:/slurm/job_7\n1:name=systemd:/other\n0::/\n",
+            {
+                "memory/slurm/job_7/memory.limit_in_bytes": "4294967296",
+                "memory/slurm/memory.limit_in_bytes": "9223372036854771712",
+                "cpuset/other/memory.limit_in_bytes": "1",
+            },
+            [2**32, 9223372036854771712],
+        ),
+        # A container of version 2: its own group is the root it sees.
+        ("0::/\n", {"memory.max": "1073741824"}, [2**30]),
+        # A container of version 1 is told its name outside, where it sees only its own group.
+        ("4:memory:/docker/1f6c\n", {"memory/memory.limit_in_bytes": "1073741824"}, [2**30]),
+        ("4:cpu,memory:/a:b\n", {"memory/a:b/memory.limit_in_bytes": "1073741824"}, [2**30]),
+        ("0::/user.slice\n", {"user.slice/memory.max": "max"}, []),
+    ],
+)
+def test_memory_is_what_the_control_groups_allow(
+    tmp_path: Path, groups: str, files: dict[str, str], expected: list[int]
+) -> None:
+    assert limits(tmp_path, groups, **files) == expected
+
+
+def test_without_control_groups_memory_is_the_machines(tmp_path: Path) -> None:
+    assert list(memory_limits(tmp_path)) == []
 
 
 def test_cores_are_those_the_process_may_use() -> None:

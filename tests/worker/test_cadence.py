@@ -14,35 +14,13 @@ from hypothesis import strategies as st
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from launcher.config.schema import EarlyStopping
-from launcher.plan.batch import Batch
 from launcher.plan.choose import Every, Plan
 from launcher.worker.cadence import BestEvaluation, Cadence, Clock
 from launcher.worker.stop import Agreement, StopSignals
+from tests.conftest import small_plan
 
 STEPS = 12
-PLAN = Plan(
-    name="run",
-    cluster="here",
-    gpu="cpu",
-    device="cpu",
-    nodes=1,
-    ranks_per_node=1,
-    threads_per_rank=1,
-    strategy="ddp",
-    precision="fp32",
-    gradient_checkpointing=False,
-    compile=False,
-    batch=Batch(8, 8, 1, 1),
-    block_size=64,
-    steps=STEPS,
-    warmup_steps=0,
-    eval_every=Every(),
-    checkpoint_every=Every(),
-    blocks=None,
-    parameters=None,
-    memory=None,
-    memory_available=None,
-)
+PLAN = replace(small_plan(), steps=STEPS, eval_every=Every(), checkpoint_every=Every())
 
 
 class Drive:

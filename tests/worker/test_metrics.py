@@ -19,7 +19,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from launcher.worker.dataset import TrainingRows
 from launcher.worker.metrics import MetricsFile, Progress, Throughput
 from launcher.worker.report import Report
-from tests.worker.test_cadence import PLAN
+from tests.conftest import small_plan
+
+PLAN = small_plan()
 
 
 def lines(file: Path) -> list[dict[str, object]]:
@@ -129,7 +131,7 @@ def test_speed_and_mfu_leave_out_evaluating_and_saving(tmp_path: Path) -> None:
     rate = line["tokens_per_second"]
     assert isinstance(rate, float)
     assert rate == pytest.approx(3 * 8 * 64 / busy, rel=0.1)
-    assert line["mfu"] == pytest.approx(rate * 1000 / 1e6)
+    assert line["mfu"] == pytest.approx(rate * 1000 / (1e6 * PLAN.batch.world_size))
     assert line["peak_memory_bytes"] is None
 
 
