@@ -100,6 +100,16 @@ def write_large_store(folder: Path) -> None:
     write_manifest(folder, manifest)
 
 
+def sparse_shards(folder: Path, samples: range) -> None:
+    """The shards that these samples are read from. They take no room: each has a hole for a content."""
+    from launcher.data.order import Order
+
+    order = Order([(SHARDS * TOKENS // BLOCK, 1.0)], 1337)
+    for shard in {order[sample].block * BLOCK // TOKENS for sample in samples}:
+        with (folder / f"train-{shard:05d}.bin").open("wb") as stream:
+            stream.truncate(2 * TOKENS)
+
+
 def first_batch(folder: Path, samples: range) -> dict[str, Any]:
     """What a fresh process finds, and what it took."""
     done = subprocess.run(
@@ -127,12 +137,9 @@ def test_only_the_shards_of_the_first_batch_are_looked_at(
     assert len(blocks[0]) == SHARDS * TOKENS // BLOCK == 1_000_000_000
     order = Order([(len(blocks[0]), 1.0)], 1337)
     samples = range(123_456_789, 123_456_797)
-    needed = {order[sample].block * BLOCK // TOKENS for sample in samples}
     with pytest.raises(StoreError, match=r"train-\d{5}\.bin: missing"):
         blocks.read(0, order[samples[0]].block)
-    for shard in needed:
-        with (tmp_path / f"train-{shard:05d}.bin").open("wb") as stream:
-            stream.truncate(2 * TOKENS)  # takes no room: the file has a hole for a content
+    sparse_shards(tmp_path, samples)
     place = order[samples[0]].block * BLOCK
     with (tmp_path / f"train-{place // TOKENS:05d}.bin").open("r+b") as stream:
         stream.seek(2 * (place % TOKENS))
