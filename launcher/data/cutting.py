@@ -39,7 +39,7 @@ class Rule:
     after: bool = False
 
     def places(self, text: str, start: int = 0) -> Iterator[int]:
-        """The places in `text`, `start < place < len(text)`, in order."""
+        """The places in `text` from `start` on, 0 < place < len(text), in order."""
         found = self.pattern.finditer(text, start)
         return (match.end() if self.after else match.start() for match in found)
 

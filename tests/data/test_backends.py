@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -170,6 +171,14 @@ def test_a_backend_s_own_refusal_is_told(tokenizer: Tokenizer) -> None:
     broken = ByteLevelBPE(served.specification, "(", served.ranks, served.added)
     with pytest.raises(UnservedError, match="refuses this tokenizer"):
         open_backend("tiktoken", broken)
+
+
+def test_a_backend_that_is_not_installed_says_so(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    with pytest.raises(UnservedError, match="not installed"):
+        open_backend("gigatoken", read_byte_level(tokenizer.specification))
 
 
 def test_the_symbols_of_bytes_are_the_library_s() -> None:

@@ -79,14 +79,11 @@ def test_a_disagreement_on_the_corpus_alone_is_caught(
 def test_a_disagreement_on_texts_in_a_row_is_caught(
     tokenizer: Tokenizer, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end = tokenizer.end_of_text
-    inject(monkeypatch, gigatoken=lambda text: text == f"zebra{end}")
+    inject(monkeypatch, gigatoken=lambda text: text.endswith(f"zebra{tokenizer.end_of_text}"))
     assert choose_backend(tokenizer, lines).name == "gigatoken"
-    for sample in (["zebra"] * 13, ["zebra"]):
-        inject(monkeypatch, gigatoken=lambda text: text.startswith("zebra") and text.endswith(f"zebra{end}"))
-        choice = choose_backend(tokenizer, sample)
-        assert choice.name == "tiktoken"
-        assert "zebra<|endof" in choice.notes[0]
+    choice = choose_backend(tokenizer, [*lines, "zebra"])
+    assert choice.name == "tiktoken"
+    assert "zebra<|endof" in choice.notes[0]
 
 
 def test_where_all_disagree_the_reference_does_the_work(
