@@ -1,9 +1,10 @@
 """Packings that hang on the documents' lengths: worked out once for a store, and kept in its folder.
 
-`layouts/PACKING-BLOCK_SIZE-KEY/` holds `layout.json`, the number of blocks of every shard, and for each shard
-`NAME.layout`, little-endian int64: `firsts`, then `pieces` (see `packing.ShardLayout`). KEY is a hash of the
-manifest's checksum and of VERSION, so a layout of other shards or other rules is never met. All of it follows
-from the store: whoever needs a layout that is not there makes it, and it may be deleted at any time.
+`layouts/PACKING-BLOCK_SIZE-KEY/` holds for each shard `NAME.layout`, little-endian int64: `firsts`, then
+`pieces` (see `packing.ShardLayout`); in `blocks.json` how many blocks each has; in `marks.json` the size and
+sha256 of these files. KEY is a hash of the manifest's checksum and of VERSION, so a layout of other shards or
+other rules is never met. All of it follows from the store: whoever needs a layout that is not there makes it,
+and it may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -13,24 +14,28 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from launcher.data.packing import ByDocument, ShardLayout, lay_out
-from launcher.data.shards import sync_folder, write_whole
+from launcher.data.shards import Mark, mark_of, sync_folder, write_whole
 from launcher.errors import MachineError, StoreError
 
 VERSION = 1  # to be raised whenever the same lengths would be laid out otherwise
 FOLDER = "layouts"
-COUNTS = "layout.json"
+COUNTS, MARKS = "blocks.json", "marks.json"
+KEY = "[0-9a-f]" * 16
 OPEN_LAYOUTS = 256  # shards whose layout is mapped at a time: each holds a file descriptor
 KEPT_LAYOUTS = 8  # the same where they are held in memory
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
+_Marks: Final = TypeAdapter(dict[str, Mark])
 Lengths = Callable[[str], NDArray[np.int32]]
 """The lengths in tokens of a shard's documents, by the shard's name."""
 
@@ -77,13 +82,14 @@ def _keep(folder: Path, names: Sequence[str], make: Callable[[str], ShardLayout]
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
     try:
-        blocks = {}
+        blocks, marks = {}, {}
         for name in names:
             layout = make(name)
             blocks[name] = layout.blocks
             content = (part.astype("<i8", copy=False).tobytes() for part in (layout.firsts, layout.pieces))
-            write_whole(unfinished / f"{name}.layout", content)
-        write_whole(unfinished / COUNTS, (json.dumps(blocks).encode(),))
+            marks[f"{name}.layout"] = write_whole(unfinished / f"{name}.layout", content)
+        marks[COUNTS] = write_whole(unfinished / COUNTS, (json.dumps(blocks).encode(),))
+        write_whole(unfinished / MARKS, (_Marks.dump_json(marks),))
         sync_folder(unfinished)
         try:
             unfinished.rename(folder)
@@ -112,6 +118,19 @@ def _open(folder: Path) -> Layout:
         return ShardLayout(content[:after], content[after:].reshape(-1, 2))
 
     return Layout(blocks, lru_cache(OPEN_LAYOUTS)(read))
+
+
+def find_damaged(store: Path) -> Iterator[tuple[Path, str]]:
+    """Every layout in a store's folder that is not as it was made, and what is wrong. Reads them all."""
+    for folder in sorted((store / FOLDER).glob(f"*-{KEY}")):
+        try:
+            marks = _Marks.validate_json((folder / MARKS).read_bytes())
+            changed = [name for name, mark in marks.items() if mark_of(folder / name) != mark]
+        except (OSError, ValueError) as error:
+            yield folder, str(error)
+        else:
+            if changed:
+                yield folder, f"{changed[0]}: its content has changed (sha256 differs)"
 
 
 def _damaged(folder: Path, problem: str) -> StoreError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import from_json
 
-from launcher.data.layout import Layout, layout_of
+from launcher.data.layout import Layout, find_damaged, layout_of
 from launcher.data.packing import ByDocument, ConcatPlan, LaidOutPlan, Packing, Plan
 from launcher.data.shards import (
     Mark,
@@ -172,7 +173,8 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A file of a store that is not what the manifest says. `shard` is None for the tokenizer's files."""
+    """A file of a store that is not what the manifest says. `shard` is None for the tokenizer's files and for
+    a layout, whose folder `file` then is."""
 
     shard: str | None
     file: Path
@@ -346,7 +348,7 @@ def find_missing(path: Path, manifest: Manifest) -> Iterator[Damage]:
 
 
 def verify_store(path: Path) -> list[Damage]:
-    """Every file whose content is not what the manifest says. Reads all of them.
+    """Every file whose content is not what the manifest says, and every damaged layout. Reads all of them.
 
     Raises StoreError when the manifest itself is missing or damaged.
     """
@@ -355,7 +357,7 @@ def verify_store(path: Path) -> list[Damage]:
     for name, shard, mark in _files(manifest):
         if path / name not in damage and mark_of(path / name) != mark:
             damage[path / name] = Damage(shard, path / name, "its content has changed (sha256 differs)")
-    return list(damage.values())
+    return [*damage.values(), *(Damage(None, folder, reason) for folder, reason in find_damaged(path))]
 
 
 def set_aside(damage: Sequence[Damage]) -> None:
@@ -363,8 +365,11 @@ def set_aside(damage: Sequence[Damage]) -> None:
     finds them missing and makes them again. Whoever has one open reads on. Raises MachineError."""
     for each in damage:
         if each.file.exists():
+            aside = each.file.with_name(each.file.name + DAMAGED)
             try:
-                each.file.replace(each.file.with_name(each.file.name + DAMAGED))
+                if aside.is_dir():
+                    shutil.rmtree(aside)
+                each.file.replace(aside)
             except OSError as error:
                 raise MachineError(
                     f"{each.file} is damaged and cannot be set aside: {error.strerror}",

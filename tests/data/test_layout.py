@@ -18,7 +18,7 @@ import pytest
 from launcher.data import units
 from launcher.data.blocks import Blocks
 from launcher.data.layout import COUNTS, FOLDER
-from launcher.data.store import Store, open_store
+from launcher.data.store import Store, open_store, set_aside, verify_store
 from launcher.errors import MachineError, StoreError
 
 SIZE = 48
@@ -49,7 +49,7 @@ def kept(path: Path) -> dict[Path, tuple[int, bytes]]:
 def test_it_is_made_once_and_read_from_then_on(store: Store, packing: Any) -> None:
     first = rows(store.path, packing)
     files = kept(store.path)
-    assert len(files) == len(store.manifest.shards) + 1
+    assert len(files) == len(store.manifest.shards) + 2
     assert rows(store.path, packing) == first
     assert kept(store.path) == files
     shutil.rmtree(store.path / FOLDER)
@@ -117,7 +117,7 @@ def test_several_at_once_make_one(store: Store) -> None:
         reader.join(60)
     assert all(answer == answers[0] for answer in answers)
     (folder,) = (store.path / FOLDER).iterdir()
-    assert len(list(folder.iterdir())) == len(store.manifest.shards) + 1
+    assert len(list(folder.iterdir())) == len(store.manifest.shards) + 2
     assert answers[0] == rows(store.path, "best_fit")
 
 
@@ -134,8 +134,25 @@ def test_damage_is_named_with_what_to_do(store: Store, damage: str) -> None:
         rows(store.path, "best_fit")
     assert f"delete {folder}" in (refused.value.hint or "")
     (folder / COUNTS).write_text("{")
-    with pytest.raises(StoreError, match=r"layout\.json"):
+    with pytest.raises(StoreError, match=r"blocks\.json"):
         open_store(store.path).summary(SIZE, "best_fit")
+
+
+def test_a_flipped_byte_of_any_file_is_found_and_set_aside(store: Store) -> None:
+    expected = rows(store.path, "best_fit")
+    rows(store.path, "pad")
+    assert verify_store(store.path) == []
+    for file in kept(store.path):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        (damage,) = verify_store(store.path)
+        assert damage.file == file.parent
+        set_aside([damage])
+        assert not file.parent.exists()
+        assert rows(store.path, "best_fit") == expected
+        assert rows(store.path, "pad")
+        assert verify_store(store.path) == []
 
 
 def test_an_unfinished_one_is_not_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
