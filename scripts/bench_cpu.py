@@ -1,10 +1,10 @@
 """The launcher against a bare PyTorch loop, same shape, world and precision, on this machine's CPU.
 
-    ./scripts/bench_cpu [--rounds 7] [--write]
+    ./scripts/bench_cpu [--rounds 15] [--write]
 
-Both train the same GPT-2 shape on the Python standard library's source with two ranks over gloo. A round
-is one run of each, one after the other, and who goes first alternates, so that a machine that grows busier
-favours neither. Of a run counts its median step; of the rounds, the median ratio of tokens per second.
+Both train the same GPT-2 shape on the Python standard library's source with two ranks over gloo. Both are
+started once, and then take turns: one is stopped (SIGSTOP) while the other takes a few steps. So the two
+halves of a round are seconds apart, and a machine that other work makes slower or faster favours neither.
 `--write` keeps the result in docs/benchmarks/cpu.md.
 """
 
@@ -13,50 +13,108 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 SHAPE = {"layers": 4, "heads": 4, "width": 256, "block_size": 256, "micro_batch": 8, "accumulation": 1}
+TOKENS = RANKS * SHAPE["micro_batch"] * SHAPE["accumulation"] * SHAPE["block_size"]
 VOCABULARY = 4096
-STEPS, WARM = 25, 5
+WARM = 5
+TURN = 6
+ENDLESS = 100_000
+PATIENCE = 600
+
+
+class Side:
+    """One of the two: its processes, and a file that gets a line with the time as each step ends."""
+
+    def __init__(self, command: list[str], work: Path, file: Path, read: Callable[[str], float]) -> None:
+        self._process = subprocess.Popen(
+            command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        self._file = file
+        self._read = read
+
+    def take(self, steps: int) -> float:
+        """Go on until so many steps have ended, and stop again: tokens per second from the first end on.
+
+        What was left of the step that the last turn cut through is not counted.
+        """
+        done = self._lines()
+        self._send(signal.SIGCONT)
+        until = time.monotonic() + PATIENCE
+        while len(self._lines()) < len(done) + steps:
+            if self._process.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f"no more steps in {self._file}")
+            time.sleep(0.1)
+        self._send(signal.SIGSTOP)
+        ends = [self._read(line) for line in self._lines()[len(done) :]]
+        return (len(ends) - 1) * TOKENS / (ends[-1] - ends[0])
+
+    def end(self) -> None:
+        self._send(signal.SIGKILL)
+        self._process.wait()
+
+    def _lines(self) -> list[str]:
+        text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
+        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def _send(self, number: int) -> None:
+        family = [psutil.Process(self._process.pid)]
+        for member in [*family, *family[0].children(recursive=True)]:
+            member.send_signal(number)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--write", action="store_true", help="keep the result in docs/benchmarks/cpu.md")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         configure(work)
-        run_launcher(work, "prepare", steps=1)
-        threads = int(json.loads((work / "runs/prepare/plan.json").read_text())["plan"]["threads_per_rank"])
-        rows = []
-        for number in range(asked.rounds):
-            if number % 2:
-                bare = run_bare(work, threads)
-                ours = run_launcher(work, f"round-{number}", steps=STEPS)
-            else:
-                ours = run_launcher(work, f"round-{number}", steps=STEPS)
-                bare = run_bare(work, threads)
-            rows.append((ours, bare))
-            print(
-                f"round {number + 1}: launcher {ours:,.0f} tokens/s, bare {bare:,.0f},"
-                f" ratio {ours / bare:.3f}",
-                flush=True,
-            )
-    ratio = statistics.median(ours / bare for ours, bare in rows)
+        ours = start_launcher(work)
+        try:
+            ours.take(WARM)
+            threads = int(json.loads((work / "runs/bench/plan.json").read_text())["plan"]["threads_per_rank"])
+            bare = start_bare(work, threads)
+            try:
+                bare.take(WARM)
+                rows = [measure(number, ours, bare) for number in range(asked.rounds)]
+            finally:
+                bare.end()
+        finally:
+            ours.end()
+    ratio = statistics.median(launcher / loop for launcher, loop in rows)
     print(f"median ratio {ratio:.3f}")
     if asked.write:
         (ROOT / "docs/benchmarks/cpu.md").write_text(page(rows, ratio, threads), encoding="utf-8")
+
+
+def measure(number: int, ours: Side, bare: Side) -> tuple[float, float]:
+    """Tokens per second of each, one after the other; who goes first alternates."""
+    first, second = (ours, bare) if number % 2 == 0 else (bare, ours)
+    rates = {side: side.take(TURN) for side in (first, second)}
+    launcher, loop = rates[ours], rates[bare]
+    print(
+        f"round {number + 1}: launcher {launcher:,.0f} tokens/s, bare {loop:,.0f},"
+        f" ratio {launcher / loop:.3f}",
+        flush=True,
+    )
+    return launcher, loop
 
 
 def configure(work: Path) -> None:
@@ -87,10 +145,11 @@ def configure(work: Path) -> None:
                 "train": {
                     "batch_size": RANKS * SHAPE["micro_batch"] * SHAPE["accumulation"],
                     "micro_batch": SHAPE["micro_batch"],
-                    "steps": STEPS,
+                    "steps": ENDLESS,
                     "log_every": 1,
                     "precision": "fp32",
                 },
+                "checkpoint": {"every": ENDLESS},
                 "report_to": [],
             }
         )
@@ -98,36 +157,26 @@ def configure(work: Path) -> None:
     (work / "cluster.yaml").write_text(json.dumps({"gpu": "cpu", "gpus_per_node": RANKS}))
 
 
-def run_launcher(work: Path, name: str, *, steps: int) -> float:
-    """Tokens per second of the median step after the first WARM, from the run's own metrics."""
+def start_launcher(work: Path) -> Side:
     command = [sys.executable, "-m", "launcher", "train", "run.yaml", "--cluster", "cluster.yaml"]
-    command += [f"name={name}", f"train.steps={steps}", f"checkpoint.every={steps}"]
-    subprocess.run(command, cwd=work, check=True, stderr=subprocess.DEVNULL)
-    lines = [json.loads(line) for line in (work / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["tokens_per_second"] for line in lines[min(WARM, steps - 1) :])
+    return Side(
+        command, work, work / "runs/bench/metrics.jsonl", lambda line: float(json.loads(line)["time"])
+    )
 
 
-def run_bare(work: Path, threads: int) -> float:
+def start_bare(work: Path, threads: int) -> Side:
     manifest = next((work / "runs" / ".stores").glob("*/manifest.json"))
-    tokens = next(manifest.parent.glob("train-*.bin"))
     asked = {
         **SHAPE,
         "vocabulary": VOCABULARY,
-        "steps": STEPS,
-        "warm": WARM,
+        "steps": ENDLESS,
         "threads": threads,
-        "tokens": str(tokens),
+        "tokens": str(next(manifest.parent.glob("train-*.bin"))),
+        "ends": str(work / "ends"),
     }
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command = [
-        torchrun,
-        "--standalone",
-        f"--nproc-per-node={RANKS}",
-        ROOT / "scripts/bare_loop.py",
-        json.dumps(asked),
-    ]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return float(json.loads(done.stdout.splitlines()[-1])["tokens_per_second"])
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    command = [torchrun, "--standalone", f"--nproc-per-node={RANKS}", str(ROOT / "scripts/bare_loop.py")]
+    return Side([*command, json.dumps(asked)], work, work / "ends", float)
 
 
 def page(rows: list[tuple[float, float]], ratio: float, threads: int) -> str:
@@ -141,11 +190,11 @@ def page(rows: list[tuple[float, float]], ratio: float, threads: int) -> str:
         [
             "# CPU: the launcher against a bare PyTorch loop",
             "",
-            "`./scripts/bench_cpu --write` wrote this page. Both sides train the same shape in turn, and who",
-            "goes first alternates; times on shared machines vary, so the ratio of a round is what counts.",
+            "`./scripts/bench_cpu --write` wrote this page. Both train the same shape and take turns of a",
+            "few seconds; times on shared machines vary, so the ratio of a round is what counts.",
             "",
             f"{RANKS} ranks over gloo, {threads} thread(s) each, fp32; {shape}, vocabulary {VOCABULARY}; "
-            f"the median of {STEPS - WARM} steps after {WARM} of warming up. "
+            f"turns of {TURN - 1} steps after {WARM} of warming up. "
             f"Python {platform.python_version()}, torch {torch.__version__}.",
             "",
             "| round | launcher, tokens/s | bare loop, tokens/s | ratio |",
