@@ -162,7 +162,7 @@ def say(line: str) -> None:
 
 
 def write_corpus(file: Path, size: int) -> tuple[int, int, int]:
-    """Documents of `size` bytes of text in all, as jsonl; returns bytes, distinct bytes and bytes of prose."""
+    """Documents of `size` bytes of text, as jsonl. Returns its bytes, the distinct ones, those of prose."""
     written = distinct = prose = 0
     with file.open("w", encoding="utf-8") as stream:
         while written < size:
