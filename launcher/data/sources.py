@@ -74,7 +74,7 @@ def file_format(file: SourceFile, reading: Reading) -> Literal["text", "jsonl"]:
 def splittable(file: SourceFile, reading: Reading) -> bool:
     """Whether ranges of the file can be read apart."""
     whole = reading.sample_by == "document" and file_format(file, reading) == "text"
-    return file.compression is None and not whole
+    return file.ranges and file.compression is None and not whole
 
 
 def documents(
@@ -111,7 +111,7 @@ def batches(
     """
     inside = False
     try:
-        with opened(file) as stream:
+        with opened(file, end) as stream:
             for batch in _Texts(file, reading, stream, start, end, cuts, on_bad or _raise):
                 inside = batch.more
                 yield batch

@@ -98,11 +98,6 @@ def test_a_folder_says_how_to_take_all_of_it(tmp_path: Path) -> None:
     assert f"{tmp_path}/**" in str(refused.value.hint)
 
 
-def test_a_url_is_refused() -> None:
-    with pytest.raises(RequestError, match="local files"):
-        list_files(["s3://bucket/a.txt"])
-
-
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     file = written(tmp_path / "a.txt", b"one")
     assert not changed(file)
