@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from launcher.config.addresses import NO_SECRETS, is_url, secret_in
 from launcher.data import remote
+from launcher.data.data_sets import hub_files, is_on_the_hub, saved_files
 from launcher.data.readahead import RemoteStream
 from launcher.data.zstd import ZstdDamageError, ZstdReader
 from launcher.errors import DataError, RequestError
@@ -61,6 +62,11 @@ class SourceFile:
         return (name.with_suffix("") if self.compression else name).suffix.lower()
 
     @property
+    def packed(self) -> bool:
+        """Whether it is a member of an archive."""
+        return "::" in self.path
+
+    @property
     def _name(self) -> Path:
         """A URL's path, or the member's in an archive, without what a web address says after it."""
         first = self.path.partition("::")[0]
@@ -88,6 +94,9 @@ def list_files(patterns: Sequence[str]) -> list[SourceFile]:
 
 def _matches(pattern: str) -> Iterator[str]:
     literal = Path(pattern).expanduser()
+    if literal.is_dir() and (saved := saved_files(literal)) is not None:
+        yield from (str(path.absolute()) for path in saved)
+        return
     if literal.is_dir():
         raise DataError(f"{pattern} is a folder", hint=f"to read every file in it: {literal / '**'}")
     names = [str(literal)] if literal.is_file() else FILES.glob(str(literal))
@@ -109,6 +118,8 @@ def _of_url(pattern: str) -> list[SourceFile]:
         return _of_archive(member.removeprefix("zip://"), archive)
     system = remote.file_system(pattern)
     infos = remote.persist(pattern, lambda: remote.listed(system, pattern))
+    if is_on_the_hub(pattern):
+        infos = hub_files(system, pattern)
     files = [info for info in infos if info["type"] == "file" and not _hidden_url(info["name"], pattern)]
     if not files and any(info["type"] == "directory" for info in infos):
         every = f"{pattern.rstrip('/')}/**"

@@ -49,7 +49,7 @@ def file_system(url: str) -> AbstractFileSystem:
     protocol = url.partition("://")[0]
     extra = EXTRAS.get(protocol)
     try:
-        system = fsspec.filesystem(protocol, use_listings_cache=False, **_settings(protocol))
+        system = fsspec.filesystem(protocol, **_settings(protocol))
     except ImportError as error:
         install = f"pip install 'launcher[{extra}]'" if extra else f"pip install {error.name or protocol}"
         raise MachineError(f"reading {protocol}:// needs a package that is not here", hint=install) from None
@@ -70,18 +70,24 @@ def _settings(protocol: str) -> dict[str, Any]:
 
         waits = ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
         return {
+            "use_listings_cache": False,
             "client_kwargs": {"timeout": waits, "trust_env": True},
             "headers": {"Accept-Encoding": "identity"},
         }
     if protocol in ("s3", "s3a"):
         waits_for = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
-        return {"config_kwargs": {**waits_for, "retries": {"total_max_attempts": 1}}}
+        retries = {"total_max_attempts": 1}
+        return {"use_listings_cache": False, "config_kwargs": {**waits_for, "retries": retries}}
     return {}
 
 
 def mark(system: AbstractFileSystem, path: str) -> tuple[int, str]:
-    """Size in bytes, and what changes when the file does ("" where nothing says so)."""
-    system.invalidate_cache()
+    """Size in bytes, and what changes when the file does ("" where nothing says so).
+
+    The Hub, which looks up a whole folder for it and counts requests, is asked once by each process.
+    """
+    if not path.startswith("hf://"):
+        system.invalidate_cache()
     return mark_of(system.info(path), path)
 
 
