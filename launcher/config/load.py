@@ -140,8 +140,9 @@ def _overrides(texts: Sequence[str]) -> tuple[list[_Override], list[Fault]]:
 
 
 def _may_hold_secret(key: str, value: str) -> bool:
-    """Messages repeat an override as it was given, except a secret, and a mapping, which may hold one."""
-    return is_private(key) or "{" in value or ": " in value
+    """Messages repeat an override as given, except a secret, and a mapping or URL that may hold one."""
+    in_url = "://" in value and ("?" in value or "@" in value)
+    return is_private(key) or in_url or "{" in value or ": " in value
 
 
 def _lengths_cleared(overrides: list[_Override]) -> list[_Override]:

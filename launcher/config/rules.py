@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.config.addresses import NO_SECRETS, secret_in
 from launcher.config.keys import did_you_mean, nearest
 from launcher.config.schema import SlurmSection
 from launcher.config.training_arguments import FORMER, FREE, SECRET, SET_BY_LAUNCHER
@@ -222,6 +223,24 @@ def env_holds_no_secret(env: Mapping[str, str]) -> Iterator[Fault]:
             )
 
 
+def _files(files: object) -> list[str]:
+    """Every path in `data.train` or `data.validation`, whichever of their forms they have."""
+    if isinstance(files, str):
+        return [files]
+    if isinstance(files, Mapping):
+        return _files(files["files"])
+    return [path for entry in files for path in _files(entry)] if isinstance(files, list) else []
+
+
+def no_secret_in_urls(key: str) -> Callable[[object], Iterator[Fault]]:
+    def judge(files: object) -> Iterator[Fault]:
+        for path in _files(files):
+            if secret := secret_in(path):
+                yield Fault(key, secret, hint=NO_SECRETS)
+
+    return judge
+
+
 RUN_RULES = (
     Rule(tuple(f"train.{name}" for name in LENGTHS), one_length),
     Rule(("train.tokens", "data.packing"), tokens_of_padded_rows),
@@ -229,6 +248,8 @@ RUN_RULES = (
     Rule(("model.init", "model.tokenizer"), tokenizer_of_pretrained),
     Rule(("data.train",), source_names_differ),
     Rule(("data.validation",), validation_fraction),
+    Rule(("data.train",), no_secret_in_urls("data.train")),
+    Rule(("data.validation",), no_secret_in_urls("data.validation")),
     Rule(("train.betas",), betas_below_one),
     Rule(("train.warmup", "train.steps"), warmup_in_steps),
     Rule(("train.early_stopping", "data.validation"), stopping_needs_validation),
@@ -240,23 +261,6 @@ RUN_RULES = (
 CLUSTER_RULES = (Rule(("env",), env_holds_no_secret),)
 
 
-def _files(files: object) -> list[str]:
-    """Every path in `data.train` or `data.validation`, whichever of their forms they have."""
-    if isinstance(files, str):
-        return [files]
-    if isinstance(files, Mapping):
-        return _files(files["files"])
-    return [path for entry in files for path in _files(entry)] if isinstance(files, list) else []
-
-
-def _any_url(files: object) -> bool:
-    return any("://" in path or "::" in path for path in _files(files))
-
-
-def _any_parquet(files: object) -> bool:
-    return any(path.lower().endswith(".parquet") for path in _files(files))
-
-
 def _is(*values: object) -> Callable[[object], bool]:
     return lambda value: value in values
 
@@ -265,15 +269,7 @@ def _is_set(value: object) -> bool:
     return value is not None and value != []
 
 
-_LOCAL = "download the files and give their paths"
-_JSONL = "convert the files to jsonl"
-
 RUN_NOT_YET = (
-    NotYet("data.train", _any_url, "reading URLs (s3://, https://, hf:// and others)", _LOCAL),
-    NotYet("data.validation", _any_url, "reading URLs (s3://, https://, hf:// and others)", _LOCAL),
-    NotYet("data.train", _any_parquet, "reading parquet", _JSONL),
-    NotYet("data.validation", _any_parquet, "reading parquet", _JSONL),
-    NotYet("data.format", _is("parquet"), "reading parquet", _JSONL),
     NotYet("data.mode", _is("stream"), "training from a stream", "set data.mode: prepared"),
     NotYet(
         "train.strategy",

@@ -72,7 +72,7 @@ class Source(Section):
     name: str = Field(
         min_length=1, description="What this source is called in the ledger and in `data show`."
     )
-    files: list[str] = Field(min_length=1, description="Paths and globs of this source's text.")
+    files: list[str] = Field(min_length=1, description="This source's text, as in `data.train`.")
     weight: float = Field(gt=0, description="Share of the samples, relative to the other sources' weights.")
 
 
@@ -103,21 +103,26 @@ class DataSection(Section):
 
     train: list[str] | list[Source] = Field(
         min_length=1,
-        description="Paths and globs of the training text; or a list of {name, files, weight} for a mixture.",
+        description="The training text: paths, URLs (s3://, gs://, https://, hf://, zip://MEMBER::URL), "
+        "globs of either (`**` for any depth), folders that `datasets` saved, and data sets of the Hub "
+        "(hf://datasets/OWNER/NAME); or a list of {name, files, weight} for a mixture.",
     )
     validation: float | list[str] = Field(
         0.01,
         description="The fraction of documents held out, chosen by a hash of their content (0: none); "
-        "or paths and globs of validation text.",
+        "or validation text, as in `data.train`.",
     )
-    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
+    format: Literal["auto", "text", "jsonl", "parquet", "arrow"] = Field(
         "auto",
-        description="How files are read. `auto`: by name (.jsonl, .json, .ndjson, .parquet; else text).",
+        description="How files are read. `auto`: by name (.jsonl, .json, .ndjson, .parquet, .arrow, and "
+        "text for all others).",
     )
     sample_by: Literal["line", "paragraph", "document"] = Field(
         "line", description="What a document is in a text file: a line, a paragraph, or the whole file."
     )
-    text_field: str = Field("text", min_length=1, description="The field that holds the text in jsonl.")
+    text_field: str = Field(
+        "text", min_length=1, description="The field of jsonl, or the column of a table, that holds the text."
+    )
     block_size: Count = Field(1024, description="Tokens in a block: the length of one training sequence.")
     packing: Literal["concat", "best_fit", "pad"] = Field(
         "concat",

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.errors import DataError
+from launcher.errors import Counted, DataError
 
 BATCH = 1 << 20  # bytes of text in a batch, about
 LONG = 4 << 20  # a document of more comes in parts, where there are places to cut it
@@ -87,31 +87,48 @@ def forgotten() -> Batch:
     return Batch([], np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), bad=True)
 
 
-def in_parts(document: Document, cuts: Cuts, file: str) -> Iterator[Batch]:
-    """A document that is in memory, in parts of at most LONG characters if there are places to cut it.
+def in_parts(
+    batch: Batch, cuts: Cuts, file: str, on_bad: OnBad, counted: Counted = "byte"
+) -> Iterator[Batch]:
+    """The batch, with its long texts in parts of at most LONG characters where there are places to cut.
 
-    Its first part has the length of its record. Raises DataError where there is no such place.
+    The first part of a text has the length of its record. `on_bad` is given those that cannot be cut.
     """
-    text, start, length = document.text, 0, document.length
-    while len(text) - start > LONG:
-        window = LONG
-        while (place := cuts.last(text[start : start + window])) is None and window < UNCUT:
-            window *= 2
-        if place is None and len(text) - start > UNCUT:
-            raise no_place_to_cut(file, document.offset)
-        if place is None:
+    if all(len(text) <= LONG for text in batch.texts):
+        yield batch
+        return
+    for document in batch.documents():
+        text, start, length = document.text, 0, document.length
+        while place := _next_cut(text, start, cuts):
+            yield single(text[start:place], document.offset, length, more=True)
+            start, length = place, 0
+        if len(text) - start <= UNCUT:
+            yield single(text[start:], document.offset, length)
+            continue
+        on_bad(no_place_to_cut(file, document.offset, counted))
+        if start:
+            yield forgotten()
+
+
+def _next_cut(text: str, start: int, cuts: Cuts) -> int | None:
+    """Where to cut a text that is long from `start` on, no further than UNCUT behind it."""
+    window = LONG
+    while len(text) - start > window // 2 and len(text) - start > LONG:
+        if place := cuts.last(text[start : start + window]):
+            return start + place
+        if window >= UNCUT:
             break
-        yield single(text[start : start + place], document.offset, length, more=True)
-        start, length = start + place, 0
-    yield single(text[start:], document.offset, length)
+        window *= 2
+    return None
 
 
-def no_place_to_cut(file: str, offset: int) -> DataError:
+def no_place_to_cut(file: str, offset: int, counted: Counted = "byte") -> DataError:
     """What to raise for a document that is too long to be tokenised whole, and cannot be cut."""
     return DataError(
         f"a document of more than {LONG >> 20} MiB has no place in {UNCUT >> 20} MiB where it may be cut "
         "and give the same tokens",
         file=file,
         offset=offset,
+        counted=counted,
         hint="is it text? put line breaks between its words, or set data.sample_by to line or paragraph",
     )

@@ -18,6 +18,7 @@ from launcher.data.batches import BATCH, UNCUT, Cuts
 
 NEWLINE, RETURN = 10, 13
 LOOK_BACK = 4096
+TAIL = 64 << 10  # bytes read at once after the end of a range, at least
 MOST = 16 << 20  # bytes read at once where more than that is held
 WHITE = b" \t\n\r\x0b\x0c"
 _BLANKS = re.compile(rb"(?:[ \t\r\x0b\x0c]*+\n)*+")
@@ -282,6 +283,10 @@ class Records:
         """Hold about `size` more bytes. What was read before a failure is held before it is raised."""
         if self._failure is not None:
             raise self._failure
+        if (
+            self._end is not None
+        ):  # there may be far to fetch it from: only what is left, then its last record
+            size = min(size, max(self._end - self.offset - len(self.held), len(self.held), TAIL))
         pieces, left = [self.held], size
         try:
             while left > 0 and (piece := self._stream.read1(left)):  # type: ignore[attr-defined]

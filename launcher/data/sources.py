@@ -37,6 +37,7 @@ from launcher.data.records import (
     Run,
     Whole,
 )
+from launcher.data.tables import Table
 from launcher.errors import DataError, RequestError
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 JSON_LINES = frozenset({".jsonl", ".json", ".ndjson"})
+TABLES: Mapping[str, Literal["parquet", "arrow"]] = {".parquet": "parquet", ".arrow": "arrow"}
 LONGEST_LINE = 256 << 20  # bytes of a line of jsonl, which can only be read whole
 COUNTED = 1 << 30  # bytes that are read again at most to tell the number of a line
 
@@ -56,25 +58,32 @@ RULES: Mapping[SampleBy, Rule] = {"line": Lines(), "paragraph": Paragraphs(), "d
 class Reading:
     """How files become documents: the keys of `data` that say so."""
 
-    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    format: Literal["auto", "text", "jsonl", "parquet", "arrow"] = "auto"
     sample_by: SampleBy = "line"
     text_field: str = "text"
 
 
-def file_format(file: SourceFile, reading: Reading) -> Literal["text", "jsonl"]:
-    """How this file is read; `auto` goes by its name. Raises RequestError for parquet."""
-    kind = reading.format
-    if kind == "auto":
-        kind = "jsonl" if file.suffix in JSON_LINES else "parquet" if file.suffix == ".parquet" else "text"
-    if kind == "parquet":
-        raise RequestError(f"{file.path}: parquet is not read in this version", hint="convert it to jsonl")
+def file_format(file: SourceFile, reading: Reading) -> Literal["text", "jsonl", "parquet", "arrow"]:
+    """How this file is read; `auto` goes by its name. Raises RequestError for a table in an archive."""
+    kind: Literal["text", "jsonl", "parquet", "arrow"]
+    if reading.format != "auto":
+        kind = reading.format
+    else:
+        kind = TABLES.get(file.suffix, "jsonl" if file.suffix in JSON_LINES else "text")
+    if kind in TABLES.values() and (file.compression or file.packed):
+        outside = file.compression or "an archive"
+        raise RequestError(
+            f"{file.path}: {kind} cannot be read inside {outside}",
+            hint="unpack it: it is read here and there, and compressed already",
+        )
     return kind
 
 
 def splittable(file: SourceFile, reading: Reading) -> bool:
     """Whether ranges of the file can be read apart."""
-    whole = reading.sample_by == "document" and file_format(file, reading) == "text"
-    return file.compression is None and not whole
+    kind = file_format(file, reading)
+    whole = kind == "arrow" or (kind == "text" and reading.sample_by == "document")
+    return file.ranges and file.compression is None and not whole
 
 
 def documents(
@@ -102,21 +111,28 @@ def batches(
 ) -> Iterator[Batch]:
     """The documents that start in bytes `[start, end)` of the decompressed file, in order.
 
-    Empty ones are among them: whoever stores documents counts those and leaves them out. A file that is
-    not splittable is read whole or not at all. With `cuts`, a document of more than LONG comes in parts.
+    Of a parquet file, those in the row groups that start there. Empty documents are among them: whoever
+    stores documents counts those and leaves them out. A file that is not splittable is read whole or not at
+    all. With `cuts`, a document of more than LONG comes in parts.
 
-    Raises DataError, with file and place, for text that is not UTF-8, a damaged or truncated compressed
-    file, and a line of jsonl without its text. `on_bad` is given those instead, and what is good is read
-    on; a file that cannot be read at all still raises.
+    Raises DataError, with file and place, for text that is not UTF-8, a damaged or truncated file, a line of
+    jsonl or a row without its text, and a table without a column of that name and of strings. `on_bad` is
+    given those instead, and what is good is read on; a file that cannot be read at all still raises.
     """
+    kind = file_format(file, reading)
+    report = on_bad or _raise
+    if kind in TABLES.values():
+        table = Table(file, reading.text_field, cuts, report)
+        yield from table.parquet(start, end) if kind == "parquet" else table.arrow()
+        return
     inside = False
     try:
-        with opened(file) as stream:
-            for batch in _Texts(file, reading, stream, start, end, cuts, on_bad or _raise):
+        with opened(file, end) as stream:
+            for batch in _Texts(file, reading, stream, start, end, cuts, report):
                 inside = batch.more
                 yield batch
     except DamagedFileError as error:
-        (on_bad or _raise)(error)
+        report(error)
         if inside:
             yield forgotten()
 
@@ -152,8 +168,10 @@ class _Texts:
         while not self._records.done:
             for run in self._records.runs(limit):
                 batch = self._batch(run)
-                # No text is longer than its record, so few runs have to be looked through.
-                yield from self._in_parts(batch) if len(run.data) > LONG else (batch,)
+                if self._cuts is None or len(run.data) <= LONG:  # and no text is longer than its record
+                    yield batch
+                else:
+                    yield from in_parts(batch, self._cuts, self._file.path, self._on_bad)
             if not self._records.done:
                 yield from self._long()
         if self._rule is RULES["document"] and self._records.offset == 0:
@@ -188,14 +206,6 @@ class _Texts:
                 lines = run.lines + run.data.count(b"\n", 0, start)
                 self._report(error.reason, run.offset + start, lines, error.hint)
         return texts, starts[kept], stops[kept]
-
-    def _in_parts(self, batch: Batch) -> Iterator[Batch]:
-        """The batch, with its long texts in parts."""
-        if self._cuts is None or all(len(text) <= LONG for text in batch.texts):
-            yield batch
-            return
-        for document in batch.documents():
-            yield from in_parts(document, self._cuts, self._file.path)
 
     def _long(self) -> Iterator[Batch]:
         """The long record that comes next."""

@@ -105,7 +105,7 @@ RUN = "name: r\nmodel: {name: gpt2}\ndata: {train: [a.txt]}\ntrain: {batch_size:
             'expected a list of text, or a list of {name, files, weight}, got the text "a.txt"',
             "write it as a list: [a.txt]",
         ),
-        ("data.train=[]", "data.train", "it is empty", "Paths and globs"),
+        ("data.train=[]", "data.train", "it is empty", "The training text: paths"),
         (
             "data.train=[a, 5, b]",
             "data.train.1",
@@ -116,7 +116,7 @@ RUN = "name: r\nmodel: {name: gpt2}\ndata: {train: [a.txt]}\ntrain: {batch_size:
             "data.train=[a, {name: b, files: [c], weight: 1}]",
             "data.train",
             "expected a list of text, or a list of {name, files, weight}, got a list of 2",
-            "Paths and globs",
+            "The training text: paths",
         ),
         (
             "data.train=[{name: b, files: [c]}]",
@@ -134,7 +134,7 @@ RUN = "name: r\nmodel: {name: gpt2}\ndata: {train: [a.txt]}\ntrain: {batch_size:
             "data.train=[{name: b, files: [], weight: 1}]",
             "data.train.0.files",
             "it is empty",
-            "Paths and globs",
+            "This source's text",
         ),
         (
             "data.train=[{name: b, files: [c], weight: 1, wieght: 2}]",

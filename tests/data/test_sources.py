@@ -27,7 +27,7 @@ from launcher.data.sources import (
     list_files,
     splittable,
 )
-from launcher.errors import DataError, RequestError
+from launcher.errors import DataError
 
 
 def _zstd(content: bytes) -> bytes:
@@ -98,11 +98,6 @@ def test_a_folder_says_how_to_take_all_of_it(tmp_path: Path) -> None:
     assert f"{tmp_path}/**" in str(refused.value.hint)
 
 
-def test_a_url_is_refused() -> None:
-    with pytest.raises(RequestError, match="local files"):
-        list_files(["s3://bucket/a.txt"])
-
-
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     file = written(tmp_path / "a.txt", b"one")
     assert not changed(file)
@@ -119,16 +114,14 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
         ("a.txt", "text"),
         ("a", "text"),
         ("a.jsonl.txt", "text"),
+        ("a.PARQUET", "parquet"),
+        ("data-00000-of-00001.arrow", "arrow"),
+        ("a.csv.txt", "text"),
     ],
 )
 def test_the_format_goes_by_the_name(name: str, kind: str) -> None:
     assert file_format(SourceFile(f"/x/{name}", 0, ""), Reading()) == kind
     assert file_format(SourceFile(f"/x/{name}", 0, ""), TEXT) == "text"
-
-
-def test_parquet_is_refused() -> None:
-    with pytest.raises(RequestError, match="parquet"):
-        file_format(SourceFile("/x/a.parquet", 0, ""), Reading())
 
 
 # Documents

@@ -1,0 +1,35 @@
+"""What may stand where a file is named: a path or a URL, and no secret."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import parse_qsl, urlsplit
+
+NO_SECRETS = (
+    "this is copied to the run directory and the token store: let the file system find its own credentials "
+    "(environment variables, ~/.aws, ~/.netrc, hf auth login)"
+)
+_SIGNING = re.compile(
+    r"^(x-amz-|x-goog-)|(^|[-_])(sig|signature|token|secret|password|passwd|pwd|credentials?|auth|authorization)$"
+    r"|^(api|access)?[-_]?key([-_]id)?$|^awsaccesskeyid$|^googleaccessid$|^key-pair-id$",
+    re.IGNORECASE,
+)
+
+
+def is_url(path: str) -> bool:
+    """Whether this names a file through fsspec (`s3://bucket/key`, `zip://member::archive.zip`)."""
+    return "://" in path or "::" in path
+
+
+def secret_in(path: str) -> str | None:
+    """What in a URL is, or looks like, a secret, without saying it; None for nothing, as in any path."""
+    if not is_url(path):
+        return None
+    for url in path.split("::"):
+        parts = urlsplit(url)
+        if "@" in parts.netloc and parts.scheme != "zip":
+            return "a user's name or password is written into the URL"
+        for name, _ in parse_qsl(parts.query, keep_blank_values=True):
+            if _SIGNING.search(name):
+                return f"the URL is signed, or holds a secret ({name}=...)"
+    return None
