@@ -128,6 +128,7 @@ def train(
     from launcher.run.directory import check_goes_on, check_same_run, run_directory
     from launcher.run.environment import describe_environment
     from launcher.run.preflight import check_launch
+    from launcher.run.samples import check_skip
     from launcher.run.supervise import is_finished, only_supervisor, supervise
 
     draft = _assemble(run, overrides, cluster)
@@ -140,7 +141,9 @@ def train(
     _show_plan(final, stream_of_answer=False)
     with only_supervisor(directory):
         check_same_run(directory, final.run.config)
-        check_goes_on(directory, final.plan.steps, prepared.store)
+        check_goes_on(directory, final.plan, prepared.store)
+        if said := check_skip(final.run.config, final.plan, prepared.store, directory):
+            console.say(said)
         if is_finished(directory, final.plan.steps):
             console.say(f"run {final.plan.name} is finished; its model is in {directory.model}")
             return

@@ -129,13 +129,13 @@ class SkipSection(Section):
 
     steps: list[Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_steps)]] = Field(
         default_factory=list,
-        description="Steps whose samples are banned: numbers, or ranges such as 130-135. The run is to go on from "
-        "a checkpoint before them; their places are taken by the samples that follow.",
+        description="Steps whose samples are banned: numbers, or ranges such as 130-135. The run is to go on "
+        "from a checkpoint before them; their places are taken by the samples that follow.",
     )
     documents: list[Annotated[str, AfterValidator(_document)]] = Field(
         default_factory=list,
-        description="Documents, named as `data show` prints them (train-00003:1542). Every block that holds any "
-        "of one is banned.",
+        description="Documents, named as `data show` prints them (train-00003:1542). Every block that holds "
+        "any of one is banned.",
     )
 
 

@@ -10,10 +10,12 @@ Steps are counted from 0 here: step s is the one taken after s steps are done. P
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,7 +45,7 @@ Banned: TypeAlias = Callable[[Skip, int], Samples]
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """From step `first_step` and sample `first_sample` on: steps of `batch_size` samples, without `skip`'s."""
+    """Steps of `batch_size` samples without those of `skip`, from `first_step` and `first_sample` on."""
 
     first_step: int
     first_sample: int
@@ -171,6 +173,16 @@ class _Free:
         banned = banned[banned >= self._phase.first_sample]
         self._before = banned - self._phase.first_sample - np.arange(len(banned))
         self._reach = reach
+
+
+def phases_text(phases: Sequence[Phase]) -> str:
+    """Phases as JSON."""
+    return json.dumps([phase.as_dict() for phase in phases], indent=1) + "\n"
+
+
+def read_phases(file: Path) -> list[Phase]:
+    """The phases whose text is in `file`; none where it is not there."""
+    return [Phase.from_dict(each) for each in json.loads(file.read_text())] if file.is_file() else []
 
 
 def _ranges(samples: Samples) -> Ranges:

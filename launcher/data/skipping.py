@@ -1,4 +1,4 @@
-"""What `data.skip` bans, as samples: the ones its steps held, and every one that holds a token of its documents."""
+"""What `data.skip` bans, as samples: those its steps held, and all that hold a token of its documents."""
 
 from __future__ import annotations
 
