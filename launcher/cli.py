@@ -299,19 +299,36 @@ def data_verify(
 
 @data.command("show", epilog="Example: launcher data show runs/gpt2-shakespeare --step 100")
 def data_show(
-    store: Annotated[
-        Path, typer.Argument(metavar="STORE_OR_RUN_DIR", help="A token store, or a run that uses one.")
+    given: Annotated[
+        Path,
+        typer.Argument(
+            metavar="STORE_OR_RUN",
+            help="A token store; a run's folder, as trained; a run.yaml, as it goes on.",
+        ),
     ],
+    overrides: Overrides = None,
+    cluster: ClusterFile = None,
     step: Annotated[
         int | None, typer.Option("--step", min=1, help="A run's optimizer step: which text is in it.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=0, help="How many documents to show.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is in a token store, or which text is in one step of a run."""
-    from launcher.run.show import show_step, show_store
+    """Show what is in a token store, or which text is in one step of a run, without running it."""
+    from launcher.run.show import show_store
+    from launcher.run.show_step import show_step
+    from launcher.run.subject import subject_of_folder, subject_of_run
 
-    shown = show_store(store, samples) if step is None else show_step(store, step)
+    if given.is_file():
+        subject = subject_of_run(_assemble(given, overrides, cluster))
+    elif overrides or cluster:
+        raise RequestError(f"{given} is a folder: KEY=VALUE and --cluster go with a run.yaml")
+    else:
+        subject = subject_of_folder(given)
+    if step is None:
+        shown = show_store(subject.store, subject.run, samples)
+    else:
+        shown = show_step(subject.samples(), subject.steps, step)
     if as_json:
         console.answer_json(shown.as_json)
     else:

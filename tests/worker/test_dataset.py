@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.data.phases import Phase, Phases, Skip
+from launcher.data.order import Order
+from launcher.data.phases import Phase, Phases, Samples, Skip
 from launcher.plan.batch import Batch
 from launcher.worker.dataset import IGNORED, PadToLongest, RankBatches, stack
 
@@ -62,6 +63,43 @@ def test_rows_of_one_length_stay_in_order() -> None:
 
     (batch,) = RankBatches(without_changes(8), Batch(8, 8, 1, 1), 0, alike, start=1, steps=2)
     assert batch == list(range(8, 16))
+
+
+ATTEMPTS = st.lists(
+    st.tuples(SMALL, SMALL, SMALL, SMALL, st.sets(st.integers(1, 12), max_size=3)), min_size=1, max_size=5
+)
+"""Steps done, micro-batch, accumulation, world size and banned steps of each attempt of a run."""
+
+
+@given(attempts=ATTEMPTS, blocks=st.integers(1, 200))
+def test_over_any_attempts_every_block_of_an_epoch_is_taken_once(
+    attempts: list[tuple[int, int, int, int, set[int]]], blocks: int
+) -> None:
+    def banned(skip: Skip, before: int) -> Samples:
+        held = {p for ranges in skip.steps.values() for a, b in ranges for p in range(a, b) if p < before}
+        return np.array(sorted(held), dtype=np.int64)
+
+    phases = Phases([], banned)
+    taken: list[int] = []
+    left_out: set[int] = set()
+    done = 0
+    for steps, micro, accumulation, world, skipped in attempts:
+        batch = Batch(micro * accumulation * world, micro, accumulation, world)
+        phases = phases.going_on(done, batch_size=batch.batch_size, steps=skipped, documents=())
+        for rank in range(world):
+            for own in RankBatches(phases, batch, rank, lengths, start=done, steps=done + steps):
+                taken += own
+        done += steps
+        left_out |= set(range(phases.position(done))) - set(taken) - left_out
+    named = {
+        p for phase in phases.phases for r in phase.skip.steps.values() for a, b in r for p in range(a, b)
+    }
+    assert len(taken) == len(set(taken)) == phases.consumed(done)
+    assert left_out <= named
+    order = Order([(blocks, 1.0)], 3)
+    every = order.map(sorted([*taken, *left_out]))
+    for epoch in range(len(every) // blocks):
+        assert sorted(every[every[:, 1] == epoch, 2].tolist()) == list(range(blocks))
 
 
 def test_the_length_counts_the_steps_before_the_start_too() -> None:
