@@ -122,6 +122,9 @@ def test_batch_size_and_world_change_on_the_way_and_no_sample_is_lost_or_repeate
         # At 16 a step the last one would go over. The first step of an attempt has the rate that was saved.
         whole = 168 if 11 <= step <= 14 else 160
         assert rates[step] == pytest.approx(1e-3 * (whole - trained[step - 1]) / (whole - 16))
+    for step, samples in ((9, range(64, 72)), (11, range(88, 104)), (19, range(156, 160))):
+        shown = json.loads(recorded.run("data", "show", str(directory), "--step", str(step), "--json").stdout)
+        assert [row["sample"] for row in shown["rows"]] == list(samples)
     again = recorded.run("train", "run.yaml", *length, "train.batch_size=4")
     assert "is finished" in again.stderr
 
@@ -149,6 +152,9 @@ def test_text_is_banned_after_a_spike_and_stays_so_on_any_world(recorded: Workpl
     left = {11: range(80, 88), 12: range(96, 104), 13: range(120, 128)}
     after = {step: list(samples) for step, samples in left.items()} | consecutive(14, 128, 8, 7)
     assert rows_of(recorded) == expected_rows(directory, after)
+
+    shown = json.loads(recorded.run("data", "show", str(directory), "--step", "13", "--json").stdout)
+    assert [row["sample"] for row in shown["rows"]] == after[13]
 
     # The same, stopped and taken up on two ranks with no skip in the way that they could find by themselves.
     for each in ("config.yaml", "plan.json"):
