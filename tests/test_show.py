@@ -65,7 +65,7 @@ def test_what_is_not_prepared_is_not_made(workplace: Workplace) -> None:
     assert (folder.returncode, "go with a run.yaml" in folder.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("packing", ["concat", "pad"])
+@pytest.mark.parametrize("packing", ["concat", "pad", "best_fit"])
 def test_the_ledger_is_exact_and_duplicates_are_shown(workplace: Workplace, packing: str) -> None:
     run = small_run()
     run["data"] |= {
@@ -94,8 +94,11 @@ def test_the_ledger_is_exact_and_duplicates_are_shown(workplace: Workplace, pack
         assert record["tokens_in"] == sum(lengths)
         assert record["skipped_empty"] == (2 if record["source"] == "b" else 0)
         dropped = sum(lengths) % 64 if packing == "concat" else 0
-        padded = sum(-length % 64 for length in lengths) if packing == "pad" else 0
-        assert (blocks["dropped"], blocks["padded"]) == (dropped, padded)
+        assert blocks["dropped"] == dropped
+        if packing != "best_fit":
+            padded = sum(-length % 64 for length in lengths) if packing == "pad" else 0
+            assert blocks["padded"] == padded
+        assert (blocks["train"] + blocks["validation"] + blocks["padded"]) % 64 == 0
         assert blocks["train"] + blocks["validation"] + blocks["dropped"] == record["tokens_in"]
         assert blocks["validation" if record["source"] != "validation" else "train"] == 0
     assert shown["duplicates"]["documents"] == 1
@@ -109,3 +112,18 @@ def test_the_ledger_is_exact_and_duplicates_are_shown(workplace: Workplace, pack
     plain = workplace.run("data", "show", "run.yaml").stdout
     assert "1 documents of the training text are in the validation text too\n  train-00000:7  " in plain
     assert f"positions padded ({packing}, 64 tokens)" in plain
+
+
+def test_bad_records_that_were_skipped_are_listed(workplace: Workplace) -> None:
+    lines = [json.dumps({"text": text}) for text in sentences(200)]
+    lines[3], lines[150] = "{", '{"other": 1}'
+    (workplace.folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    given = ("run.yaml", "data.train=[a.jsonl]")
+    assert workplace.run("data", "prepare", *given, "--skip-bad").returncode == 0
+    shown = answered(workplace, "data", "show", *given)
+    file = str(workplace.folder / "a.jsonl")
+    assert [(record["file"], record["line"]) for record in shown["bad"]] == [(file, 4), (file, 151)]
+    assert shown["ledger"][0]["skipped_bad"] == 2
+    plain = workplace.run("data", "show", *given).stdout
+    assert f"\n2 bad records were left out\n  {file}:4" in plain
+    assert "no field 'text'" in plain

@@ -21,8 +21,8 @@ LENGTHS = (1, 16, 64, 256, 1024, 4096)
 EXCERPT = 200
 """Characters shown of a text."""
 
-EXAMPLES = 3
-"""Duplicates and bad records shown as text, at most."""
+EXAMPLES = 10
+"""Duplicates and bad records shown, at most; all bad records are in the JSON."""
 
 TABLES = (".parquet", ".arrow")
 """Endings of files whose documents are rows, counted from 0, and not stretches of bytes."""
@@ -59,6 +59,9 @@ def show_store(path: Path, run: RunConfig | None, samples: int) -> Shown:
     text += map(_ledger_text, ledger)
     text += [f"\n{duplicates.documents:,} documents of the training text are in the validation text too"]
     text += [f"  {place_text(twin['train'])}\n    is {place_text(twin['validation'])}" for twin in twins]
+    bad = [record.model_dump() for record in store.manifest.bad]
+    if bad:
+        text += [f"\n{len(bad):,} bad records were left out", *map(_bad_text, bad[:EXAMPLES])]
     return Shown(
         "\n".join(text),
         {
@@ -67,6 +70,7 @@ def show_store(path: Path, run: RunConfig | None, samples: int) -> Shown:
             "ledger": ledger,
             "splits": splits,
             "duplicates": {"documents": duplicates.documents, "examples": twins},
+            "bad": bad,
         },
     )
 
@@ -157,7 +161,8 @@ def _ledger_text(record: dict[str, Any]) -> str:
         f"\nledger of source {record['source']}",
         f"  tokens         {record['tokens_in']:,} = {record['train_tokens']:,} train"
         f" + {record['validation_tokens']:,} validation",
-        f"  left out       {record['skipped_empty']:,} empty documents",
+        f"  left out       {record['skipped_empty']:,} empty documents,"
+        f" {record['skipped_bad']:,} bad records",
     ]
     if blocks := record.get("blocks"):
         lines.append(
@@ -166,3 +171,9 @@ def _ledger_text(record: dict[str, Any]) -> str:
             f" {blocks['padded']:,} positions padded ({blocks['packing']}, {blocks['block_size']:,} tokens)"
         )
     return "\n".join(lines)
+
+
+def _bad_text(record: dict[str, Any]) -> str:
+    line = "" if record["line"] is None else f":{record['line']}"
+    offset = "" if record["offset"] is None else f", {record['counted']} {record['offset']}"
+    return f"  {record['file']}{line}{offset}: {record['reason']}"

@@ -93,7 +93,7 @@ def test_sources_of_a_mixture_stay_apart(prepared: Any, corpus: Path, tokenizer:
 
 
 @pytest.mark.usefixtures("small_units")
-@pytest.mark.parametrize("packing", ["concat", "pad"])
+@pytest.mark.parametrize("packing", ["concat", "pad", "best_fit"])
 def test_a_document_is_found_in_every_block_that_describes_it(
     prepared: Any, corpus: Path, packing: Any
 ) -> None:
