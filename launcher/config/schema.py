@@ -138,6 +138,11 @@ class SkipSection(Section):
         "any of one is banned.",
     )
 
+    @property
+    def step_numbers(self) -> set[int]:
+        """Every step that `steps` names."""
+        return {step for entry in self.steps for step in steps_in(entry)}
+
 
 class DataSection(Section):
     """Which text, and how it becomes blocks of tokens."""

@@ -43,7 +43,7 @@ def as_it_goes_on(run: RunConfig, store: Path, directory: RunDirectory) -> Sampl
     phases = past.going_on(
         step,
         batch_size=run.train.batch_size,
-        steps={step for entry in run.data.skip.steps for step in steps_in(entry)},
+        steps=run.data.skip.step_numbers,
         documents=run.data.skip.documents,
         in_force=Phases(trained_last, banned) if trained_last else None,
     )

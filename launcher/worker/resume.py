@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.config.schema import RunConfig, steps_in
+from launcher.config.schema import RunConfig
 from launcher.data.phases import Phase, Phases, read_phases
 from launcher.errors import RequestError
 from launcher.plan.choose import Plan
@@ -52,7 +52,7 @@ def go_on(
     return past.going_on(
         0 if checkpoint is None else checkpoint.step,
         batch_size=run.train.batch_size,
-        steps={step for entry in run.data.skip.steps for step in steps_in(entry)},
+        steps=run.data.skip.step_numbers,
         documents=run.data.skip.documents,
         in_force=rows.phases(trained_last) if trained_last else None,
     )
