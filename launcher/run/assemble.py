@@ -21,7 +21,7 @@ from launcher.plan.shape import shape_of
 from launcher.render.accelerate import render_accelerate
 from launcher.render.command import render_launch
 from launcher.run.checkpoints import committed
-from launcher.run.directory import RunDirectory, configuration_hash, run_directory, write_files
+from launcher.run.directory import RunDirectory, configuration_hash, has_begun, run_directory, write_files
 from launcher.run.machine import Machine
 
 
@@ -167,6 +167,8 @@ def rendered_files(assembly: Assembly, directory: RunDirectory, prepared: Prepar
 
 def write_run(assembly: Assembly, directory: RunDirectory, prepared: Prepared, environment: str) -> None:
     """Write the run directory, the worker's orders included."""
+    if not has_begun(directory):
+        directory.phases.unlink(missing_ok=True)  # of an attempt that came to nothing, perhaps on other text
     write_files(
         [*rendered_files(assembly, directory, prepared).items(), (directory.environment, environment)]
     )
