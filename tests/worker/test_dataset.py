@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.data.order import Order
@@ -71,6 +71,7 @@ ATTEMPTS = st.lists(
 """Steps done, micro-batch, accumulation, world size and banned steps of each attempt of a run."""
 
 
+@settings(deadline=None)
 @given(attempts=ATTEMPTS, blocks=st.integers(1, 200))
 def test_over_any_attempts_every_block_of_an_epoch_is_taken_once(
     attempts: list[tuple[int, int, int, int, set[int]]], blocks: int

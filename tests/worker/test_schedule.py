@@ -46,6 +46,7 @@ def rates(scheduler: LRScheduler) -> list[float]:
     return found
 
 
+@settings(deadline=None)
 @given(changes=CHANGES, warmup=st.integers(0, STEPS))
 def test_what_follows_warmup_goes_by_the_samples(changes: list[tuple[int, int]], warmup: int) -> None:
     phases = phases_of(changes)
