@@ -128,6 +128,7 @@ def train(
     from launcher.run.directory import check_goes_on, check_same_run, run_directory
     from launcher.run.environment import describe_environment
     from launcher.run.preflight import check_launch
+    from launcher.run.samples import check_skip
     from launcher.run.supervise import is_finished, only_supervisor, supervise
 
     draft = _assemble(run, overrides, cluster)
@@ -140,7 +141,9 @@ def train(
     _show_plan(final, stream_of_answer=False)
     with only_supervisor(directory):
         check_same_run(directory, final.run.config)
-        check_goes_on(directory, final.plan.steps, prepared.store)
+        check_goes_on(directory, final.plan, prepared.store)
+        if said := check_skip(final.run.config, final.plan, prepared.store, directory):
+            console.say(said)
         if is_finished(directory, final.plan.steps):
             console.say(f"run {final.plan.name} is finished; its model is in {directory.model}")
             return
@@ -296,19 +299,36 @@ def data_verify(
 
 @data.command("show", epilog="Example: launcher data show runs/gpt2-shakespeare --step 100")
 def data_show(
-    store: Annotated[
-        Path, typer.Argument(metavar="STORE_OR_RUN_DIR", help="A token store, or a run that uses one.")
+    given: Annotated[
+        Path,
+        typer.Argument(
+            metavar="STORE_OR_RUN",
+            help="A token store; a run's folder, as trained; a run.yaml, as it goes on.",
+        ),
     ],
+    overrides: Overrides = None,
+    cluster: ClusterFile = None,
     step: Annotated[
         int | None, typer.Option("--step", min=1, help="A run's optimizer step: which text is in it.")
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=0, help="How many documents to show.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Show what is in a token store, or which text is in one step of a run."""
-    from launcher.run.show import show_step, show_store
+    """Show what is in a token store, or which text is in one step of a run, without running it."""
+    from launcher.run.show import show_store
+    from launcher.run.show_step import show_step
+    from launcher.run.subject import subject_of_folder, subject_of_run
 
-    shown = show_store(store, samples) if step is None else show_step(store, step)
+    if given.is_file():
+        subject = subject_of_run(_assemble(given, overrides, cluster))
+    elif overrides or cluster:
+        raise RequestError(f"{given} is a folder: KEY=VALUE and --cluster go with a run.yaml")
+    else:
+        subject = subject_of_folder(given)
+    if step is None:
+        shown = show_store(subject.store, subject.run, samples)
+    else:
+        shown = show_step(subject.samples(), subject.steps, step)
     if as_json:
         console.answer_json(shown.as_json)
     else:

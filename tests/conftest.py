@@ -101,6 +101,7 @@ def small_plan() -> Plan:
         batch=Batch(8, 2, 2, 2),
         block_size=64,
         steps=20,
+        samples=160,
         warmup_steps=0,
         eval_every=Every(steps=10),
         checkpoint_every=Every(seconds=900.0),

@@ -9,12 +9,13 @@ from typing import Literal, TypeAlias, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from launcher.config.document import dotted
-from launcher.config.schema import CheckpointSection, Section, TrainSection
+from launcher.config.schema import CheckpointSection, Section, SkipSection, TrainSection
 
 Names: TypeAlias = tuple[str, ...]
 
 _DURATION = "a number of steps, or a duration such as 30min"
 _IN_WORDS: Mapping[tuple[type[Section], str], str] = {
+    (SkipSection, "steps"): "a list of steps such as [120, 130-135]",
     (CheckpointSection, "every"): _DURATION,
     (TrainSection, "eval_every"): _DURATION,
 }

@@ -136,6 +136,16 @@ def stopping_needs_validation(early_stopping: object, validation: float | list[s
         )
 
 
+def skipping_a_stream(mode: str, *skipped: list[Any]) -> Iterator[Fault]:
+    for name, given in zip(("steps", "documents"), skipped, strict=True):
+        if mode == "stream" and given:
+            yield Fault(
+                f"data.skip.{name}",
+                "a stream has no store to find banned text in",
+                hint="set data.mode: prepared, or take it out of data.skip",
+            )
+
+
 def micro_batch_divides(micro_batch: int | str, batch_size: int) -> Iterator[Fault]:
     if isinstance(micro_batch, str) or batch_size % micro_batch == 0:
         return
@@ -253,6 +263,7 @@ RUN_RULES = (
     Rule(("train.betas",), betas_below_one),
     Rule(("train.warmup", "train.steps"), warmup_in_steps),
     Rule(("train.early_stopping", "data.validation"), stopping_needs_validation),
+    Rule(("data.mode", "data.skip.steps", "data.skip.documents"), skipping_a_stream),
     Rule(("train.micro_batch", "train.batch_size"), micro_batch_divides),
     Rule(("train.metrics",), names_in_modules("train.metrics", "my_metrics:accuracy")),
     Rule(("train.callbacks",), names_in_modules("train.callbacks", "my_callbacks:MyCallback")),

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+STEPS = re.compile(r"(\d+)(?:-(\d+))?")
+DOCUMENT = re.compile(r"[^:]+:\d+")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")
 SECONDS: Mapping[str, float] = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -36,6 +38,30 @@ def _every(value: int | str) -> int | str:
     elif value < 1:
         raise ValueError("expected at least 1 step")
     return value
+
+
+def steps_in(entry: str) -> range:
+    """The steps that `120` or `130-135` names, both ends included. Raises ValueError."""
+    match = STEPS.fullmatch(entry)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ValueError("expected a step from 1 on, or a range of steps such as 130-135")
+    return range(first, last + 1)
+
+
+def _number_as_text(value: Any) -> Any:
+    return str(_integral(value)) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _steps(entry: str) -> str:
+    steps_in(entry)
+    return entry
+
+
+def _document(name: str) -> str:
+    if DOCUMENT.fullmatch(name) is None:
+        raise ValueError("expected SHARD:DOCUMENT, such as train-00003:1542")
+    return name
 
 
 def _run_name(value: str) -> str:
@@ -98,6 +124,26 @@ class ModelSection(Section):
     )
 
 
+class SkipSection(Section):
+    """Text that is not trained on any more, as after a spike in the loss."""
+
+    steps: list[Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_steps)]] = Field(
+        default_factory=list,
+        description="Steps whose samples are banned: numbers, or ranges such as 130-135. The run is to go on "
+        "from a checkpoint before them; their places are taken by the samples that follow.",
+    )
+    documents: list[Annotated[str, AfterValidator(_document)]] = Field(
+        default_factory=list,
+        description="Documents, named as `data show` prints them (train-00003:1542). Every block that holds "
+        "any of one is banned.",
+    )
+
+    @property
+    def step_numbers(self) -> set[int]:
+        """Every step that `steps` names."""
+        return {step for entry in self.steps for step in steps_in(entry)}
+
+
 class DataSection(Section):
     """Which text, and how it becomes blocks of tokens."""
 
@@ -137,6 +183,9 @@ class DataSection(Section):
     )
     mode: Literal["prepared", "stream"] = Field(
         "prepared", description="`prepared`: tokenised once into a store. `stream`: straight from the text."
+    )
+    skip: SkipSection = Field(
+        default_factory=SkipSection, description="Text that is not trained on any more."
     )
     cache_dir: str | None = Field(
         None, description="Where token stores are kept. null: `.stores` in `output_dir`."

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from launcher.data.packing import Packing, Span
 from launcher.data.store import Split, Store
+from launcher.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Passage:
 
     `file`, `offset`, `length`: the document's bytes in its decompressed source file. `document`: its index
     in `shard`. `start`, `stop`: token positions in the block. `document_token`: which token of the document
-    the passage begins with.
+    the passage begins with, of `document_tokens`, end-of-text included.
     """
 
     file: str
@@ -30,6 +31,12 @@ class Passage:
     start: int
     stop: int
     document_token: int
+    document_tokens: int
+
+    @property
+    def name(self) -> str:
+        """What the document is called, in `data.skip` too: `SHARD:DOCUMENT`."""
+        return f"{self.shard}:{self.document}"
 
 
 COUNTED_SHARDS = 16  # shards whose documents' ends are held at a time: 8 bytes a document
@@ -40,6 +47,7 @@ class Blocks:
 
     def __init__(self, store: Store, split: Split, block_size: int, packing: Packing) -> None:
         self.store = store
+        self.split = split
         self.block_size = block_size
         self.full = packing == "concat"
         self.sources = store.sources(split)
@@ -63,6 +71,21 @@ class Blocks:
     def describe(self, source: int, block: int) -> list[Passage]:
         """Which bytes of which files a block's tokens come from, in order."""
         return self._parts[source].describe(block)
+
+    def holding(self, document: str) -> tuple[int, NDArray[np.int64]]:
+        """The source of a document named `SHARD:DOCUMENT`, and `int64[n]`: every block that holds any of it.
+
+        Raises RequestError for a document that this split does not have.
+        """
+        name, _, index = document.rpartition(":")
+        for source, part in enumerate(self._parts):
+            if (blocks := part.holding(name, int(index))) is not None:
+                return source, blocks
+        raise RequestError(
+            f"there is no document {document} in the {self.split} text of {self.store.path}",
+            hint="documents are named as `launcher data show RUN --step N` prints them",
+            key="data.skip.documents",
+        )
 
 
 class SourceBlocks:
@@ -96,6 +119,14 @@ class SourceBlocks:
             passages += self._passages(span, position)
         return passages
 
+    def holding(self, shard: str, document: int) -> NDArray[np.int64] | None:
+        """Every block that holds any of a document; None where it is not in this source. See `Blocks`."""
+        for number, each in enumerate(self._shards):
+            if each.name == shard and document < each.documents:
+                start, stop = [0, *self._ends(number)[max(0, document - 1) : document + 1].tolist()][-2:]
+                return self._plan.holding(Span(number, start, stop))
+        return None
+
     def _count_ends(self, shard: int) -> NDArray[np.int64]:
         return np.cumsum(self._store.lengths(self._shards[shard]), dtype=np.int64)
 
@@ -121,6 +152,7 @@ class SourceBlocks:
                     position,
                     position + stop - token,
                     token - begun,
+                    int(ends[document]) - begun,
                 )
             )
             position, token, document = position + stop - token, stop, document + 1

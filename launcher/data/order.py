@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from math import gcd
 from typing import NamedTuple
@@ -24,7 +24,6 @@ from numpy.typing import ArrayLike, NDArray
 
 CYCLE = 65_536  # samples in which every source gets its quota: shares are exact to 1 in 65,536
 ROUNDS = 8
-CHUNK = 1 << 16
 MASK = (1 << 64) - 1
 
 
@@ -82,12 +81,29 @@ class Order:
             block[own] = _permute_all(position[own], self.blocks[s], round_keys(self.seed, s, e))
         return np.stack([source, epoch, block], axis=1)
 
-    def certificate(self, from_sample: int, to_sample: int) -> str:
-        """A hash of the samples in `[from_sample, to_sample)`: the same only for the same ones in order."""
+    def samples_of(self, source: int, blocks: ArrayLike, before: int) -> NDArray[np.int64]:
+        """`int64[n]`, ascending: the samples below `before` that are one of these blocks of a source.
+
+        Each block is one sample an epoch, found by walking the permutation backwards.
+        """
+        wanted = np.asarray(blocks, dtype=np.int64)
+        size, quota = self.blocks[source], self.quotas[source]
+        places = np.flatnonzero(self._turn == source)
+        cycles, rest = divmod(before, self.cycle)
+        turns = cycles * quota + int(np.searchsorted(places, rest))
+        found = [np.empty(0, dtype=np.int64)]
+        for epoch in range(-(-turns // size) if wanted.size else 0):
+            keys = round_keys(self.seed, source, epoch)
+            nth = epoch * size + _permute_all(wanted, size, keys, backwards=True)
+            cycle, rank = np.divmod(nth[nth < turns], quota)
+            found.append(np.sort(cycle * self.cycle + places[rank]))
+        return np.concatenate(found)
+
+    def certificate(self, samples: Iterable[ArrayLike]) -> str:
+        """A hash of where these samples come from, in order, however they are parted into arrays."""
         digest = hashlib.blake2b(digest_size=16)
-        for start in range(from_sample, to_sample, CHUNK):
-            ids = self.map(np.arange(start, min(start + CHUNK, to_sample)))
-            digest.update(ids.astype("<i8").tobytes())
+        for part in samples:
+            digest.update(self.map(part).astype("<i8").tobytes())
         return digest.hexdigest()
 
 
@@ -143,15 +159,22 @@ def permute(position: int, size: int, keys: Sequence[int]) -> int:
             return position
 
 
-def _permute_all(positions: NDArray[np.int64], size: int, keys: Sequence[int]) -> NDArray[np.int64]:
+def _permute_all(
+    positions: NDArray[np.int64], size: int, keys: Sequence[int], *, backwards: bool = False
+) -> NDArray[np.int64]:
+    """`permute` of each position; backwards, what `permute` sends to each."""
     half = np.uint64(_half_bits(size))
     mask = (np.uint64(1) << half) - np.uint64(1)
     result = positions.astype(np.uint64)
     walking = np.arange(len(result))
     while walking.size:
         left, right = result[walking] >> half, result[walking] & mask
-        for key in keys:
-            left, right = right, left ^ (_mix_all(right + np.uint64(key)) & mask)
+        if backwards:
+            for key in reversed(keys):
+                left, right = right ^ (_mix_all(left + np.uint64(key)) & mask), left
+        else:
+            for key in keys:
+                left, right = right, left ^ (_mix_all(right + np.uint64(key)) & mask)
         result[walking] = left << half | right
         walking = walking[result[walking] >= size]
     return result.astype(np.int64)

@@ -51,6 +51,9 @@ class Plan(Protocol):
     def locate(self, block: int) -> list[Span]:
         """The tokens of a block, in order. Raises IndexError for a block that is not there."""
 
+    def holding(self, span: Span) -> NDArray[np.int64]:
+        """`int64[n]`, ascending: every block that holds any of these tokens."""
+
 
 class ConcatPlan:
     """Blocks of exactly `block_size` tokens, across documents and shards; the short tail is dropped."""
@@ -74,6 +77,11 @@ class ConcatPlan:
             start = min(stop, after)
             shard += 1
         return spans
+
+    def holding(self, span: Span) -> NDArray[np.int64]:
+        begins = self._starts[span.shard]
+        first, last = ((begins + token) // self._block_size for token in (span.start, span.stop - 1))
+        return np.arange(first, min(last + 1, self.blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,13 @@ class LaidOutPlan:
         row = block - self._starts[shard]
         first, after = layout.firsts[row : row + 2].tolist()
         return [Span(shard, start, stop) for start, stop in layout.pieces[first:after].tolist()]
+
+    def holding(self, span: Span) -> NDArray[np.int64]:
+        layout = self._layout(span.shard)
+        starts, stops = layout.pieces.T
+        pieces = np.flatnonzero((starts < span.stop) & (stops > span.start))
+        rows = np.searchsorted(layout.firsts, pieces, side="right") - 1
+        return self._starts[span.shard] + np.unique(rows)
 
 
 def lay_out(lengths: NDArray[np.int32], block_size: int, packing: ByDocument) -> ShardLayout:

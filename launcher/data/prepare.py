@@ -95,6 +95,11 @@ def prepare(
     return making.folder
 
 
+def store_of(data: DataSection, tokenizer: Tokenizer, cache_dir: Path) -> Path:
+    """Where the token store of this text under this tokenizer is, or would be."""
+    return cache_dir / content_of(data, list_corpora(data), tokenizer).name
+
+
 def check_blocks(store: Store, block_size: int, packing: Packing) -> None:
     """Raise DataError where a source, or validation text that was asked for, makes no block."""
     made = {(each.split, each.source): each for each in store.summary(block_size, packing)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -71,6 +72,11 @@ class Shard(Record):
     documents: int
     origins: list[Origin]
     files: dict[str, Mark]
+
+    def file_of(self, document: int) -> str:
+        """The source file of a document, by its index in the shard."""
+        firsts = [origin.first_document for origin in self.origins]
+        return self.origins[bisect_right(firsts, document) - 1].file
 
 
 class Listed(Record):

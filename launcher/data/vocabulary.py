@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launcher.config.schema import DataSection, TokenizerFromCorpus
-from launcher.data.corpus import list_corpora, reading_of
+from launcher.data.corpus import Corpus, list_corpora, reading_of
 from launcher.data.making import locked
 from launcher.data.manifest import listing_of
 from launcher.data.sources import Reading, batches
@@ -32,12 +32,8 @@ def resolve_tokenizer(
     """
     if isinstance(asked, str):
         return load_tokenizer(asked)
-    corpora = [corpus for corpus in list_corpora(data) if not corpus.held_out]
-    reading = reading_of(data)
-    listing = [each.model_dump(mode="json") for each in listing_of(corpora)]
-    rules = [TRAINING_RULES, TRAINING_BYTES, asked.train.vocab_size, asdict(reading), listing]
-    name = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:24]
-    folder = cache_dir / TOKENIZERS / name
+    corpora, reading = _trained_on(data), reading_of(data)
+    folder = _trained_folder(asked, corpora, reading, cache_dir)
     with locked(folder.with_suffix(".lock")):
         if not folder.is_dir():
             unfinished = folder.with_suffix(".tmp")
@@ -47,6 +43,28 @@ def resolve_tokenizer(
             train_tokenizer(texts, asked.train.vocab_size).save(unfinished)
             unfinished.replace(folder)
         return load_tokenizer(str(folder))
+
+
+def find_tokenizer(asked: str | TokenizerFromCorpus, data: DataSection, cache_dir: Path) -> Tokenizer | None:
+    """The tokenizer a run asks for; None for one that is yet to be trained. See `resolve_tokenizer`."""
+    if isinstance(asked, str):
+        return load_tokenizer(asked)
+    folder = _trained_folder(asked, _trained_on(data), reading_of(data), cache_dir)
+    return load_tokenizer(str(folder)) if folder.is_dir() else None
+
+
+def _trained_on(data: DataSection) -> list[Corpus]:
+    return [corpus for corpus in list_corpora(data) if not corpus.held_out]
+
+
+def _trained_folder(
+    asked: TokenizerFromCorpus, corpora: Sequence[Corpus], reading: Reading, cache_dir: Path
+) -> Path:
+    """Named by all that determines the tokenizer."""
+    listing = [each.model_dump(mode="json") for each in listing_of(corpora)]
+    rules = [TRAINING_RULES, TRAINING_BYTES, asked.train.vocab_size, asdict(reading), listing]
+    name = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:24]
+    return cache_dir / TOKENIZERS / name
 
 
 def spread_texts(

@@ -23,6 +23,21 @@ class Batch:
             raise ValueError(f"{self} does not multiply out")
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How far a run has come that goes on: steps, and the samples in them, whatever their sizes were.
+
+    `warmup_steps` is the warmup that its learning rate began with; None where nothing is done yet.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    warmup_steps: int | None = None
+
+
+NOTHING_DONE = Done()
+
+
 def splits(batch_size: int, world_size: int, micro_batch: int | None, largest: int) -> list[Batch]:
     """Every way to spread `batch_size` sequences over `world_size` ranks, the largest micro-batch first.
 
@@ -79,19 +94,24 @@ def count_steps(
     tokens: int | None,
     epochs: float | None,
     blocks: int | None,
+    done: Done = NOTHING_DONE,
 ) -> int | None:
     """Optimizer steps in a run, rounded up so that at least what was asked for is trained on.
 
     Exactly one of `steps`, `tokens` and `epochs` is given. `blocks` is the number of training blocks
-    in one epoch; None where the text is not prepared yet, and then epochs give None.
+    in one epoch; None where the text is not prepared yet, and then epochs give None. What a run has
+    `done` counts towards tokens and epochs with the batch sizes it was done in.
     """
     if steps is not None:
         return steps
     if tokens is not None:
-        return -(-tokens // (batch_size * block_size))
+        left = tokens - done.samples * block_size
+        return done.steps + max(0, -(-left // (batch_size * block_size)))
     if epochs is None:
         raise ValueError("one of steps, tokens and epochs must be given")
-    return None if blocks is None else max(1, math.ceil(epochs * blocks / batch_size))
+    if blocks is None:
+        return None
+    return max(1, done.steps + max(0, math.ceil((epochs * blocks - done.samples) / batch_size)))
 
 
 def warmup_steps(warmup: float, steps: int) -> int:

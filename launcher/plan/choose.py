@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.config.schema import RunConfig, seconds
 from launcher.errors import MachineError, RequestError
-from launcher.plan.batch import Batch, count_steps, splits, warmup_steps
+from launcher.plan.batch import NOTHING_DONE, Batch, Done, count_steps, splits, warmup_steps
 from launcher.plan.hardware import GPU
 from launcher.plan.memory import Memory, estimate
 from launcher.plan.shape import Shape, parameters
@@ -67,9 +67,9 @@ class Blocks:
 class Plan:
     """What will happen. Every number the run needs that is not in the configuration itself.
 
-    `steps` and `warmup_steps` are None only where training is measured in epochs and the text is
-    not prepared yet. `parameters` and `memory` (bytes per rank, by category) are None for a model
-    whose architecture the memory model does not know.
+    `samples` are those in the whole run. They, `steps` and `warmup_steps` are None only where training is
+    measured in epochs and the text is not prepared yet. `parameters` and `memory` (bytes per rank, by
+    category) are None for a model whose architecture the memory model does not know.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Plan:
     batch: Batch
     block_size: int
     steps: int | None
+    samples: int | None
     warmup_steps: int | None
     eval_every: Every
     checkpoint_every: Every
@@ -96,15 +97,15 @@ class Plan:
 
     @property
     def tokens(self) -> int | None:
-        """Token positions in the whole run: `steps x batch_size x block_size`."""
-        return None if self.steps is None else self.steps * self.batch.batch_size * self.block_size
+        """Token positions in the whole run: `samples x block_size`."""
+        return None if self.samples is None else self.samples * self.block_size
 
     @property
     def epochs(self) -> float | None:
         """Passes over the training blocks."""
-        if self.steps is None or self.blocks is None or not self.blocks.train:
+        if self.samples is None or self.blocks is None or not self.blocks.train:
             return None
-        return self.steps * self.batch.batch_size / self.blocks.train
+        return self.samples / self.blocks.train
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -125,13 +126,19 @@ class Plan:
 
 
 def make_plan(
-    run: RunConfig, place: Place, *, shape: Shape | None, positions: int | None, blocks: Blocks | None
+    run: RunConfig,
+    place: Place,
+    *,
+    shape: Shape | None,
+    positions: int | None,
+    blocks: Blocks | None,
+    done: Done = NOTHING_DONE,
 ) -> Plan:
     """Work out everything `run` leaves open, for `place`.
 
     `shape` is the model's, with the tokenizer's vocabulary, or None for an architecture not known in
     advance; `positions` the longest sequence it can take; `blocks` what the prepared text holds, or
-    None before it is prepared.
+    None before it is prepared; `done` how far a run has come that goes on.
 
     Raises RequestError for what the run asks in vain, MachineError for what `place` lacks.
     """
@@ -152,6 +159,7 @@ def make_plan(
         tokens=train.tokens,
         epochs=train.epochs,
         blocks=None if blocks is None else blocks.train,
+        done=done,
     )
     evaluates = data.validation not in (0, []) and (blocks is None or blocks.validation > 0)
     if train.early_stopping is not None and not evaluates:
@@ -175,7 +183,8 @@ def make_plan(
         batch=batch,
         block_size=data.block_size,
         steps=steps,
-        warmup_steps=None if steps is None else warmup_steps(train.warmup, steps),
+        samples=None if steps is None else done.samples + (steps - done.steps) * train.batch_size,
+        warmup_steps=_warmup(train.warmup, steps, done),
         eval_every=_every(train.eval_every) if evaluates else Every(),
         checkpoint_every=_every(run.checkpoint.every),
         blocks=blocks,
@@ -183,6 +192,13 @@ def make_plan(
         memory=None if memory is None else dict(memory.items()),
         memory_available=_memory_per_rank(place),
     )
+
+
+def _warmup(warmup: float, steps: int | None, done: Done) -> int | None:
+    """Steps of warmup: those the run began with, whatever its length has become since."""
+    if done.warmup_steps is not None or steps is None:
+        return done.warmup_steps
+    return warmup_steps(warmup, steps)
 
 
 def _precision(run: RunConfig, place: Place) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from launcher.errors import RequestError
 from launcher.plan.choose import Plan
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,6 @@ def parse_orders(text: str) -> Orders:
     if fields.pop("version", None) != VERSION:
         raise RequestError(
             f"plan.json is not of format version {VERSION}",
-            hint="run `launcher train` again: it writes the plan anew",
+            hint="another version of launcher wrote it: go on with that one, or give the run another name",
         )
     return Orders(**{**fields, "plan": Plan.from_dict(fields["plan"])})

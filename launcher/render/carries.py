@@ -19,7 +19,7 @@ def _plan(*names: str) -> tuple[Path, ...]:
 FIT = _plan("batch", "gradient_checkpointing", "memory")
 """What is chosen together, so that the run fits."""
 
-LENGTH = _plan("steps", "warmup_steps")
+LENGTH = _plan("steps", "samples", "warmup_steps")
 TEXT: tuple[Path, ...] = ((PLAN, "store"), (PLAN, "vocabulary"), *_plan("blocks", "eval_every"), *LENGTH)
 """What depends on the prepared text."""
 

@@ -13,13 +13,15 @@ from launcher.config.load import Loaded, dump
 from launcher.config.models import ModelSource, find_model
 from launcher.config.schema import ClusterConfig, RunConfig, TokenizerFromCorpus
 from launcher.errors import LauncherError, MachineError, RequestError, RunDirectoryError
+from launcher.plan.batch import NOTHING_DONE, Done
 from launcher.plan.choose import Blocks, Place, Plan, make_plan
 from launcher.plan.hardware import find_gpu
 from launcher.plan.orders import Orders, format_orders
 from launcher.plan.shape import shape_of
 from launcher.render.accelerate import render_accelerate
 from launcher.render.command import render_launch
-from launcher.run.directory import RunDirectory, configuration_hash, write_files
+from launcher.run.checkpoints import committed
+from launcher.run.directory import RunDirectory, configuration_hash, has_begun, run_directory, write_files
 from launcher.run.machine import Machine
 
 
@@ -72,8 +74,19 @@ def _assemble(
         shape=shape,
         positions=shape.positions if shape else _positions(model.config),
         blocks=prepared.blocks if prepared else None,
+        done=how_far(run_directory(run.config)),
     )
     return Assembly(run, cluster, machine, place, model, plan)
+
+
+def how_far(directory: RunDirectory) -> Done:
+    """How far a run has come, by its newest checkpoint. It is not verified: the worker does that, and says so
+    where another one leads to another length."""
+    checkpoints = committed(directory.checkpoints)
+    if not checkpoints:
+        return NOTHING_DONE
+    newest = checkpoints[-1]
+    return Done(newest.step, newest.samples, directory.read_orders().plan.warmup_steps)
 
 
 def _with_vocabulary(config: Mapping[str, Any], vocabulary: int | None, init: str) -> Mapping[str, Any]:
@@ -154,6 +167,8 @@ def rendered_files(assembly: Assembly, directory: RunDirectory, prepared: Prepar
 
 def write_run(assembly: Assembly, directory: RunDirectory, prepared: Prepared, environment: str) -> None:
     """Write the run directory, the worker's orders included."""
+    if not has_begun(directory):
+        directory.phases.unlink(missing_ok=True)  # of an attempt that came to nothing, perhaps on other text
     write_files(
         [*rendered_files(assembly, directory, prepared).items(), (directory.environment, environment)]
     )

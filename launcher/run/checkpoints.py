@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "MANIFEST.json"
+STATE = "launcher.json"
+"""In a checkpoint: what launcher itself must know to go on."""
 VERSION = 1
 FOLDERS = "step-" + 8 * "[0-9]"
 """What a committed checkpoint's folder is called."""
@@ -36,6 +38,11 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         return sum(size for size, _ in self.files.values())
+
+    def state(self) -> dict[str, Any]:
+        """What launcher itself noted in it."""
+        noted: dict[str, Any] = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        return noted
 
     def damage(self) -> list[str]:
         """What is wrong with each file that is missing or not what was written; empty: all good."""

@@ -15,10 +15,17 @@ from typing import TextIO
 from launcher.config.load import differences, load_run
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, RequestError, RunDirectoryError
+from launcher.plan.choose import Plan
 from launcher.plan.orders import Orders, parse_orders
 
-MAY_CHANGE = frozenset({"train.steps", "train.tokens", "train.epochs", "output_dir"})
-"""Keys that may differ when a run goes on: its length may grow, and its folder may be named otherwise."""
+MAY_CHANGE = frozenset(
+    {
+        *("train.steps", "train.tokens", "train.epochs", "train.batch_size", "train.micro_batch"),
+        *("data.skip.steps", "data.skip.documents", "output_dir"),
+    }
+)
+"""Keys that may differ when a run goes on: its length may grow, its batch change, text be left out from there
+on, and its folder be named otherwise."""
 
 
 LOCKS = frozenset({".lock", ".ranks.lock"})
@@ -62,6 +69,11 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def phases(self) -> Path:
+        """Which samples are in which step, as the run was trained last."""
+        return self.root / "phases.json"
 
     @property
     def stop_request(self) -> Path:
@@ -197,10 +209,11 @@ def _value(run: RunConfig, key: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def check_goes_on(directory: RunDirectory, steps: int | None, store: Path) -> None:
+def check_goes_on(directory: RunDirectory, plan: Plan, store: Path) -> None:
     """Raise RunDirectoryError if a run that has begun would be cut short, or go on with other text.
 
-    `store` is the token store now. A run may grow; its learning rate has followed the longer schedule.
+    `store` is the token store now. A run may grow; its learning rate has followed the longer schedule. With
+    another batch size as many samples may take fewer steps, and the last step may round them otherwise.
     """
     if not has_begun(directory):
         return
@@ -212,10 +225,13 @@ def check_goes_on(directory: RunDirectory, steps: int | None, store: Path) -> No
             directory=directory.root,
             hint="put the files back as they were (times of change too), or give the new run another name",
         )
-    before = orders.plan.steps
-    if before is not None and steps is not None and steps < before:
+    before = orders.plan
+    if before.steps is None or before.samples is None or plan.steps is None or plan.samples is None:
+        return
+    if plan.steps < before.steps and plan.samples <= before.samples - before.batch.batch_size:
         raise RunDirectoryError(
-            f"run {directory.root.name!r} was planned for {before:,} steps, and {steps:,} are asked for now",
+            f"run {directory.root.name!r} was planned for {before.steps:,} steps, "
+            f"and {plan.steps:,} are asked for now",
             directory=directory.root,
             hint="a run may grow but not shrink: give the shorter one another name",
         )

@@ -1,7 +1,9 @@
-"""What is in a token store, and which text is in one step of a run: read, nothing run."""
+"""What is in a token store, and where each of its tokens goes: read, nothing run."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -9,18 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from launcher.data.blocks import Blocks
-from launcher.data.mixture import training_order
-from launcher.data.store import SPLITS, Store, open_store
-from launcher.errors import RequestError, RunDirectoryError
-from launcher.run.assemble import store_folder
-from launcher.run.directory import RunDirectory
+from launcher.config.schema import RunConfig
+from launcher.data.duplicates import find_duplicates
+from launcher.data.store import SPLITS, Shard, Split, Store, Summary, open_store
 
 LENGTHS = (1, 16, 64, 256, 1024, 4096)
 """Lower ends of the document lengths, in tokens, that documents are counted by."""
 
 EXCERPT = 200
 """Characters shown of a text."""
+
+EXAMPLES = 10
+"""Duplicates and bad records shown, at most; all bad records are in the JSON."""
+
+TABLES = (".parquet", ".arrow")
+"""Endings of files whose documents are rows, counted from 0, and not stretches of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,38 +36,85 @@ class Shown:
     as_json: Any
 
 
-def show_store(given: Path, samples: int) -> Shown:
-    """Documents, tokens, lengths and the first documents of each split and source."""
-    store = open_store(store_folder(given))
-    tokenizer = store.tokenizer()
-    found: list[dict[str, Any]] = []
-    for split in SPLITS:
-        for source in store.sources(split):
-            shards = store.shards(split, source)
-            lengths = np.concatenate([store.lengths(shard) for shard in shards])
-            size = sum(int(store.places(shard)[:, 1].sum()) for shard in shards)
-            tokens = int(lengths.sum())
-            found.append(
-                {
-                    "split": split,
-                    "source": source,
-                    "documents": len(lengths),
-                    "tokens": tokens,
-                    "bytes": size,
-                    "bytes_per_token": size / max(1, tokens - len(lengths)),
-                    "lengths": _histogram(lengths),
-                    "samples": [
-                        tokenizer.decode(ids[:EXCERPT])[:EXCERPT]
-                        for ids in _first_documents(store, split, source, samples)
-                    ],
-                }
-            )
+def show_store(path: Path, run: RunConfig | None, samples: int) -> Shown:
+    """Documents, tokens, lengths and the first documents of each split and source; the ledger; what is in
+    training and validation text both. With a `run`, what its blocks hold of each source."""
+    store = open_store(path)
+    splits = [_split(store, split, source, samples) for split in SPLITS for source in store.sources(split)]
     ledger = [record.model_dump() for record in store.manifest.ledger]
-    shown = {"store": str(store.path), "vocabulary": store.vocabulary, "ledger": ledger, "splits": found}
+    if run is not None:
+        summaries = store.summary(run.data.block_size, run.data.packing)
+        for record in ledger:
+            own = [each for each in summaries if each.source == record["source"]]
+            record["blocks"] = _in_blocks(run, own)
+    duplicates = find_duplicates(store, EXAMPLES)
+    twins = [
+        {
+            "train": _place(store, twin.shard, twin.document),
+            "validation": _place(store, twin.validation_shard, twin.validation_document),
+        }
+        for twin in duplicates.examples
+    ]
+    text = [f"store {store.path}", f"vocabulary {store.vocabulary:,}", *map(_split_text, splits)]
+    text += map(_ledger_text, ledger)
+    text += [f"\n{duplicates.documents:,} documents of the training text are in the validation text too"]
+    text += [f"  {place_text(twin['train'])}\n    is {place_text(twin['validation'])}" for twin in twins]
+    bad = [record.model_dump() for record in store.manifest.bad]
+    if bad:
+        text += [f"\n{len(bad):,} bad records were left out", *map(_bad_text, bad[:EXAMPLES])]
     return Shown(
-        "\n".join([f"store {store.path}", f"vocabulary {store.vocabulary:,}", *map(_split_text, found)]),
-        shown,
+        "\n".join(text),
+        {
+            "store": str(store.path),
+            "vocabulary": store.vocabulary,
+            "ledger": ledger,
+            "splits": splits,
+            "duplicates": {"documents": duplicates.documents, "examples": twins},
+            "bad": bad,
+        },
     )
+
+
+def place(shard: str, document: int, file: str, offset: int, length: int) -> dict[str, Any]:
+    """Where a document is: its name, its file, and its bytes or its row there."""
+    counted = "row" if file.lower().endswith(TABLES) else "byte"
+    name = f"{shard}:{document}"
+    return {"document": name, "file": file, "counted": counted, "offset": offset, "length": length}
+
+
+def place_text(found: dict[str, Any]) -> str:
+    """A place, for people."""
+    if found["counted"] == "row":
+        return f"{found['document']}  {found['file']}: row {found['offset']}, {found['length']} bytes of text"
+    end = found["offset"] + found["length"]
+    return f"{found['document']}  {found['file']}: bytes {found['offset']} to {end}"
+
+
+def _place(store: Store, shard: Shard, document: int) -> dict[str, Any]:
+    offset, length = store.places(shard)[document].tolist()
+    return place(shard.name, document, shard.file_of(document), offset, length)
+
+
+def _split(store: Store, split: Split, source: str, samples: int) -> dict[str, Any]:
+    shards = store.shards(split, source)
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        counts.update(_histogram(store.lengths(shard)))
+    size = sum(int(store.places(shard)[:, 1].sum()) for shard in shards)
+    tokens, documents = sum(shard.tokens for shard in shards), sum(shard.documents for shard in shards)
+    tokenizer = store.tokenizer()
+    return {
+        "split": split,
+        "source": source,
+        "documents": documents,
+        "tokens": tokens,
+        "bytes": size,
+        "bytes_per_token": size / max(1, tokens - documents),
+        "lengths": dict(counts),
+        "samples": [
+            tokenizer.decode(ids[:EXCERPT])[:EXCERPT] for ids in _first_documents(store, shards[0], samples)
+        ],
+    }
 
 
 def _histogram(lengths: np.ndarray[Any, np.dtype[np.int32]]) -> dict[str, int]:
@@ -74,11 +126,10 @@ def _histogram(lengths: np.ndarray[Any, np.dtype[np.int32]]) -> dict[str, int]:
     return dict(zip(ends, counts.tolist(), strict=True))
 
 
-def _first_documents(store: Store, split: Any, source: str, samples: int) -> list[Any]:
-    shard = store.shards(split, source)[0]
-    ends = np.cumsum(store.lengths(shard), dtype=np.int64)[:samples]
+def _first_documents(store: Store, shard: Shard, samples: int) -> list[Any]:
+    ends = np.cumsum(store.lengths(shard)[:samples], dtype=np.int64)
     tokens = store.tokens(shard)
-    return [tokens[start:stop] for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
+    return [tokens[start:stop] for start, stop in pairwise([0, *ends])]
 
 
 def _split_text(split: dict[str, Any]) -> str:
@@ -94,54 +145,35 @@ def _split_text(split: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def show_step(given: Path, step: int) -> Shown:
-    """For every row of optimizer step `step` (from 1): source, file, bytes, and the text's beginning."""
-    directory = RunDirectory(given.absolute())
-    if not directory.orders.is_file():
-        raise RunDirectoryError(
-            f"{given} is not a run directory, and a step belongs to a run",
-            directory=directory.root,
-            hint="give the folder that `launcher train` made, such as runs/NAME",
-        )
-    run, orders = directory.read_config(), directory.read_orders()
-    store = open_store(store_folder(given))
-    blocks = Blocks(store, "train", run.data.block_size, run.data.packing)
-    order = training_order(blocks, run.data, run.seed)
-    if orders.plan.steps is not None and step > orders.plan.steps:
-        raise RequestError(f"--step {step}: the run has {orders.plan.steps} steps", hint="steps count from 1")
-    tokenizer = store.tokenizer()
-    rows: list[dict[str, Any]] = []
-    for sample in range((step - 1) * run.train.batch_size, step * run.train.batch_size):
-        place = order[sample]
-        ids = blocks.read(place.source, place.block)
-        rows.append(
-            {
-                "sample": sample,
-                "source": blocks.sources[place.source],
-                "epoch": place.epoch,
-                "block": place.block,
-                "passages": [
-                    {
-                        "file": passage.file,
-                        "document": passage.document,
-                        "shard": passage.shard,
-                        "offset": passage.offset,
-                        "length": passage.length,
-                        "tokens": passage.stop - passage.start,
-                    }
-                    for passage in blocks.describe(place.source, place.block)
-                ],
-                "text": tokenizer.decode(ids[:EXCERPT])[:EXCERPT],
-            }
-        )
-    return Shown("\n".join(_row_text(row) for row in rows), {"step": step, "rows": rows})
+def _in_blocks(run: RunConfig, own: Sequence[Summary]) -> dict[str, Any]:
+    """What a source's tokens become in the blocks of `run`: tokens in = train + validation + dropped."""
+    return {
+        "packing": run.data.packing,
+        "block_size": run.data.block_size,
+        **{split: sum(s.tokens - s.dropped for s in own if s.split == split) for split in SPLITS},
+        "dropped": sum(each.dropped for each in own),
+        "padded": sum(each.padding for each in own),
+    }
 
 
-def _row_text(row: dict[str, Any]) -> str:
-    lines = [f"sample {row['sample']}: source {row['source']}, epoch {row['epoch']}, block {row['block']}"]
-    lines += [
-        f"  {passage['file']}: bytes {passage['offset']} to {passage['offset'] + passage['length']},"
-        f" {passage['tokens']} tokens"
-        for passage in row["passages"]
+def _ledger_text(record: dict[str, Any]) -> str:
+    lines = [
+        f"\nledger of source {record['source']}",
+        f"  tokens         {record['tokens_in']:,} = {record['train_tokens']:,} train"
+        f" + {record['validation_tokens']:,} validation",
+        f"  left out       {record['skipped_empty']:,} empty documents,"
+        f" {record['skipped_bad']:,} bad records",
     ]
-    return "\n".join([*lines, f"  | {row['text']!r}"])
+    if blocks := record.get("blocks"):
+        lines.append(
+            f"  in blocks      {record['tokens_in']:,} = {blocks['train']:,} train"
+            f" + {blocks['validation']:,} validation + {blocks['dropped']:,} dropped;"
+            f" {blocks['padded']:,} positions padded ({blocks['packing']}, {blocks['block_size']:,} tokens)"
+        )
+    return "\n".join(lines)
+
+
+def _bad_text(record: dict[str, Any]) -> str:
+    line = "" if record["line"] is None else f":{record['line']}"
+    offset = "" if record["offset"] is None else f", {record['counted']} {record['offset']}"
+    return f"  {record['file']}{line}{offset}: {record['reason']}"

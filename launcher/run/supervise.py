@@ -10,6 +10,7 @@ from types import FrameType
 
 from launcher.errors import Interrupted, LauncherError, TrainingError
 from launcher.run import journal, local
+from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory, hold, write_text
 from launcher.run.outcome import Outcome, RankEnd, first_failure, read_end
 
@@ -18,10 +19,15 @@ TAIL_LINES = 15
 
 
 def is_finished(directory: RunDirectory, steps: int | None) -> bool:
-    """Whether the last attempt finished a run of `steps` steps and its model is there."""
+    """Whether the last attempt finished a run of `steps` steps and its model is there.
+
+    Who moves the newest checkpoints away goes back to train from an older one.
+    """
     ends = [event for event in journal.read(directory.journal) if event["event"] == "attempt_ended"]
+    newest = committed(directory.checkpoints)[-1:]
     return bool(
         ends
+        and all(checkpoint.step >= ends[-1]["step"] for checkpoint in newest)
         and ends[-1]["outcome"] == Outcome.FINISHED
         and ends[-1]["planned_steps"] == steps
         and directory.model.is_dir()

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.config.schema import RunConfig, TokenizerFromCorpus
-from launcher.data.prepare import Progress, check_blocks, prepare
+from launcher.data.prepare import Progress, check_blocks, prepare, store_of
 from launcher.data.store import Store, check_files, is_store, open_store
 from launcher.data.tokenizers import unfilled
 from launcher.data.units import SMALLEST, WHOLE, Slice
-from launcher.data.vocabulary import TOKENIZERS, resolve_tokenizer
+from launcher.data.vocabulary import TOKENIZERS, find_tokenizer, resolve_tokenizer
 from launcher.errors import DataError, LauncherError
 from launcher.plan.choose import Blocks
 from launcher.run.assemble import Assembly, Prepared
@@ -72,6 +72,25 @@ def _opened(folder: Path, run: RunConfig, say: Callable[[str], None]) -> Prepare
 def _size(store: Store) -> int:
     """Bytes of the files it was made from."""
     return sum(file.size for listing in store.manifest.content.listing for file in listing.files)
+
+
+def find_text(draft: Assembly) -> Prepared | None:
+    """The store of the draft's run where it is prepared already, and what it holds. Writes nothing.
+
+    Raises DataError or RequestError for text or a tokenizer that cannot be used.
+    """
+    run = draft.run.config
+    cache = store_cache(run)
+    try:
+        tokenizer = find_tokenizer(draft.model.tokenizer, run.data, cache)
+        folder = None if tokenizer is None else store_of(run.data, tokenizer, cache)
+    except LauncherError as error:
+        error.place(draft.run.origins)
+        raise
+    if folder is None or not is_store(folder):
+        return None
+    store = open_store(folder)
+    return Prepared(folder, store.vocabulary, _count(store, run))
 
 
 def store_cache(run: RunConfig) -> Path:

@@ -19,13 +19,14 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from launcher.config.schema import DataSection, RunConfig
 from launcher.data.blocks import Blocks
 from launcher.data.mixture import training_order
+from launcher.data.phases import Phases, phases_text
 from launcher.data.store import TOKENIZER_FOLDER, open_store
 from launcher.errors import LauncherError, RequestError
 from launcher.plan.hardware import find_gpu
 from launcher.plan.orders import Orders
 from launcher.plan.shape import flops_per_token, shape_of
 from launcher.run import checkpoints as ledger
-from launcher.run.directory import RunDirectory
+from launcher.run.directory import RunDirectory, write_text
 from launcher.run.outcome import Outcome, RankEnd
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
@@ -35,6 +36,7 @@ from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import build_model, load_tokenizer
 from launcher.worker.rank import Rank, join, last_word
 from launcher.worker.report import Report
+from launcher.worker.resume import check_length, go_on
 from launcher.worker.stop import Agreement, StopSignals
 from launcher.worker.trainer import LauncherTrainer, Rows, training_arguments
 from launcher.worker.verify import verify
@@ -130,14 +132,15 @@ def train(
     start_step = 0 if checkpoint is None else checkpoint.step
     best = BestEvaluation()
     if checkpoint is not None:
-        state = saving.read_state(checkpoint)
-        check_same_order(state, rows, checkpoint)
-        best = BestEvaluation(**state["best"])
+        best = BestEvaluation(**checkpoint.state()["best"])
+    phases = go_on(directory, run, rows.training, checkpoint)
     saving.barrier()
     if rank.number == 0:
+        write_text(directory.phases, phases_text(phases.phases))
         for name, reason in ledger.set_aside_damaged(directory.checkpoints, start_step):
             print(f"checkpoint {name} set aside in checkpoints/quarantine: {reason}", flush=True)
 
+    check_length(phases, plan, start_step)
     model = build_model(orders.model, orders.weights, tokenizer, run.seed)
     cadence = Cadence(
         plan,
@@ -152,7 +155,7 @@ def train(
     reached.step = start_step
     callbacks: list[TrainerCallback] = [checks, reached, cadence]
     if rank.number == 0:
-        callbacks += reports(directory, orders, run, rank, rows.training, start_step)
+        callbacks += reports(directory, orders, run, rank, rows.training, phases, start_step)
     callbacks += [load_object("train.callbacks", name)() for name in run.train.callbacks]
     trainer = LauncherTrainer(
         model,
@@ -160,6 +163,7 @@ def train(
         rows,
         run=run,
         orders=orders,
+        phases=phases,
         checkpoints=directory.checkpoints,
         start_step=start_step,
         metrics=[load_object("train.metrics", name) for name in run.train.metrics],
@@ -191,17 +195,6 @@ def train(
     return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
 
 
-def check_same_order(state: dict[str, Any], rows: Rows, checkpoint: ledger.Checkpoint) -> None:
-    """Raise RequestError unless the samples that come next are those that were to come when it was saved."""
-    found = rows.training.certificate(checkpoint.samples, state["batch_size"])
-    if found != state["next_samples"]:
-        raise RequestError(
-            f"the text or its order has changed since {checkpoint.folder.name} was saved: the samples after "
-            f"it had the hash {state['next_samples']}, and have {found} now",
-            hint=f"the checkpoint was made with {state['store']}; give a run on other text another name",
-        )
-
-
 def open_rows(orders: Orders, run: RunConfig) -> tuple[Any, Rows]:
     """The tokenizer of the store, and the rows to train and evaluate on."""
     if orders.store is None or orders.plan.steps is None:
@@ -213,11 +206,11 @@ def open_rows(orders: Orders, run: RunConfig) -> tuple[Any, Rows]:
     tokenizer = load_tokenizer(store.path / TOKENIZER_FOLDER)
     training = Blocks(store, "train", run.data.block_size, run.data.packing)
     order = training_order(training, run.data, run.seed)
-    samples = orders.plan.steps * orders.plan.batch.batch_size
     flash = str(orders.model.get("attn_implementation")).startswith("flash")
     collate = collate_of(run.data, store.end_of_text_id, tokenizer.pad_token_id, flash=flash)
+    assert orders.plan.samples is not None
     return tokenizer, Rows(
-        training=TrainingRows(training, order, samples),
+        training=TrainingRows(training, order, orders.plan.samples),
         validation=ValidationRows(Blocks(store, "validation", run.data.block_size, run.data.packing)),
         collate=collate,
         labels=run.data.block_size - 1 if collate is stack else None,
@@ -232,7 +225,13 @@ def collate_of(data: DataSection, end_of_text_id: int, pad_token_id: int, *, fla
 
 
 def reports(
-    directory: RunDirectory, orders: Orders, run: RunConfig, rank: Rank, rows: TrainingRows, start_step: int
+    directory: RunDirectory,
+    orders: Orders,
+    run: RunConfig,
+    rank: Rank,
+    rows: TrainingRows,
+    phases: Phases,
+    start_step: int,
 ) -> list[TrainerCallback]:
     """Rank 0's record of the run, and what the user looks at."""
     plan, gpu = orders.plan, find_gpu(orders.plan.gpu)
@@ -242,6 +241,7 @@ def reports(
         Report(
             plan,
             rows,
+            phases,
             MetricsFile(directory.metrics, start_step),
             Progress(rank.terminal, steps=plan.steps, done=start_step, name=run.name),
             flops_per_token=None if shape is None else flops_per_token(shape, plan.block_size),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ from transformers import TrainingArguments
 
 from launcher.data.blocks import Blocks
 from launcher.data.order import Order
+from launcher.data.phases import Phase, Phases, Samples
+from launcher.data.skipping import bans
 from launcher.plan.batch import Batch
 
 IGNORED = -100
@@ -37,13 +39,18 @@ class TrainingRows(Dataset[Row]):
         self._blocks = blocks
         self._order = order
         self._samples = samples
+        self._banned = bans(order, blocks)
 
     def __len__(self) -> int:
         return self._samples
 
-    def certificate(self, first: int, count: int) -> str:
-        """A hash of which blocks the samples [first, first + count) are."""
-        return self._order.certificate(first, first + count)
+    def certificate(self, samples: Iterable[Samples]) -> str:
+        """A hash of which blocks these samples are."""
+        return self._order.certificate(samples)
+
+    def phases(self, phases: Sequence[Phase]) -> Phases:
+        """These phases over these rows."""
+        return Phases(phases, self._banned)
 
     def lengths(self, samples: Sequence[int]) -> npt.NDArray[np.int64]:
         """`int64[n]`: the tokens of each of n samples, without reading them."""
@@ -75,12 +82,15 @@ class ValidationRows(Dataset[Row]):
 class RankBatches(Sampler[list[int]]):
     """The micro-batches of one rank, in order, from `start` (a step) to `steps`.
 
-    Step `s` takes the samples [s x batch_size, (s+1) x batch_size) whatever the world size,
-    micro-batch and accumulation; only who takes which of them differs. `lengths` gives the tokens of each of
-    some samples: a step's are dealt out by length, so that a micro-batch needs little padding.
+    Step `s` takes the samples that `phases` say, whatever the world size, micro-batch and accumulation;
+    only who takes which of them differs. `lengths` gives the tokens of each of some samples: a step's are
+    dealt out by length, so that a micro-batch needs little padding.
     """
 
-    def __init__(self, batch: Batch, rank: int, lengths: Lengths, *, start: int, steps: int) -> None:
+    def __init__(
+        self, phases: Phases, batch: Batch, rank: int, lengths: Lengths, *, start: int, steps: int
+    ) -> None:
+        self._phases = phases
         self._batch = batch
         self._rank = rank
         self._lengths = lengths
@@ -94,8 +104,7 @@ class RankBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         micro, world = self._batch.micro_batch, self._batch.world_size
         for step in range(self._start, self._steps):
-            first = step * self._batch.batch_size
-            samples = by_length(range(first, first + self._batch.batch_size), self._lengths)
+            samples = by_length(self._phases.samples_of_step(step).tolist(), self._lengths)
             for turn in range(self._batch.accumulation):
                 mine = (turn * world + self._rank) * micro
                 yield samples[mine : mine + micro]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from launcher.data.phases import Phases
 from launcher.plan.choose import Plan
 from launcher.worker.dataset import TrainingRows
 from launcher.worker.metrics import MetricsFile, Progress, Throughput
@@ -24,6 +25,7 @@ class Report(TrainerCallback):
         self,
         plan: Plan,
         rows: TrainingRows,
+        phases: Phases,
         file: MetricsFile,
         progress: Progress,
         *,
@@ -32,6 +34,7 @@ class Report(TrainerCallback):
     ) -> None:
         self._plan = plan
         self._rows = rows
+        self._phases = phases
         self._file = file
         self._progress = progress
         self._throughput = Throughput()
@@ -81,8 +84,7 @@ class Report(TrainerCallback):
 
     def _tokens_in(self, step: int) -> int:
         """Tokens of one optimizer step over the whole world, padding left out."""
-        size = self._plan.batch.batch_size
-        return int(self._rows.lengths(range(step * size, (step + 1) * size)).sum())
+        return int(self._rows.lengths(self._phases.samples_of_step(step).tolist()).sum())
 
     def _speed(self, state: TrainerState) -> dict[str, float | int | None]:
         rate = self._throughput.read()

@@ -18,9 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from launcher.errors import TrainingError
 from launcher.run import checkpoints as ledger
 
-STATE = "launcher.json"
-"""In a checkpoint: what launcher itself must know to go on."""
-
 
 def barrier() -> None:
     if dist.is_initialized():
@@ -47,22 +44,16 @@ def commit_checkpoint(
     best: int | None,
     state: dict[str, Any],
 ) -> None:
-    """Commit what every rank has written to `folder`, then drop what is over `keep`.
+    """Commit what every rank has written to `folder`, with `state`, then drop what is over `keep`.
 
     The checkpoint of step `best` stays: early stopping returns to it.
     """
     barrier()
     if rank == 0:
-        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        (folder / ledger.STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         ledger.commit(folder, step=step, samples=samples, world_size=world_size, created=time.time())
         ledger.prune(checkpoints, keep=keep, protect=() if best is None else (best,))
     barrier()
-
-
-def read_state(checkpoint: ledger.Checkpoint) -> dict[str, Any]:
-    """What `commit_checkpoint` was given as `state`."""
-    state: dict[str, Any] = json.loads((checkpoint.folder / STATE).read_text(encoding="utf-8"))
-    return state
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:

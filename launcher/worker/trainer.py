@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from launcher.config.schema import RunConfig
+from launcher.data.phases import Phases
 from launcher.errors import RequestError
 from launcher.plan.orders import Orders
 from launcher.worker import saving
@@ -31,6 +32,8 @@ from launcher.worker.dataset import (
     training_loader,
 )
 from launcher.worker.evaluate import Metric, evaluate
+from launcher.worker.resume import data_state
+from launcher.worker.schedule import follow_samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ class LauncherTrainer(Trainer):
         *,
         run: RunConfig,
         orders: Orders,
+        phases: Phases,
         checkpoints: Path,
         start_step: int,
         metrics: Sequence[Metric],
@@ -122,6 +126,7 @@ class LauncherTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, args=arguments, train_dataset=rows.training, callbacks=callbacks)
         self.bare_model = model
+        self.phases = phases
         self._rows = rows
         self._run = run
         self._plan = orders.plan
@@ -146,10 +151,24 @@ class LauncherTrainer(Trainer):
 
     def _batches(self) -> RankBatches:
         assert self._plan.steps is not None
-        lengths = self._rows.training.lengths
         return RankBatches(
-            self._plan.batch, self.rank, lengths, start=self._start_step, steps=self._plan.steps
+            self.phases,
+            self._plan.batch,
+            self.rank,
+            self._rows.training.lengths,
+            start=self._start_step,
+            steps=self._plan.steps,
         )
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The stock schedule; where the run's length is not given in steps, followed by samples."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._run.train.steps is None:
+            assert self._plan.warmup_steps is not None
+            follow_samples(scheduler, self.phases, warmup=self._plan.warmup_steps, steps=num_training_steps)
+        return scheduler
 
     def _get_num_items_in_batch(self, batch_samples: list[Tensors], device: torch.device) -> Any:
         """Labelled tokens in the whole optimizer step. Equal rows need no counting and no collective."""
@@ -192,17 +211,14 @@ class LauncherTrainer(Trainer):
             self._checkpoints,
             folder,
             step=step,
-            samples=step * self._plan.batch.batch_size,
+            samples=self.phases.consumed(step),
             rank=self.rank,
             world_size=self._plan.batch.world_size,
             keep=self._run.checkpoint.keep,
             best=self._best.step,
             state={
                 "store": self._store,
-                "batch_size": self._plan.batch.batch_size,
-                "next_samples": self._rows.training.certificate(
-                    step * self._plan.batch.batch_size, self._plan.batch.batch_size
-                ),
+                **data_state(self._rows.training, self.phases, step),
                 "best": asdict(self._best),
             },
         )

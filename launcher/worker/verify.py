@@ -47,7 +47,10 @@ def verify(trainer: LauncherTrainer, plan: Plan, start_step: int) -> str:
         "steps": (plan.steps, trainer.state.max_steps),
         "gradient checkpointing": (plan.gradient_checkpointing, model.is_activation_checkpointing),
         "compile": (plan.compile, compiled),
-        "samples of the first step": (_planned_samples(plan, start_step), _live_samples(trainer, plan)),
+        "samples of the first step": (
+            trainer.phases.samples_of_step(start_step).tolist(),
+            _live_samples(trainer, plan),
+        ),
     }
     wrong = [
         f"{name}: planned {planned}, found {live}"
@@ -61,10 +64,6 @@ def verify(trainer: LauncherTrainer, plan: Plan, start_step: int) -> str:
         )
     ranks = accelerator.num_processes
     return f"verified: {len(pairs)} settings of the live run are the plan's, on {ranks} ranks"
-
-
-def _planned_samples(plan: Plan, step: int) -> list[int]:
-    return list(range(step * plan.batch.batch_size, (step + 1) * plan.batch.batch_size))
 
 
 def _live_samples(trainer: LauncherTrainer, plan: Plan) -> list[int]:

@@ -240,3 +240,16 @@ def test_a_secret_in_the_environment_is_refused_and_not_shown(tmp_path: Path) ->
     assert (fault.path, fault.place) == ("env.HF_TOKEN", "c.yaml:3")
     assert "hf_x" not in str(caught.value)
     assert fault.hint == "export HF_TOKEN in the shell that starts launcher"
+
+
+def test_a_stream_has_nothing_to_skip_in(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN)
+    overrides = ["data.mode=stream", "data.skip={steps: [120], documents: [train-00003:1542]}"]
+    with pytest.raises(ConfigError) as caught:
+        load_run(tmp_path / "run.yaml", overrides)
+    skipped = {fault.path: fault for fault in caught.value.faults if fault.path.startswith("data.skip")}
+    assert list(skipped) == ["data.skip.steps", "data.skip.documents"]
+    for fault in skipped.values():
+        assert "a stream has no store" in fault.message
+        assert "set data.mode: prepared" in (fault.hint or "")
+    assert loads(tmp_path, "data.skip={steps: [7, 130-135], documents: [train-00003:1542]}")

@@ -11,7 +11,9 @@ import pytest
 
 from launcher.config.schema import Source
 from launcher.data.blocks import Blocks
+from launcher.data.store import Store
 from launcher.data.tokenizers import Tokenizer
+from launcher.errors import RequestError
 
 
 @pytest.mark.usefixtures("small_units")
@@ -70,8 +72,10 @@ def test_a_description_leads_back_to_the_bytes(
         assert [p.start for p in passages] == [0, *(p.stop for p in passages[:-1])]
         assert passages[-1].stop == len(ids) == blocks.length(0, block)
         for p in passages:
+            assert p.name == f"{p.shard}:{p.document}"
             text = Path(p.file).read_bytes()[p.offset : p.offset + p.length].decode()
             document = [*tokenizer.encode_batch([text])[0].tolist(), tokenizer.end_of_text_id]
+            assert len(document) == p.document_tokens
             assert ids[p.start : p.stop] == document[p.document_token : p.document_token + p.stop - p.start]
 
 
@@ -86,6 +90,41 @@ def test_sources_of_a_mixture_stay_apart(prepared: Any, corpus: Path, tokenizer:
     for number, mark in ((0, " 2."), (1, " 1.")):
         assert mark in tokenizer.decode(blocks.read(number, 0))
     assert [ledger.source for ledger in store.manifest.ledger] == ["second", "first"]
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("packing", ["concat", "pad", "best_fit"])
+def test_a_document_is_found_in_every_block_that_describes_it(
+    prepared: Any, corpus: Path, packing: Any
+) -> None:
+    mixture = [
+        Source(name="second", files=[str(corpus / "b.txt")], weight=1.0),
+        Source(name="first", files=[str(corpus / "a.txt")], weight=3.0),
+    ]
+    store = prepared(mixture, validation=0.1)
+    blocks = Blocks(store, "train", 10, packing)
+    held: dict[str, list[int]] = {}
+    for source in range(len(blocks)):
+        for block in range(len(blocks[source])):
+            for passage in blocks.describe(source, block):
+                held.setdefault(passage.name, []).append(block)
+    assert len(held) > 900
+    for name, own in held.items():
+        source, found = blocks.holding(name)
+        assert found.tolist() == own
+        assert (" 2." if blocks.sources[source] == "second" else " 1.") in _text(store, name)
+    shard = store.shards("train", "first")[0]
+    for name in (f"{shard.name}:{shard.documents}", "train-99999:0", "validation-00000:0"):
+        with pytest.raises(RequestError, match=f"no document {name} in the train text"):
+            blocks.holding(name)
+
+
+def _text(store: Store, name: str) -> str:
+    """The text of a document by its name, from the file it came from."""
+    shard_name, _, document = name.partition(":")
+    (shard,) = (each for each in store.manifest.shards if each.name == shard_name)
+    offset, length = store.places(shard)[int(document)].tolist()
+    return Path(shard.file_of(int(document))).read_bytes()[offset : offset + length].decode()
 
 
 def test_past_the_end(prepared: Any, corpus: Path) -> None:

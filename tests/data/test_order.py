@@ -35,13 +35,44 @@ def test_the_vector_form_is_the_scalar_form(sources: list[tuple[int, float]], se
     assert rows == [list(order[p]) for p in range(start, start + 50)]
 
 
-@settings(max_examples=10, deadline=None)
-@given(sources=mixtures)
-def test_a_cycle_holds_exactly_the_quotas(sources: list[tuple[int, float]]) -> None:
+@settings(max_examples=15, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.001, 1000, allow_nan=False), min_size=1, max_size=6),
+    cycle=st.integers(0, 10**6),
+    cycles=st.integers(1, 3),
+    offset=st.integers(0, CYCLE),
+)
+def test_cycles_hold_exactly_the_quotas_wherever_they_are_begun(
+    weights: list[float], cycle: int, cycles: int, offset: int
+) -> None:
+    sources = [(5000 + 77 * number, weight) for number, weight in enumerate(weights)]
     order = Order(sources, 7)
-    taken = order.map(np.arange(3 * order.cycle, 4 * order.cycle))
+    start = cycle * order.cycle + offset % order.cycle
+    taken = order.map(np.arange(start, start + cycles * order.cycle))
     counted = Counter(taken[:, 0].tolist())
-    assert [counted[i] for i in range(len(sources))] == order.quotas
+    assert [counted[i] for i in range(len(sources))] == [cycles * quota for quota in order.quotas]
+
+
+@settings(max_examples=40, deadline=None)
+@given(sources=mixtures, seed=st.integers(0, 2**32 - 1), before=st.integers(0, 4000), data=st.data())
+def test_the_samples_of_blocks_are_found_backwards(
+    sources: list[tuple[int, float]], seed: int, before: int, data: st.DataObject
+) -> None:
+    order = Order(sources, seed)
+    source = data.draw(st.integers(0, len(sources) - 1))
+    blocks = data.draw(st.sets(st.integers(0, sources[source][0] - 1), max_size=5))
+    taken = order.map(np.arange(before))
+    expected = np.flatnonzero((taken[:, 0] == source) & np.isin(taken[:, 2], sorted(blocks)))
+    assert order.samples_of(source, sorted(blocks), before).tolist() == expected.tolist()
+
+
+def test_the_samples_of_a_block_after_many_epochs_and_in_a_large_source() -> None:
+    many = Order([(3, 1.0), (5, 2.0)], 9)
+    found = many.samples_of(1, [4], 60_000)
+    assert len(found) == 60_000 * 2 // 3 // 5
+    assert all(many[p].block == 4 for p in found.tolist())
+    large = Order([(10**9 + 7, 1.0)], 9)
+    assert int(large.samples_of(0, [large[123_456_789].block], 10**9)[0]) == 123_456_789
 
 
 @given(weights=st.lists(st.floats(1e-6, 1e6, allow_nan=False), min_size=1, max_size=20))
@@ -90,19 +121,22 @@ def test_a_known_order_stays_as_it_is() -> None:
     """A run that is resumed under a later version must go on in the same order."""
     order = Order([(1000, 2.0), (50, 1.0)], 1337)
     assert [order[p] for p in (0, 1, 2, 10**9)] == KNOWN
-    assert order.certificate(0, 1000) == KNOWN_CERTIFICATE
+    assert order.certificate([np.arange(1000)]) == KNOWN_CERTIFICATE
 
 
-def test_a_certificate_tells_samples_apart() -> None:
+def test_a_certificate_tells_samples_apart_and_not_how_they_are_parted() -> None:
     order = Order([(100_000, 1.0)], 5)
-    assert order.certificate(0, 70_000) == Order([(100_000, 1.0)], 5).certificate(0, 70_000)
+    samples = np.arange(70_000)
+    whole = order.certificate([samples])
+    assert order.certificate(np.array_split(samples, 13)) == whole
     others = {
-        order.certificate(1, 70_000),
-        order.certificate(0, 69_999),
-        Order([(100_000, 1.0)], 6).certificate(0, 70_000),
-        order.certificate(0, 70_000),
+        order.certificate([samples[1:]]),
+        order.certificate([samples[:-1]]),
+        order.certificate([samples[::-1]]),
+        Order([(100_000, 1.0)], 6).certificate([samples]),
+        whole,
     }
-    assert len(others) == 4
+    assert len(others) == 5
 
 
 @pytest.mark.parametrize("sources", [[], [(0, 1.0)], [(5, 0.0)], [(5, float("nan"))]])

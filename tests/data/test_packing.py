@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.data import packing as module
-from launcher.data.packing import ConcatPlan, LaidOutPlan, Packing, Plan, best_fit, lay_out
+from launcher.data.packing import ConcatPlan, LaidOutPlan, Packing, Plan, Span, best_fit, lay_out
 
 shards_of_documents = st.lists(st.lists(st.integers(1, 30), max_size=12), max_size=6)
 Token = tuple[int, int, int]
@@ -139,6 +139,19 @@ LENGTHS = {
 def test_best_fit_leaves_less_than_a_hundredth_empty(name: str) -> None:
     lengths = LENGTHS[name].astype(np.int32)
     assert lengths.sum() / (lay_out(lengths, 1024, "best_fit").blocks * 1024) > 0.99
+
+
+@pytest.mark.parametrize("packing", ["concat", "pad", "best_fit"])
+@settings(deadline=None)
+@given(shards=shards_of_documents, block_size=st.integers(1, 40))
+def test_the_blocks_that_hold_a_document(packing: Packing, shards: list[list[int]], block_size: int) -> None:
+    plan = plan_of(shards, block_size, packing)
+    held = [{(shard, document) for shard, document, _ in block} for block in contents(shards, plan)]
+    for shard, lengths in enumerate(shards):
+        for document, length in enumerate(lengths):
+            start = sum(lengths[:document])
+            expected = [block for block, inside in enumerate(held) if (shard, document) in inside]
+            assert plan.holding(Span(shard, start, start + length)).tolist() == expected
 
 
 @pytest.mark.parametrize("packing", ["concat", "pad", "best_fit"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import RequestError
-from launcher.plan.batch import count_steps, splits, warmup_steps
+from launcher.plan.batch import Done, count_steps, splits, warmup_steps
 
 SMALL = st.integers(1, 64)
 
@@ -56,6 +56,26 @@ def test_tokens_are_rounded_up_to_a_whole_step(batch: int, block: int, tokens: i
     )
     assert steps is not None
     assert (steps - 1) * batch * block < tokens <= steps * batch * block
+
+
+@given(batch=SMALL, block=SMALL, tokens=st.integers(1, 10**9), steps=SMALL, before=SMALL)
+def test_what_is_done_counts_with_the_batch_size_it_was_done_in(
+    batch: int, block: int, tokens: int, steps: int, before: int
+) -> None:
+    done = Done(steps, steps * before)
+    found = count_steps(
+        batch_size=batch, block_size=block, steps=None, tokens=tokens, epochs=None, blocks=None, done=done
+    )
+    in_blocks = count_steps(
+        batch_size=batch, block_size=1, steps=None, tokens=None, epochs=tokens / 64, blocks=64, done=done
+    )
+    assert found is not None
+    assert in_blocks is not None
+    assert in_blocks >= found >= steps
+    for last, size in ((found, block), (in_blocks, 1)):
+        trained = (done.samples + (last - steps) * batch) * size
+        assert trained >= tokens
+        assert last == steps or trained - batch * size < tokens
 
 
 def test_epochs_need_prepared_text() -> None:

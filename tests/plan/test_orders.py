@@ -51,4 +51,4 @@ def test_another_version_is_refused(version: object) -> None:
         fields["version"] = version
     with pytest.raises(RequestError, match=f"not of format version {VERSION}") as refused:
         parse_orders(json.dumps(fields))
-    assert "launcher train" in (refused.value.hint or "")
+    assert "another version of launcher wrote it" in (refused.value.hint or "")

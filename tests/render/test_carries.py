@@ -50,6 +50,8 @@ ANOTHER: Mapping[str, object] = {
     "data.block_size": 32,
     "data.packing": "pad",
     "data.isolate_documents": True,
+    "data.skip.steps": ["120", "130-135"],
+    "data.skip.documents": ["train-00003:1542"],
     "data.cache_dir": "stores",
     "train.batch_size": 1024,
     "train.tokens": 100_000,

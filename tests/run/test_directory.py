@@ -9,7 +9,8 @@ import pytest
 from launcher.config.load import dump
 from launcher.config.schema import RunConfig
 from launcher.errors import RequestError, RunDirectoryError
-from launcher.plan.choose import Place, make_plan
+from launcher.plan.batch import NOTHING_DONE, Done
+from launcher.plan.choose import Place, Plan, make_plan
 from launcher.plan.hardware import find_gpu
 from launcher.plan.orders import Orders, format_orders
 from launcher.run.directory import (
@@ -38,12 +39,15 @@ def asked(train: dict[str, Any] | None = None, **keys: Any) -> RunConfig:
     )
 
 
+def planned(run: RunConfig, done: Done = NOTHING_DONE) -> Plan:
+    place = Place("here", 1, 1, find_gpu("cpu"))
+    return make_plan(run, place, shape=None, positions=None, blocks=None, done=done)
+
+
 def made(root: Path, run: RunConfig) -> RunDirectory:
     """A run directory with the two files that say which run it is."""
     directory = RunDirectory(root)
-    place = Place("here", 1, 1, find_gpu("cpu"))
-    plan = make_plan(run, place, shape=None, positions=None, blocks=None)
-    orders = Orders("0", configuration_hash(run), plan, {"model_type": "gpt2"}, None, str(STORE), 300)
+    orders = Orders("0", configuration_hash(run), planned(run), {"model_type": "gpt2"}, None, str(STORE), 300)
     write_files([(directory.config, dump(run)), (directory.orders, format_orders(orders))])
     return directory
 
@@ -131,6 +135,8 @@ def test_length_and_place_may_change(tmp_path: Path) -> None:
     directory = begun(made(tmp_path / "small", asked()))
     check_same_run(directory, asked(train={"steps": 200}))
     check_same_run(directory, asked(train={"steps": None, "epochs": 2.0}, output_dir="elsewhere"))
+    check_same_run(directory, asked(train={"batch_size": 12, "micro_batch": 4}))
+    check_same_run(directory, asked(data={"train": ["text"], "skip": {"steps": [120], "documents": ["a:1"]}}))
     with pytest.raises(RunDirectoryError, match="1 key differs: seed was 1337, is now 3"):
         check_same_run(directory, asked(train={"steps": 200}, seed=3))
 
@@ -153,17 +159,32 @@ def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
 
 def test_a_run_may_grow_but_not_shrink(tmp_path: Path) -> None:
     directory = begun(made(tmp_path / "small", asked(train={"steps": 1000})))
-    for steps in (1000, 1001, None):
-        check_goes_on(directory, steps, STORE)
+    for length in ({"steps": 1000}, {"steps": 1001}, {"steps": None, "epochs": 3}):
+        check_goes_on(directory, planned(asked(train=length)), STORE)
     with pytest.raises(RunDirectoryError, match="planned for 1,000 steps, and 999 are asked for"):
-        check_goes_on(directory, 999, STORE)
+        check_goes_on(directory, planned(asked(train={"steps": 999})), STORE)
+
+
+def test_with_larger_steps_fewer_of_them_are_no_shorter_run(tmp_path: Path) -> None:
+    directory = begun(made(tmp_path / "small", asked(train={"steps": 1000})))
+    half = Done(500, 4000, 20)
+    larger = planned(asked(train={"batch_size": 24, "steps": 667}), half)
+    rounded = planned(asked(train={"batch_size": 12, "steps": 833}), half)
+    assert (larger.samples, rounded.samples) == (8008, 7996)
+    check_goes_on(directory, larger, STORE)
+    check_goes_on(directory, rounded, STORE)
+    check_goes_on(directory, planned(asked(train={"batch_size": 2, "steps": 1000}), half), STORE)
+    shorter = planned(asked(train={"batch_size": 24, "steps": 666}), half)
+    assert shorter.samples == 7984
+    with pytest.raises(RunDirectoryError, match="planned for 1,000 steps, and 666 are asked for"):
+        check_goes_on(directory, shorter, STORE)
 
 
 def test_a_run_goes_on_with_the_text_it_began_with(tmp_path: Path) -> None:
     directory = begun(made(tmp_path / "small", asked()))
-    check_goes_on(directory, 100, Path("/moved/stores/0123"))
+    check_goes_on(directory, planned(asked()), Path("/moved/stores/0123"))
     with pytest.raises(RunDirectoryError, match="text or tokenizer of run 'small' has changed") as refused:
-        check_goes_on(directory, 100, Path("/stores/4567"))
+        check_goes_on(directory, planned(asked()), Path("/stores/4567"))
     assert "/stores/0123" in refused.value.message
     assert "/stores/4567" in refused.value.message
 
@@ -174,10 +195,11 @@ def test_until_something_was_trained_a_mistake_may_be_mended(tmp_path: Path) -> 
     directory.logs(1).mkdir(parents=True)
     assert not has_begun(directory)
     check_same_run(directory, asked(seed=3))
-    check_goes_on(directory, 1, Path("/stores/4567"))
+    one = planned(asked(train={"steps": 1}))
+    check_goes_on(directory, one, Path("/stores/4567"))
     (directory.checkpoints / "step-00000010").mkdir(parents=True)
     assert has_begun(directory)
-    check_goes_on(RunDirectory(tmp_path / "new"), 1, STORE)
+    check_goes_on(RunDirectory(tmp_path / "new"), one, STORE)
 
 
 def test_reading_what_is_not_there(tmp_path: Path) -> None:

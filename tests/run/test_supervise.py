@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.errors import TrainingError
+from launcher.run import checkpoints as ledger
 from launcher.run import journal
 from launcher.run.directory import RunDirectory
 from launcher.run.outcome import Outcome, RankEnd
@@ -80,7 +81,7 @@ def test_finished_is_the_last_attempt_at_this_length_with_its_model(tmp_path: Pa
 
     def attempt(outcome: Outcome, steps: int) -> None:
         journal.record(directory.journal, "attempt_started", attempt=1)
-        journal.record(directory.journal, "attempt_ended", outcome=outcome, planned_steps=steps)
+        journal.record(directory.journal, "attempt_ended", outcome=outcome, planned_steps=steps, step=steps)
 
     attempt(S, 20)
     directory.model.mkdir()
@@ -93,5 +94,11 @@ def test_finished_is_the_last_attempt_at_this_length_with_its_model(tmp_path: Pa
     assert not is_finished(directory, 20), "what it made then may be gone by now"
     attempt(F, 30)
     assert is_finished(directory, 30)
+    ledger.commit(ledger.begin(directory.checkpoints, 30), step=30, samples=240, world_size=1, created=0.0)
+    assert is_finished(directory, 30)
+    ledger.commit(ledger.begin(directory.checkpoints, 20), step=20, samples=160, world_size=1, created=0.0)
+    assert is_finished(directory, 30)
+    (directory.checkpoints / "step-00000030").rename(tmp_path / "aside")
+    assert not is_finished(directory, 30), "whoever moves it away goes back to step 20"
     directory.model.rmdir()
     assert not is_finished(directory, 30)

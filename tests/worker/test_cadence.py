@@ -20,7 +20,7 @@ from launcher.worker.stop import Agreement, StopSignals
 from tests.conftest import small_plan
 
 STEPS = 12
-PLAN = replace(small_plan(), steps=STEPS, eval_every=Every(), checkpoint_every=Every())
+PLAN = replace(small_plan(), steps=STEPS, samples=96, eval_every=Every(), checkpoint_every=Every())
 
 
 class Drive:

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.data.order import Order
+from launcher.data.phases import Phase, Phases, Samples, Skip
 from launcher.plan.batch import Batch
 from launcher.worker.dataset import IGNORED, PadToLongest, RankBatches, stack
 
@@ -19,13 +21,19 @@ def lengths(samples: Sequence[int]) -> npt.NDArray[np.int64]:
     return np.array([1 + sample * 7 % 11 for sample in samples])
 
 
+def without_changes(batch_size: int) -> Phases:
+    return Phases([Phase(0, 0, batch_size, Skip())], lambda skip, before: np.empty(0, dtype=np.int64))
+
+
 @given(micro=SMALL, accumulation=SMALL, world=SMALL, start=st.integers(0, 5), steps=st.integers(1, 5))
 def test_each_step_s_samples_are_the_same_however_they_are_split(
     micro: int, accumulation: int, world: int, start: int, steps: int
 ) -> None:
     batch = Batch(micro * accumulation * world, micro, accumulation, world)
+    phases = without_changes(batch.batch_size)
     per_rank = [
-        list(RankBatches(batch, rank, lengths, start=start, steps=start + steps)) for rank in range(world)
+        list(RankBatches(phases, batch, rank, lengths, start=start, steps=start + steps))
+        for rank in range(world)
     ]
     for step in range(steps):
         turns = slice(step * accumulation, (step + 1) * accumulation)
@@ -38,10 +46,12 @@ def test_each_step_s_samples_are_the_same_however_they_are_split(
 @given(micro=SMALL, accumulation=SMALL, world=SMALL)
 def test_a_step_is_dealt_out_by_length_alone(micro: int, accumulation: int, world: int) -> None:
     batch = Batch(micro * accumulation * world, micro, accumulation, world)
-    per_rank = [list(RankBatches(batch, rank, lengths, start=2, steps=3)) for rank in range(world)]
+    phases = without_changes(batch.batch_size)
+    per_rank = [list(RankBatches(phases, batch, rank, lengths, start=2, steps=3)) for rank in range(world)]
     dealt = [sample for turn in range(accumulation) for own in per_rank for sample in own[turn]]
     first = 2 * batch.batch_size
-    one = RankBatches(Batch(batch.batch_size, batch.batch_size, 1, 1), 0, lengths, start=2, steps=3)
+    whole = Batch(batch.batch_size, batch.batch_size, 1, 1)
+    one = RankBatches(phases, whole, 0, lengths, start=2, steps=3)
     assert [dealt] == list(one), "one rank takes in one turn what others take after each other"
     by_hand = sorted(range(first, first + batch.batch_size), key=lambda p: (-lengths([p])[0], p))
     assert dealt == by_hand
@@ -51,12 +61,50 @@ def test_rows_of_one_length_stay_in_order() -> None:
     def alike(samples: Sequence[int]) -> npt.NDArray[np.int64]:
         return np.full(len(samples), 64)
 
-    (batch,) = RankBatches(Batch(8, 8, 1, 1), 0, alike, start=1, steps=2)
+    (batch,) = RankBatches(without_changes(8), Batch(8, 8, 1, 1), 0, alike, start=1, steps=2)
     assert batch == list(range(8, 16))
 
 
+ATTEMPTS = st.lists(
+    st.tuples(SMALL, SMALL, SMALL, SMALL, st.sets(st.integers(1, 12), max_size=3)), min_size=1, max_size=5
+)
+"""Steps done, micro-batch, accumulation, world size and banned steps of each attempt of a run."""
+
+
+@settings(deadline=None)
+@given(attempts=ATTEMPTS, blocks=st.integers(1, 200))
+def test_over_any_attempts_every_block_of_an_epoch_is_taken_once(
+    attempts: list[tuple[int, int, int, int, set[int]]], blocks: int
+) -> None:
+    def banned(skip: Skip, before: int) -> Samples:
+        held = {p for ranges in skip.steps.values() for a, b in ranges for p in range(a, b) if p < before}
+        return np.array(sorted(held), dtype=np.int64)
+
+    phases = Phases([], banned)
+    taken: list[int] = []
+    left_out: set[int] = set()
+    done = 0
+    for steps, micro, accumulation, world, skipped in attempts:
+        batch = Batch(micro * accumulation * world, micro, accumulation, world)
+        phases = phases.going_on(done, batch_size=batch.batch_size, steps=skipped, documents=())
+        for rank in range(world):
+            for own in RankBatches(phases, batch, rank, lengths, start=done, steps=done + steps):
+                taken += own
+        done += steps
+        left_out |= set(range(phases.position(done))) - set(taken) - left_out
+    named = {
+        p for phase in phases.phases for r in phase.skip.steps.values() for a, b in r for p in range(a, b)
+    }
+    assert len(taken) == len(set(taken)) == phases.consumed(done)
+    assert left_out <= named
+    order = Order([(blocks, 1.0)], 3)
+    every = order.map(sorted([*taken, *left_out]))
+    for epoch in range(len(every) // blocks):
+        assert sorted(every[every[:, 1] == epoch, 2].tolist()) == list(range(blocks))
+
+
 def test_the_length_counts_the_steps_before_the_start_too() -> None:
-    assert len(RankBatches(Batch(8, 2, 2, 2), 0, lengths, start=3, steps=10)) == 20
+    assert len(RankBatches(without_changes(8), Batch(8, 2, 2, 2), 0, lengths, start=3, steps=10)) == 20
 
 
 def test_equal_blocks_are_stacked_without_a_mask() -> None:

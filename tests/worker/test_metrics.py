@@ -20,6 +20,7 @@ from launcher.worker.dataset import TrainingRows
 from launcher.worker.metrics import MetricsFile, Progress, Throughput
 from launcher.worker.report import Report
 from tests.conftest import small_plan
+from tests.worker.test_dataset import without_changes
 
 PLAN = small_plan()
 
@@ -81,6 +82,7 @@ def report(file: Path, *, flops: float | None = None, peak: float | None = None)
     return Report(
         PLAN,
         cast("TrainingRows", Full()),
+        without_changes(PLAN.batch.batch_size),
         MetricsFile(file, 0),
         Progress(io.StringIO(), steps=12, done=0, name="run"),
         flops_per_token=flops,

@@ -1,0 +1,129 @@
+"""`launcher data show`: a store, and the text of a step, against the files themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.data.store import open_store
+from tests.conftest import Workplace, sentences, small_run, write_json
+
+
+def answered(workplace: Workplace, *arguments: str) -> Any:
+    done = workplace.run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_rows_of_a_step_lead_back_to_the_bytes(workplace: Workplace) -> None:
+    store = open_store(Path(answered(workplace, "data", "prepare", "run.yaml")["store"]))
+    tokenizer = store.tokenizer()
+    before = workplace.files()
+    shown = answered(workplace, "data", "show", "run.yaml", "--step", "20")
+    assert workplace.files() == before
+    assert [row["sample"] for row in shown["rows"]] == list(range(152, 160))
+    for row in shown["rows"]:
+        ids: list[int] = []
+        for passage in row["passages"]:
+            content = Path(passage["file"]).read_bytes()
+            text = content[passage["offset"] : passage["offset"] + passage["length"]].decode()
+            document = [*tokenizer.encode_batch([text])[0].tolist(), tokenizer.end_of_text_id]
+            assert passage["document_tokens"] == len(document)
+            start = passage["first_token"]
+            ids += document[start : start + passage["tokens"]]
+        assert len(ids) == 64
+        assert row["text"] == tokenizer.decode(ids)[:200]
+    plain = workplace.run("data", "show", "run.yaml", "--step", "20").stdout
+    assert f"step 20: 8 rows, certificate {shown['certificate']}\nsample 152: source text" in plain
+    first = shown["rows"][0]["passages"][0]
+    end = first["offset"] + first["length"]
+    assert f"{first['document']}  {first['file']}: bytes {first['offset']} to {end}, tokens " in plain
+
+    two = answered(workplace, "data", "show", "run.yaml", "--cluster", "two.yaml", "--step", "20")
+    assert two == shown
+    larger = answered(workplace, "data", "show", "run.yaml", "train.batch_size=32", "--step", "5")
+    assert [row["sample"] for row in larger["rows"]] == list(range(128, 160))
+    assert larger["rows"][24:] == shown["rows"]
+    banned = answered(workplace, "data", "show", "run.yaml", "data.skip.steps=[1]", "--step", "20")
+    assert [row["sample"] for row in banned["rows"]] == list(range(160, 168))
+    beyond = workplace.run("data", "show", "run.yaml", "--step", "21")
+    assert (beyond.returncode, "the run has 20 steps" in beyond.stderr) == (2, True)
+
+
+def test_what_is_not_prepared_is_not_made(workplace: Workplace) -> None:
+    before = workplace.files()
+    for step in ((), ("--step", "1")):
+        done = workplace.run("data", "show", "run.yaml", *step)
+        assert done.returncode == 2
+        assert "the text of run 'small' is not prepared" in done.stderr
+        assert "launcher data prepare" in done.stderr
+    assert workplace.files() == before
+    folder = workplace.run("data", "show", "runs", "train.steps=5")
+    assert (folder.returncode, "go with a run.yaml" in folder.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("packing", ["concat", "pad", "best_fit"])
+def test_the_ledger_is_exact_and_duplicates_are_shown(workplace: Workplace, packing: str) -> None:
+    run = small_run()
+    run["data"] |= {
+        "train": [
+            {"name": "a", "files": ["a.txt"], "weight": 1},
+            {"name": "b", "files": ["b.txt"], "weight": 2},
+        ],
+        "validation": ["held.txt"],
+        "packing": packing,
+    }
+    write_json(workplace.folder / "run.yaml", run)
+    texts = {
+        "a": sentences(300),
+        "b": [*sentences(200, 2), "", " "],
+        "held": [*sentences(40, 3), sentences(300)[7]],
+    }
+    for name, lines in texts.items():
+        (workplace.folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    store = Path(answered(workplace, "data", "prepare", "run.yaml")["store"])
+    tokenizer = open_store(store).tokenizer()
+    shown = answered(workplace, "data", "show", "run.yaml")
+    sources = {"a": texts["a"], "b": texts["b"][:200], "validation": texts["held"]}
+    for record in shown["ledger"]:
+        lengths = [len(ids) + 1 for ids in tokenizer.encode_batch(sources[record["source"]])]
+        blocks = record["blocks"]
+        assert record["tokens_in"] == sum(lengths)
+        assert record["skipped_empty"] == (2 if record["source"] == "b" else 0)
+        dropped = sum(lengths) % 64 if packing == "concat" else 0
+        assert blocks["dropped"] == dropped
+        if packing != "best_fit":
+            padded = sum(-length % 64 for length in lengths) if packing == "pad" else 0
+            assert blocks["padded"] == padded
+        assert (blocks["train"] + blocks["validation"] + blocks["padded"]) % 64 == 0
+        assert blocks["train"] + blocks["validation"] + blocks["dropped"] == record["tokens_in"]
+        assert blocks["validation" if record["source"] != "validation" else "train"] == 0
+    assert shown["duplicates"]["documents"] == 1
+    (twin,) = shown["duplicates"]["examples"]
+    assert twin["train"]["document"] == "train-00000:7"
+    assert twin["validation"]["file"] == str(workplace.folder / "held.txt")
+    alone = answered(workplace, "data", "show", str(store))
+    assert [{**record, "blocks": None} for record in shown["ledger"]] == [
+        {**record, "blocks": None} for record in alone["ledger"]
+    ]
+    plain = workplace.run("data", "show", "run.yaml").stdout
+    assert "1 documents of the training text are in the validation text too\n  train-00000:7  " in plain
+    assert f"positions padded ({packing}, 64 tokens)" in plain
+
+
+def test_bad_records_that_were_skipped_are_listed(workplace: Workplace) -> None:
+    lines = [json.dumps({"text": text}) for text in sentences(200)]
+    lines[3], lines[150] = "{", '{"other": 1}'
+    (workplace.folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    given = ("run.yaml", "data.train=[a.jsonl]")
+    assert workplace.run("data", "prepare", *given, "--skip-bad").returncode == 0
+    shown = answered(workplace, "data", "show", *given)
+    file = str(workplace.folder / "a.jsonl")
+    assert [(record["file"], record["line"]) for record in shown["bad"]] == [(file, 4), (file, 151)]
+    assert shown["ledger"][0]["skipped_bad"] == 2
+    plain = workplace.run("data", "show", *given).stdout
+    assert f"\n2 bad records were left out\n  {file}:4" in plain
+    assert "no field 'text'" in plain
