@@ -408,7 +408,7 @@ def _prepare(
 
 
 def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
-    from launcher.render.table import asked_rows, becomes_rows
+    from launcher.render.table import asked_rows, becomes_rows, speed_rows
 
     planned = assembly.plan
     blocks = [
@@ -422,6 +422,7 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
         )
         title = f"memory per rank: about {console.gibibytes(total)}{room} (an estimate, not yet measured)"
         blocks.append(console.section(title, console.bars(planned.memory, planned.memory_available)))
+    blocks.append(console.section("speed: a prediction, not measured on this GPU", speed_rows(planned)))
     (console.answer if stream_of_answer else console.say)("\n".join(blocks))
 
 

@@ -296,7 +296,6 @@ CLUSTER_NOT_YET = (
     NotYet("launch", _is("slurm"), "launching through SLURM", "set launch: local"),
     NotYet("nodes", lambda nodes: nodes > 1, "training on several nodes", "set nodes: 1"),
     NotYet("network_gbps", _is_set, "a model of the network", "leave the key out"),
-    NotYet("price_per_gpu_hour", _is_set, "the price of a run", "leave the key out"),
     *(
         NotYet(f"slurm.{key}", _is_set, "launching through SLURM", "leave the key out")
         for key in SlurmSection.model_fields

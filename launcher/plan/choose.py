@@ -10,7 +10,16 @@ from launcher.config.schema import RunConfig, seconds
 from launcher.errors import MachineError, RequestError
 from launcher.plan.batch import NOTHING_DONE, Batch, Done, count_steps, splits, warmup_steps
 from launcher.plan.hardware import GPU
-from launcher.plan.memory import Memory, estimate
+from launcher.plan.search import (
+    Candidate,
+    Forecast,
+    Job,
+    RunnerUp,
+    candidates,
+    fastest,
+    forecast,
+    remedies,
+)
 from launcher.plan.shape import Shape, parameters
 
 CPU_TOKENS = 8192
@@ -19,15 +28,13 @@ CPU_TOKENS = 8192
 GPU_TOKENS = 65536
 """The same on a GPU: kernels are full well below it."""
 
-FILL = 0.9
-"""The share of a GPU's memory that is planned for; the rest is left to fragmentation and the unmeasured."""
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """The hardware a run is planned for, with nothing left to find out.
 
-    `cores` and `memory` (bytes) are one node's, known only where this machine is the node.
+    `cores` and `memory` (bytes) are one node's, known only where this machine is the node. `network` is
+    in bytes/s for each GPU, between nodes, and `price_per_gpu_hour` in the user's currency.
     """
 
     cluster: str
@@ -36,6 +43,8 @@ class Place:
     gpu: GPU
     cores: int | None = None
     memory: int | None = None
+    network: float | None = None
+    price_per_gpu_hour: float | None = None
 
     @property
     def world_size(self) -> int:
@@ -69,7 +78,8 @@ class Plan:
 
     `samples` are those in the whole run. They, `steps` and `warmup_steps` are None only where training is
     measured in epochs and the text is not prepared yet. `parameters` and `memory` (bytes per rank, by
-    category) are None for a model whose architecture the memory model does not know.
+    category) are None for a model whose architecture the memory model does not know. `forecast` is None
+    there too, on a CPU, and in a plan of an earlier version.
     """
 
     name: str
@@ -94,6 +104,7 @@ class Plan:
     parameters: int | None
     memory: dict[str, int] | None
     memory_available: int | None
+    forecast: Forecast | None = None
 
     @property
     def tokens(self) -> int | None:
@@ -113,7 +124,7 @@ class Plan:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Plan:
         """The plan that `as_dict` wrote. Raises TypeError or KeyError on anything else."""
-        blocks = fields["blocks"]
+        blocks, predicted = fields["blocks"], fields.get("forecast")
         return cls(
             **{
                 **fields,
@@ -121,8 +132,13 @@ class Plan:
                 "eval_every": Every(**fields["eval_every"]),
                 "checkpoint_every": Every(**fields["checkpoint_every"]),
                 "blocks": None if blocks is None else Blocks(**blocks),
+                "forecast": None if predicted is None else _forecast_from(predicted),
             }
         )
+
+
+def _forecast_from(fields: Mapping[str, Any]) -> Forecast:
+    return Forecast(**{**fields, "runners_up": [RunnerUp(**one) for one in fields["runners_up"]]})
 
 
 def make_plan(
@@ -151,7 +167,8 @@ def make_plan(
             key="data.block_size",
         )
     precision = _precision(run, place)
-    checkpointing, batch, memory = _fit(run, place, shape, precision)
+    job = _job(run, place, shape, precision)
+    chosen, found = _fit(run, job)
     steps = count_steps(
         batch_size=train.batch_size,
         block_size=data.block_size,
@@ -178,9 +195,9 @@ def make_plan(
         threads_per_rank=_threads(place),
         strategy="ddp",
         precision=precision,
-        gradient_checkpointing=checkpointing,
-        compile=train.compile is True,
-        batch=batch,
+        gradient_checkpointing=chosen.gradient_checkpointing,
+        compile=job.compiled,
+        batch=chosen.batch,
         block_size=data.block_size,
         steps=steps,
         samples=None if steps is None else done.samples + (steps - done.steps) * train.batch_size,
@@ -189,8 +206,9 @@ def make_plan(
         checkpoint_every=_every(run.checkpoint.every),
         blocks=blocks,
         parameters=None if shape is None else parameters(shape),
-        memory=None if memory is None else dict(memory.items()),
-        memory_available=_memory_per_rank(place),
+        memory=None if chosen.memory is None else dict(chosen.memory.items()),
+        memory_available=job.available,
+        forecast=forecast(job, chosen, found, steps=steps, price_per_gpu_hour=place.price_per_gpu_hour),
     )
 
 
@@ -222,43 +240,41 @@ def _precision(run: RunConfig, place: Place) -> str:
     return asked
 
 
-def _fit(
-    run: RunConfig, place: Place, shape: Shape | None, precision: str
-) -> tuple[bool, Batch, Memory | None]:
-    """Gradient checkpointing, the batch's split, and the memory they are estimated to take.
+def _job(run: RunConfig, place: Place, shape: Shape | None, precision: str) -> Job:
+    return Job(
+        shape=shape,
+        gpu=place.gpu,
+        precision=precision,
+        block_size=run.data.block_size,
+        compiled=run.train.compile is True,
+        world_size=place.world_size,
+        ranks_per_node=place.ranks_per_node,
+        network=place.network,
+        available=_memory_per_rank(place),
+    )
+
+
+def _fit(run: RunConfig, job: Job) -> tuple[Candidate, list[Candidate]]:
+    """Gradient checkpointing and the batch's split, chosen, and everything it was chosen from.
 
     What the user fixed is taken as given, and not refused for memory: the estimate may be wrong.
     """
-    train, block_size = run.train, run.data.block_size
+    train = run.train
     fixed = None if train.micro_batch == "auto" else train.micro_batch
-    largest = max(1, (CPU_TOKENS if place.is_cpu else GPU_TOKENS) // block_size)
-    available = _memory_per_rank(place)
+    largest = max(1, (CPU_TOKENS if job.gpu.name == "cpu" else GPU_TOKENS) // job.block_size)
     asked = train.gradient_checkpointing
-    tried: list[tuple[bool, Batch, Memory | None]] = []
-    for checkpointing in (False, True) if asked == "auto" else (asked,):
-        for batch in splits(train.batch_size, place.world_size, fixed, largest):
-            memory = None
-            if shape is not None:
-                memory = estimate(
-                    shape,
-                    micro_batch=batch.micro_batch,
-                    block_size=block_size,
-                    precision=precision,
-                    gradient_checkpointing=checkpointing,
-                    world_size=place.world_size,
-                    on_cpu=place.is_cpu,
-                )
-            tried.append((checkpointing, batch, memory))
-            if memory is None or available is None or memory.total <= FILL * available:
-                return tried[-1]
-    if fixed is not None:
-        return tried[-1]
-    least = min(memory.total for _, _, memory in tried if memory is not None)
+    batches = splits(train.batch_size, job.world_size, fixed, largest)
+    found = candidates(job, batches, (False, True) if asked == "auto" else (asked,))
+    chosen = fastest(found)
+    if chosen is None and fixed is not None:
+        chosen = found[-1]
+    if chosen is not None:
+        return chosen, found
+    least = min(one.memory.total for one in found if one.memory is not None)
     raise RequestError(
-        f"{run.model.name} does not fit on {place.gpu.name}: about {least / 2**30:.1f} GiB at micro-batch 1, "
-        f"and there are {(available or 0) / 2**30:.1f} GiB",
-        hint="use a GPU with more memory, a smaller data.block_size or a smaller model; "
-        "or set train.micro_batch=1 to try all the same",
+        f"{run.model.name} does not fit on {job.gpu.name}: about {least / 2**30:.1f} GiB at micro-batch 1, "
+        f"and there are {(job.available or 0) / 2**30:.1f} GiB",
+        hint=", or ".join([*remedies(job, found), "set train.micro_batch=1 to try all the same"]),
     )
 
 

@@ -34,14 +34,17 @@ class Rates:
 class GPU:
     """One kind of GPU, or `cpu`.
 
-    `memory` is in bytes and `bandwidth` in bytes/s, both with the datasheet's GB = 10^9 bytes;
-    `capability` is the CUDA compute capability. All three are None for `cpu`, whose figures belong to
-    the machine. `pattern` matches the whole of the name that NVML gives it.
+    `memory` is in bytes, `bandwidth` (of that memory) and `link` in bytes/s, all with the datasheet's
+    GB = 10^9 bytes; `link` is what one GPU sends to others of its node while it receives as much: NVLink
+    where all GPUs of a node have it, else PCI Express. `capability` is the CUDA compute capability. All
+    four are None for `cpu`, whose figures belong to the machine. `pattern` matches the whole of the name
+    that NVML gives it.
     """
 
     name: str
     memory: int | None
     bandwidth: float | None
+    link: float | None
     rates: Rates
     capability: tuple[int, int] | None
     pattern: str | None
@@ -83,12 +86,26 @@ def _gpu(
     name: str,
     gigabytes: int,
     gigabytes_per_second: int,
+    link: int,
     rates: Rates,
     capability: tuple[int, int],
     pattern: str,
     source: str,
 ) -> GPU:
-    return GPU(name, gigabytes * GIGA, float(gigabytes_per_second * GIGA), rates, capability, pattern, source)
+    return GPU(
+        name,
+        gigabytes * GIGA,
+        float(gigabytes_per_second * GIGA),
+        float(link * GIGA),
+        rates,
+        capability,
+        pattern,
+        source,
+    )
+
+
+_PCIE_3, _PCIE_4, _PCIE_5 = 16, 32, 64
+"""GB/s each way over 16 lanes (PCI-SIG, rounded as NVIDIA's datasheets do)."""
 
 
 _A100_SHEET: Final = "NVIDIA A100 Tensor Core GPU datasheet"
@@ -97,27 +114,50 @@ _HOPPER_PAPER: Final = "NVIDIA H100 Tensor Core GPU Architecture (white paper) a
 CATALOGUE: Final[Mapping[str, GPU]] = {
     gpu.name: gpu
     for gpu in (
-        GPU("cpu", None, None, _NONE, None, None, "this machine"),
-        _gpu("t4-16gb", 16, 320, _T4, (7, 5), "(Tesla )?T4", "NVIDIA T4 datasheet"),
-        _gpu("v100-sxm-16gb", 16, 900, _V100, (7, 0), r"(Tesla )?V100-SXM\d-16GB", "NVIDIA V100 datasheet"),
-        _gpu("v100-sxm-32gb", 32, 900, _V100, (7, 0), r"(Tesla )?V100-SXM\d-32GB", "NVIDIA V100 datasheet"),
-        _gpu("a10-24gb", 24, 600, _A10, (8, 6), "A10", "NVIDIA A10 Tensor Core GPU datasheet"),
-        _gpu("l4-24gb", 24, 300, _L4, (8, 9), "L4", "NVIDIA L4 Tensor Core GPU datasheet"),
-        _gpu("l40s-48gb", 48, 864, _L40S, (8, 9), "L40S", "NVIDIA L40S datasheet"),
-        _gpu("a100-sxm-40gb", 40, 1555, _A100, (8, 0), r"A100-SXM\d-40GB", _A100_SHEET),
-        _gpu("a100-sxm-80gb", 80, 2039, _A100, (8, 0), r"A100-SXM\d-80GB", _A100_SHEET),
-        _gpu("a100-pcie-40gb", 40, 1555, _A100, (8, 0), "A100-PCIE-40GB", _A100_SHEET),
-        _gpu("a100-pcie-80gb", 80, 1935, _A100, (8, 0), "A100 80GB PCIe|A100-PCIE-80GB", _A100_SHEET),
-        _gpu("h100-sxm-80gb", 80, 3350, _H100_SXM, (9, 0), "H100 80GB HBM3", _HOPPER_PAPER),
-        _gpu("h100-pcie-80gb", 80, 2000, _H100_PCIE, (9, 0), "H100 PCIe", _HOPPER_PAPER),
-        _gpu("h200-sxm-141gb", 141, 4800, _H100_SXM, (9, 0), "H200", "NVIDIA H200 Tensor Core GPU datasheet"),
+        GPU("cpu", None, None, None, _NONE, None, None, "this machine"),
+        _gpu("t4-16gb", 16, 320, _PCIE_3, _T4, (7, 5), "(Tesla )?T4", "NVIDIA T4 datasheet"),
         _gpu(
-            "gh200-96gb", 96, 4000, _H100_SXM, (9, 0), "GH200 (480|120)GB", "NVIDIA GH200 Superchip datasheet"
+            "v100-sxm-16gb", 16, 900, 150, _V100, (7, 0), r"(Tesla )?V100-SXM\d-16GB", "NVIDIA V100 datasheet"
+        ),
+        _gpu(
+            "v100-sxm-32gb", 32, 900, 150, _V100, (7, 0), r"(Tesla )?V100-SXM\d-32GB", "NVIDIA V100 datasheet"
+        ),
+        _gpu("a10-24gb", 24, 600, _PCIE_4, _A10, (8, 6), "A10", "NVIDIA A10 Tensor Core GPU datasheet"),
+        _gpu("l4-24gb", 24, 300, _PCIE_4, _L4, (8, 9), "L4", "NVIDIA L4 Tensor Core GPU datasheet"),
+        _gpu("l40s-48gb", 48, 864, _PCIE_4, _L40S, (8, 9), "L40S", "NVIDIA L40S datasheet"),
+        _gpu("a100-sxm-40gb", 40, 1555, 300, _A100, (8, 0), r"A100-SXM\d-40GB", _A100_SHEET),
+        _gpu("a100-sxm-80gb", 80, 2039, 300, _A100, (8, 0), r"A100-SXM\d-80GB", _A100_SHEET),
+        _gpu("a100-pcie-40gb", 40, 1555, _PCIE_4, _A100, (8, 0), "A100-PCIE-40GB", _A100_SHEET),
+        _gpu(
+            "a100-pcie-80gb", 80, 1935, _PCIE_4, _A100, (8, 0), "A100 80GB PCIe|A100-PCIE-80GB", _A100_SHEET
+        ),
+        _gpu("h100-sxm-80gb", 80, 3350, 450, _H100_SXM, (9, 0), "H100 80GB HBM3", _HOPPER_PAPER),
+        _gpu("h100-pcie-80gb", 80, 2000, _PCIE_5, _H100_PCIE, (9, 0), "H100 PCIe", _HOPPER_PAPER),
+        _gpu(
+            "h200-sxm-141gb",
+            141,
+            4800,
+            450,
+            _H100_SXM,
+            (9, 0),
+            "H200",
+            "NVIDIA H200 Tensor Core GPU datasheet",
+        ),
+        _gpu(
+            "gh200-96gb",
+            96,
+            4000,
+            450,
+            _H100_SXM,
+            (9, 0),
+            "GH200 (480|120)GB",
+            "NVIDIA GH200 Superchip datasheet",
         ),
         _gpu(
             "b200-sxm-180gb",
             180,
             8000,
+            900,
             _B200,
             (10, 0),
             "B200",
@@ -127,6 +167,7 @@ CATALOGUE: Final[Mapping[str, GPU]] = {
             "rtx-3090-24gb",
             24,
             936,
+            _PCIE_4,
             _RTX_3090,
             (8, 6),
             "GeForce RTX 3090",
@@ -136,6 +177,7 @@ CATALOGUE: Final[Mapping[str, GPU]] = {
             "rtx-4090-24gb",
             24,
             1008,
+            _PCIE_4,
             _RTX_4090,
             (8, 9),
             "GeForce RTX 4090",
@@ -145,6 +187,7 @@ CATALOGUE: Final[Mapping[str, GPU]] = {
             "rtx-5090-32gb",
             32,
             1792,
+            _PCIE_5,
             _RTX_5090,
             (12, 0),
             "GeForce RTX 5090",

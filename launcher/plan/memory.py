@@ -1,10 +1,12 @@
 """Bytes on one GPU at the peak of a training step, by category, in closed form.
 
-The peak is where the backward pass begins, with every activation kept and the logits' gradient being
-made; or, with a small vocabulary or gradient checkpointing, later, inside a layer. The larger counts.
-Left out: the allocator's fragmentation, and dense attention masks (padded or isolated documents).
+The peak is at one of three moments, and the largest counts: where the loss is computed, with autocast still
+holding a copy of every weight matrix; where the backward pass begins, with the logits' gradient being made;
+or later, inside a layer. Left out: the allocator's fragmentation, and dense attention masks (padded or
+isolated documents).
 
-Checked on a CPU against the bytes PyTorch's profiler sees allocated; not measured on a GPU.
+Checked on a CPU against the bytes PyTorch's profiler sees allocated, and for a GPU against a trace of its
+operators (`tests/plan/trace.py`); not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ HALF = 2
 """Bytes of bf16 and of fp16."""
 
 BYTES_PER_LOGIT = 12
-"""fp32 log-probabilities kept by the loss, the gradient with respect to them, and the one it is made into."""
+"""Where backward begins: the loss's fp32 log-probabilities, their gradient, and the one it is made into."""
 
 GPU_FRAMEWORK = 1 << 30
 """An allowance, not measured: the CUDA context with its kernels, and cuBLAS workspaces."""
@@ -77,29 +79,68 @@ def estimate(
         raise ValueError(f"unknown precision {precision!r}: expected bf16, fp16 or fp32")
     compute = FP32 if precision == "fp32" else HALF
     count, tokens = parameters(shape), micro_batch * block_size
-    logits = BYTES_PER_LOGIT * tokens * shape.vocab
-    layer = tokens * _layer(shape, compute, block_size, on_cpu=on_cpu)
-    inside = tokens * _gradients_inside(shape, compute)
-    if gradient_checkpointing:
-        # Each layer keeps its input alone, and all of it is computed again on the way back.
-        kept, inside = shape.layers * tokens * FP32 * shape.hidden, inside + layer
-        cast = weights_per_layer(shape) + shape.vocab * shape.hidden
-    else:
-        kept = shape.layers * layer
-        # Autocast casts each weight matrix once a forward pass, and backward needs the cast.
-        cast = shape.layers * weights_per_layer(shape) + shape.vocab * shape.hidden
-    # By the time the layers' own gradients are made, the logits and what led to them are gone.
-    ends = tokens * _ends(shape, compute, on_cpu=on_cpu)
+    moment = max(
+        _moments(
+            shape,
+            compute,
+            tokens,
+            block_size=block_size,
+            gradient_checkpointing=gradient_checkpointing,
+            on_cpu=on_cpu,
+        ),
+        key=lambda moment: moment.total,
+    )
     return Memory(
         parameters=FP32 * count,
-        autocast_copies=HALF * cast if compute == HALF else 0,
+        autocast_copies=moment.autocast_copies,
         gradients=FP32 * count,
         optimizer=2 * FP32 * count,
-        activations=kept + max(ends, inside - logits),
-        logits_and_loss=logits,
+        activations=moment.activations,
+        logits_and_loss=moment.logits_and_loss,
         ddp_buckets=FP32 * count if world_size > 1 else 0,
         framework=_framework(world_size, on_cpu=on_cpu),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """Bytes of what comes and goes within a step, at one moment of it."""
+
+    autocast_copies: int
+    activations: int
+    logits_and_loss: int
+
+    @property
+    def total(self) -> int:
+        return self.autocast_copies + self.activations + self.logits_and_loss
+
+
+def _moments(
+    shape: Shape, compute: int, tokens: int, *, block_size: int, gradient_checkpointing: bool, on_cpu: bool
+) -> Iterator[_Moment]:
+    """The three moments that may be the peak: the loss, the start of backward, and inside the last layer.
+
+    Autocast casts each weight matrix once a forward pass and holds the copies until the pass is over;
+    backward needs them too, except under checkpointing, where each layer casts its own again.
+    """
+    layer = tokens * _layer(shape, compute, block_size, on_cpu=on_cpu)
+    inside = tokens * _gradients_inside(shape, compute)
+    ends = tokens * _ends(shape, compute, on_cpu=on_cpu)
+    each, head = (HALF * size if compute == HALF else 0 for size in _cast(shape))
+    casts = shape.layers * each
+    # A checkpointed layer keeps its input alone, and all of it is computed again on the way back.
+    kept = shape.layers * (tokens * FP32 * shape.hidden if gradient_checkpointing else layer)
+    logits = tokens * shape.vocab
+    yield _Moment(casts + head, kept + ends, (2 * FP32 + (compute if compute == HALF else 0)) * logits)
+    yield _Moment((0 if gradient_checkpointing else casts) + head, kept + ends, BYTES_PER_LOGIT * logits)
+    # By the time the layers' own gradients are made, the logits and what led to them are gone.
+    again = layer if gradient_checkpointing else 0
+    yield _Moment((each if gradient_checkpointing else casts) + head, kept + again + inside, 0)
+
+
+def _cast(shape: Shape) -> tuple[int, int]:
+    """Elements that autocast casts: one layer's weight matrices, and the output layer's."""
+    return weights_per_layer(shape), shape.vocab * shape.hidden
 
 
 def _layer(shape: Shape, compute: int, block_size: int, *, on_cpu: bool) -> int:

@@ -16,10 +16,10 @@ def _plan(*names: str) -> tuple[Path, ...]:
     return tuple((PLAN, f"plan.{name}") for name in names)
 
 
-FIT = _plan("batch", "gradient_checkpointing", "memory")
-"""What is chosen together, so that the run fits."""
+FIT = _plan("batch", "gradient_checkpointing", "memory", "forecast")
+"""What is chosen together, so that the run fits and is fast."""
 
-LENGTH = _plan("steps", "samples", "warmup_steps")
+LENGTH = _plan("steps", "samples", "warmup_steps", "forecast.hours", "forecast.price")
 TEXT: tuple[Path, ...] = ((PLAN, "store"), (PLAN, "vocabulary"), *_plan("blocks", "eval_every"), *LENGTH)
 """What depends on the prepared text."""
 
@@ -46,7 +46,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "train.gradient_checkpointing": FIT,
     "train.strategy": (*_plan("strategy"), (ACCELERATE, "distributed_type")),
     "train.micro_batch": FIT,
-    "train.compile": _plan("compile"),
+    "train.compile": (*_plan("compile"), *FIT),
     "train.eval_every": _plan("eval_every"),
     "checkpoint.every": _plan("checkpoint_every"),
     "output_dir": ((LAUNCH, ""), (PLAN, "store")),
@@ -65,6 +65,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
         (ACCELERATE, "mixed_precision"),
         (ACCELERATE, "distributed_type"),
     ),
+    "cluster.price_per_gpu_hour": _plan("forecast.price"),
     "cluster.env": ((LAUNCH, ""),),
 }
 """Key to (file, dotted path in it), besides `config.yaml` or `cluster.yaml`, which carry every key.

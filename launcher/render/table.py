@@ -56,6 +56,32 @@ def becomes_rows(plan: Plan) -> Rows:
     return rows
 
 
+def speed_rows(plan: Plan) -> Rows:
+    """What is predicted of its speed, or why nothing is."""
+    found = plan.forecast
+    if found is None:
+        reason = "on a CPU" if plan.device == "cpu" else "for this architecture or without network_gbps"
+        return [("speed", f"not predicted {reason}")]
+    step = sum(found.seconds.values())
+    parts = ", ".join(
+        f"{part} {seconds / step:.0%}" for part, seconds in found.seconds.items() if seconds >= step / 200
+    )
+    ranks = plan.batch.world_size
+    mfu = "" if found.mfu is None else f", MFU {found.mfu:.0%}"
+    rows = [
+        ("tokens/s", f"{found.tokens_per_second:,.0f} ({found.tokens_per_second / ranks:,.0f} a GPU{mfu})"),
+        ("step", f"{step:.3g} s: {parts}"),
+    ]
+    if found.hours is not None:
+        rows.append(("time", f"{found.hours:,.4g} hours, without evaluation and checkpoints"))
+    if found.price is not None:
+        rows.append(("price", f"{found.price:,.2f}"))
+    for other in found.runners_up:
+        checkpointing = "with gradient checkpointing, " if other.gradient_checkpointing else ""
+        rows.append((f"or micro-batch {other.micro_batch}", f"{checkpointing}{other.why}"))
+    return rows
+
+
 def _every(every: Every) -> str:
     if every.steps is not None:
         return f"every {every.steps:,} step{'s' if every.steps > 1 else ''}"

@@ -15,7 +15,7 @@ from launcher.config.schema import ClusterConfig, RunConfig, TokenizerFromCorpus
 from launcher.errors import LauncherError, MachineError, RequestError, RunDirectoryError
 from launcher.plan.batch import NOTHING_DONE, Done
 from launcher.plan.choose import Blocks, Place, Plan, make_plan
-from launcher.plan.hardware import find_gpu
+from launcher.plan.hardware import GIGA, find_gpu
 from launcher.plan.orders import Orders, format_orders
 from launcher.plan.shape import shape_of
 from launcher.render.accelerate import render_accelerate
@@ -137,7 +137,16 @@ def find_place(cluster: ClusterConfig, machine: Machine) -> Place:
             f"cluster {cluster.name}: gpus_per_node=auto counts the GPUs of this machine, and it has none",
             hint="write how many GPUs a node of that cluster has",
         )
-    return Place(cluster.name, cluster.nodes, ranks, gpu, machine.cores, machine.memory)
+    return Place(
+        cluster.name,
+        cluster.nodes,
+        ranks,
+        gpu,
+        machine.cores,
+        machine.memory,
+        network=None if cluster.network_gbps is None else cluster.network_gbps * GIGA / 8,
+        price_per_gpu_hour=cluster.price_per_gpu_hour,
+    )
 
 
 def rendered_files(assembly: Assembly, directory: RunDirectory, prepared: Prepared | None) -> dict[Path, str]:

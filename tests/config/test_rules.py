@@ -199,7 +199,6 @@ def test_what_comes_later_is_refused_by_name(tmp_path: Path, override: str, hint
         ("launch: slurm", "launch", "set launch: local"),
         ("nodes: 2", "nodes", "set nodes: 1"),
         ("network_gbps: 400", "network_gbps", "leave the key out"),
-        ("price_per_gpu_hour: 0", "price_per_gpu_hour", "leave the key out"),
         ("slurm: {time_limit: 24:00:00}", "slurm.time_limit", "leave the key out"),
         ("slurm: {exclude: [n1]}", "slurm.exclude", "leave the key out"),
     ],

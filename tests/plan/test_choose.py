@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from launcher.config.presets import PRESETS
 from launcher.config.schema import RunConfig
 from launcher.errors import MachineError, RequestError
-from launcher.plan.choose import CPU_TOKENS, FILL, GPU_TOKENS, Blocks, Every, Place, Plan, make_plan
+from launcher.plan.batch import Batch
+from launcher.plan.choose import CPU_TOKENS, GPU_TOKENS, Blocks, Every, Place, Plan, make_plan
 from launcher.plan.hardware import CATALOGUE, find_gpu
 from launcher.plan.memory import estimate
+from launcher.plan.search import FILL
 from launcher.plan.shape import Shape, shape_of
+from launcher.plan.speed import Wires, step_speed
+from launcher.plan.traffic import stack_of
 
 SMALL = st.integers(1, 12)
 GPUS = tuple(name for name in CATALOGUE if name != "cpu")
@@ -116,33 +120,49 @@ def test_nothing_better_would_have_fitted(
         batch_size=share * ranks, gradient_checkpointing=checkpointing, data={"block_size": block_size}
     )
 
-    def fits(micro: int, *, checkpointing: bool) -> bool:
+    precision = "fp16" if gpu[0] in "tv" else "bf16"
+
+    def fits(micro: int, checkpointing: bool) -> bool:
         needed = estimate(
             model,
             micro_batch=micro,
             block_size=block_size,
-            precision="fp16" if gpu[0] in "tv" else "bf16",
+            precision=precision,
             gradient_checkpointing=checkpointing,
             world_size=ranks,
         )
         return needed.total <= FILL * (place.gpu.memory or 0)
 
+    def seconds(micro: int, checkpointing: bool) -> float:
+        assert place.gpu.link is not None
+        speed = step_speed(
+            model,
+            place.gpu,
+            Batch(share * ranks, micro, share // micro, ranks),
+            Wires(ranks, place.gpu.link, None),
+            stack_of(model, precision, compiled=False),
+            block_size=block_size,
+            precision=precision,
+            gradient_checkpointing=checkpointing,
+        )
+        assert speed is not None
+        return speed.total
+
     sizes = [n for n in range(1, share + 1) if share % n == 0 and n * block_size <= GPU_TOKENS]
-    fitting = {
-        on: [micro for micro in sizes if fits(micro, checkpointing=on)]
+    fitting = [
+        (micro, on)
+        for micro in sizes
         for on in (False, True)
-        if checkpointing in ("auto", on)
-    }
+        if checkpointing in ("auto", on) and fits(micro, on)
+    ]
     try:
         plan = planned(run, place, shape=model)
     except RequestError:
-        assert not any(fitting.values())
+        assert not fitting
         return
-    if checkpointing == "auto":
-        assert plan.gradient_checkpointing == (not fitting[False]), "only when memory asks for it"
-    else:
-        assert plan.gradient_checkpointing is checkpointing
-    assert plan.batch.micro_batch == max(fitting[plan.gradient_checkpointing])
+    chosen = (plan.batch.micro_batch, plan.gradient_checkpointing)
+    assert chosen in fitting
+    assert seconds(*chosen) == min(seconds(*one) for one in fitting)
     assert plan.memory is not None
     assert plan.memory_available == place.gpu.memory
     assert sum(plan.memory.values()) <= FILL * (place.gpu.memory or 0)
@@ -153,7 +173,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_to_do() -> None:
     with pytest.raises(RequestError, match=r"does not fit on t4-16gb: about .* GiB") as refused:
         planned(asked(), on("t4-16gb"), shape=large)
     assert refused.value.hint is not None
-    for way in ("more memory", "data.block_size", "smaller model", "train.micro_batch=1"):
+    for way in ("smaller model", "train.micro_batch=1"):
         assert way in refused.value.hint
     tried = planned(asked(micro_batch=1), on("t4-16gb"), shape=large)
     assert tried.batch.micro_batch == 1, "what is fixed is not refused for memory"
@@ -171,6 +191,7 @@ def test_a_fixed_micro_batch_is_never_refused_for_memory(micro: int, checkpointi
 def test_an_unknown_architecture_is_planned_without_an_estimate() -> None:
     plan = planned(asked(batch_size=512), on("t4-16gb"))
     assert plan.memory is None
+    assert plan.forecast is None
     assert plan.parameters is None
     assert plan.gradient_checkpointing is False
     assert plan.batch.micro_batch == GPU_TOKENS // 1024
@@ -181,6 +202,7 @@ def test_on_a_cpu_ranks_share_cores_and_memory() -> None:
     assert plan.threads_per_rank == 4
     assert plan.memory_available == 1 << 39
     assert plan.device == "cpu"
+    assert plan.forecast is None, "a CPU's speed is not in the catalogue"
     assert plan.batch.micro_batch == CPU_TOKENS // 1024
     crowded = planned(asked(batch_size=12, micro_batch=1), on(ranks=12, memory=1 << 40), shape=shape())
     assert crowded.threads_per_rank == 1
@@ -266,6 +288,13 @@ def test_a_plan_survives_the_journey_through_json(
     plan = planned(run, on(gpu), shape=shape() if known else None, blocks=blocks)
     assert Plan.from_dict(plan.as_dict()) == plan
     assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+
+
+def test_a_plan_of_an_earlier_version_has_no_forecast() -> None:
+    plan = planned(asked(), on("t4-16gb"), shape=shape())
+    assert plan.forecast is not None
+    fields = {name: value for name, value in plan.as_dict().items() if name != "forecast"}
+    assert Plan.from_dict(fields) == replace(plan, forecast=None)
 
 
 def test_what_is_not_a_plan_is_not_taken_for_one() -> None:

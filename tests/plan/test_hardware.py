@@ -25,7 +25,9 @@ def test_figures_are_of_dense_arithmetic_in_base_units(gpu: GPU) -> None:
     assert gpu.bandwidth is not None
     assert rates.fp16 is not None
     assert rates.fp32 is not None
+    assert gpu.link is not None
     assert 1e11 < gpu.bandwidth < 1e13
+    assert 0.01 < gpu.link / gpu.bandwidth < 0.25
     assert 1e12 < rates.fp32 < rates.fp16 < 5e15
     # Tensor cores multiply fp16 and bf16 at one rate and TF32 at half of it: a sparse figure would not fit.
     if rates.tf32 is not None:

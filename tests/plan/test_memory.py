@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from launcher.config.presets import PRESETS
 from launcher.plan.memory import Memory, estimate
 from launcher.plan.shape import Shape, shape_of
 from launcher.worker.fast import use_tanh_gelu_kernel
+from tests.plan.trace import MODELS, peaks
 
 MICRO_BATCH, BLOCK_SIZE, VOCAB = 4, 256, 2500
 GPT2 = {
@@ -127,13 +128,13 @@ def test_with_a_small_vocabulary_the_peak_is_inside_a_layer(
     assert passing == pytest.approx(allocated_at_peak(small, "fp32", checkpointing), rel=0.05)
 
 
-@pytest.mark.parametrize(("checkpointing", "traced"), [(False, 9.2), (True, 6.5)])
-def test_gpt2_on_a_gpu_is_near_a_trace_of_its_operators(checkpointing: bool, traced: float) -> None:
-    # The traces, on a fake device, have neither a framework nor, with checkpointing, gradients yet.
-    fields = PRESETS["gpt2"].config()
-    memory = planned(fields, "bf16", checkpointing, micro_batch=8, block_size=1024)
-    left_out = memory.framework + (memory.gradients if checkpointing else 0)
-    assert (memory.total - left_out) / 2**30 == pytest.approx(traced, rel=0.03)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_peak_on_a_gpu_is_that_of_its_operators(model: str, checkpointing: bool) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "concepts" / "memory.md").read_text(encoding="utf-8")
+    for peak in peaks(model, checkpointing):
+        assert peak.planned == pytest.approx(peak.traced, rel=0.01), peak
+        assert peak.line in page, "python -m tests.plan.trace writes the table in docs/concepts/memory.md"
 
 
 def test_the_optimizers_state_is_that_of_adamw() -> None:
@@ -155,15 +156,14 @@ def test_the_optimizers_state_is_that_of_adamw() -> None:
     world_size=st.sampled_from([1, 8]),
     on_cpu=st.booleans(),
 )
-def test_memory_grows_with_the_micro_batch_by_the_same_each_time(
+def test_memory_grows_with_the_micro_batch_and_never_by_less(
     micro_batch: int, precision: str, checkpointing: bool, world_size: int, on_cpu: bool
 ) -> None:
     totals = [
         planned(GPT2, precision, checkpointing, micro_batch=count, world_size=world_size, on_cpu=on_cpu).total
         for count in (micro_batch, micro_batch + 1, micro_batch + 2)
     ]
-    assert totals[0] < totals[1]
-    assert totals[1] - totals[0] == totals[2] - totals[1]
+    assert 0 < totals[1] - totals[0] <= totals[2] - totals[1]
 
 
 def test_categories_are_words_that_add_up_to_the_total() -> None:

@@ -82,6 +82,7 @@ ANOTHER: Mapping[str, object] = {
     "cluster.name": "elsewhere",
     "cluster.gpus_per_node": 4,
     "cluster.gpu": "h100-sxm-80gb",
+    "cluster.price_per_gpu_hour": 2.5,
     "cluster.env": {"TOKENIZERS_PARALLELISM": "false", "GREETING": "good day"},
 }
 """Every other key, with a value that no scenario below has."""
@@ -150,7 +151,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         run_of({"name": "gpt2-medium"}, {}, {"batch_size": 32, "tokens": 10**9}),
         {"gpu": "t4-16gb", "gpus_per_node": 1},
         prepared=False,
-        keys=TAKE_MEMORY - {"model.name"},
+        keys=TAKE_MEMORY - {"model.name"} | {"train.tokens", "train.compile", "cluster.price_per_gpu_hour"},
     ),
     "no room": Scenario(
         run_of({"name": "gpt2"}, {"block_size": 1024}, {"batch_size": 32, "steps": 1000, "micro_batch": 16}),
@@ -258,7 +259,7 @@ def value_at(files: Mapping[str, str], file: str, path: str) -> object:
         return files[file]
     found: Any = yaml.load(files[file], Loader=yaml.CSafeLoader)
     for part in path.split("."):
-        found = found[part]
+        found = None if found is None else found[part]
     return found
 
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from launcher.config.presets import PRESETS
 from launcher.config.schema import RunConfig
 from launcher.plan.choose import Blocks, Every, Place, Plan, make_plan
 from launcher.plan.hardware import find_gpu
-from launcher.render.table import asked_rows, becomes_rows
+from launcher.plan.shape import shape_of
+from launcher.render.table import asked_rows, becomes_rows, speed_rows
 
 
 def asked(**length: Any) -> RunConfig:
@@ -72,3 +74,35 @@ def test_what_is_not_known_yet_and_what_is_not_done() -> None:
     assert "tokens" not in rows
     assert rows["evaluate"] == "never"
     assert rows["checkpoint"] == "every 1 step"
+
+
+def test_the_speed_is_said_with_what_it_is_made_of() -> None:
+    place = Place("lab", 1, 8, find_gpu("a100-sxm-80gb"), price_per_gpu_hour=2.5)
+    run = asked(steps=2000)
+    plan = make_plan(run, place, shape=shape_of(PRESETS["gpt2-xl"].config()), positions=None, blocks=None)
+    found = plan.forecast
+    assert found is not None
+    rows = dict(speed_rows(plan))
+    assert found.hours is not None
+    assert found.price == pytest.approx(found.hours * 8 * 2.5, rel=1e-3)
+    assert rows["tokens/s"].startswith(f"{found.tokens_per_second:,.0f} (")
+    assert "a GPU, MFU" in rows["tokens/s"]
+    assert "matrices" in rows["step"]
+    assert rows["time"].endswith("hours, without evaluation and checkpoints")
+    assert rows["price"] == f"{found.price:,.2f}"
+    others = [name for name in rows if name.startswith("or micro-batch ")]
+    assert len(others) == len(found.runners_up) == 3
+    assert all("slower" in rows[name] or "faster, but needs" in rows[name] for name in others)
+
+
+def test_what_is_not_predicted_is_said() -> None:
+    assert dict(speed_rows(planned(asked(steps=1))))["speed"].startswith("not predicted for this arch")
+    on_cpu = make_plan(
+        asked(steps=1), Place("here", 1, 2, find_gpu("cpu")), shape=None, positions=None, blocks=None
+    )
+    assert speed_rows(on_cpu) == [("speed", "not predicted on a CPU")]
+    a_gpu = Place("lab", 1, 1, find_gpu("a100-sxm-80gb"))
+    before = make_plan(
+        asked(epochs=1), a_gpu, shape=shape_of(PRESETS["gpt2"].config()), positions=None, blocks=None
+    )
+    assert {"time", "price"}.isdisjoint(dict(speed_rows(before))), "the length is not known yet"

@@ -1,0 +1,114 @@
+"""What loses, what is said of it, and what is proposed where nothing fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from launcher.config.presets import PRESETS
+from launcher.plan.batch import Batch
+from launcher.plan.hardware import find_gpu
+from launcher.plan.search import (
+    FILL,
+    RUNNERS_UP,
+    Candidate,
+    Job,
+    candidates,
+    fastest,
+    forecast,
+    remedies,
+)
+from launcher.plan.shape import shape_of
+
+
+def job(preset: str, gpu: str, *, world_size: int = 1, block_size: int = 1024) -> Job:
+    kind = find_gpu(gpu)
+    return Job(
+        shape=shape_of(PRESETS[preset].config()),
+        gpu=kind,
+        precision="bf16",
+        block_size=block_size,
+        compiled=False,
+        world_size=world_size,
+        ranks_per_node=min(8, world_size),
+        network=None,
+        available=kind.memory,
+    )
+
+
+def ways(asked: Job, sizes: tuple[int, ...] = (16, 8, 4, 2, 1)) -> list[Candidate]:
+    batches = [Batch(16 * asked.world_size, size, 16 // size, asked.world_size) for size in sizes]
+    return candidates(asked, batches, (False, True))
+
+
+def test_the_others_are_told_with_why_they_lost() -> None:
+    asked = job("gpt2", "rtx-4090-24gb")
+    found = ways(asked, (16, 8, 4, 2, 1)) + ways(asked, (16,))
+    asked = replace(asked, available=12 * 10**9)
+    found = ways(asked)
+    chosen = fastest(found)
+    assert chosen is not None
+    told = forecast(asked, chosen, found, steps=None, price_per_gpu_hour=None)
+    assert told is not None
+    assert len(told.runners_up) == RUNNERS_UP
+    nearest, *slower = told.runners_up
+    assert nearest.micro_batch == 2 * chosen.batch.micro_batch
+    assert "faster, but needs" in nearest.why
+    assert f"{FILL * 12e9 / 2**30:.1f} GiB is to be used" in nearest.why
+    assert all(one.why.endswith("slower") for one in slower)
+    said = [float(one.why.partition("%")[0]) for one in slower]
+    assert said == sorted(said)
+
+
+def test_the_first_wins_where_speeds_are_not_known() -> None:
+    asked = replace(job("gpt2", "cpu"), precision="fp32", available=10**12)
+    found = ways(asked)
+    assert fastest(found) is found[0]
+    assert forecast(asked, found[0], found, steps=10, price_per_gpu_hour=1.0) is None
+
+
+def test_a_forecast_is_of_the_whole_world_and_the_whole_run() -> None:
+    asked = job("gpt2", "a100-sxm-80gb", world_size=8)
+    found = ways(asked)
+    chosen = fastest(found)
+    assert chosen is not None
+    told = forecast(asked, chosen, found, steps=7200, price_per_gpu_hour=3.0)
+    assert told is not None
+    assert told.hours == pytest.approx(2 * chosen.seconds, rel=1e-3)
+    assert told.price == pytest.approx(2 * chosen.seconds * 8 * 3, rel=1e-3)
+    assert told.tokens_per_second == pytest.approx(16 * 8 * 1024 / chosen.seconds, rel=1e-3)
+    assert sum(told.seconds.values()) == pytest.approx(chosen.seconds, rel=1e-3)
+
+
+def test_the_cheapest_change_comes_first() -> None:
+    asked = job("gpt2-xl", "rtx-4090-24gb")
+    found = candidates(asked, [Batch(16, 1, 16, 1)], (False,))
+    assert list(remedies(asked, found)) == ["use a GPU with more memory, such as a100-sxm-40gb"]
+    with_room = replace(asked, available=35 * 10**9)
+    assert list(remedies(with_room, candidates(with_room, [Batch(16, 1, 16, 1)], (False,)))) == [
+        "set train.gradient_checkpointing: auto",
+        "set data.block_size to 512",
+        "use a GPU with more memory, such as a100-sxm-40gb",
+    ]
+
+
+def test_a_block_is_proposed_that_fits() -> None:
+    asked = replace(job("gpt2-large", "t4-16gb", block_size=1024), precision="fp16", available=None)
+    (whole,) = candidates(asked, [Batch(1, 1, 1, 1)], (True,))
+    (half,) = candidates(replace(asked, block_size=512), [Batch(1, 1, 1, 1)], (True,))
+    assert whole.memory is not None
+    assert half.memory is not None
+    between = int((whole.memory.total + half.memory.total) / 2 / FILL)
+    tight = replace(asked, available=between)
+    first, *_ = remedies(tight, candidates(tight, [Batch(1, 1, 1, 1)], (False, True)))
+    assert first == "set data.block_size to 512"
+
+
+def test_where_no_gpu_is_large_enough_the_model_must_shrink() -> None:
+    asked = job("gpt2-xl", "t4-16gb")
+    assert asked.shape is not None
+    asked = replace(asked, shape=replace(asked.shape, layers=400))
+    found = candidates(asked, [Batch(1, 1, 1, 1)], (False, True))
+    assert fastest(found) is None
+    assert list(remedies(asked, found)) == ["use a smaller model"]
