@@ -141,8 +141,12 @@ def test_init_then_plan(tmp_path: Path, preset: str) -> None:
     made = here.run("init", "my run.yaml", "--preset", preset)
     assert made.returncode == 0, made.stderr
     assert made.stdout == ""
-    (tmp_path / "cluster.yaml").write_text("gpu: h100-sxm-80gb\ngpus_per_node: 8\n")
+    (tmp_path / "cluster.yaml").write_text("gpu: h100-sxm-80gb\ngpus_per_node: 8\nprice_per_gpu_hour: 2.5\n")
     plan = answered(here, "plan", "my run.yaml", "--cluster", "cluster.yaml")["plan"]
+    assert plan["forecast"]["price"] == pytest.approx(plan["forecast"]["hours"] * 8 * 2.5, rel=1e-3)
+    shown = here.run("plan", "my run.yaml", "--cluster", "cluster.yaml").stdout
+    assert "speed: a prediction, not measured on this GPU" in shown
+    assert f"price                   {plan['forecast']['price']:,.2f}" in shown
     assert plan["name"] == "my run"
     assert plan["batch"]["batch_size"] == PRESETS[preset].batch_size
     assert plan["precision"] == "bf16"

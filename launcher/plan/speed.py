@@ -5,8 +5,8 @@ everything takes the bytes it moves at an attainable share of the memory's bandw
 kernels more slowly than the GPU ends them, the host's time counts. DDP's all-reduce follows an alpha-beta
 model and hides behind the last micro-batch's backward pass.
 
-Left out: loading data, evaluation, checkpoints, stragglers, and a GPU that is throttled. The fitted shares,
-the rows they were fitted on and the error on the others are in `docs/benchmarks/speed.md`.
+Left out: loading data, evaluation, checkpoints, stragglers, a throttled GPU, and dense attention masks. The
+fitted shares, the rows they were fitted on and the error on the others are in `docs/benchmarks/speed.md`.
 """
 
 from __future__ import annotations
