@@ -321,10 +321,10 @@ class _OpenShard:
 
 
 def _reached(piece: Piece, batch: Batch) -> int:
-    """Bytes of the piece, as stored, that lie behind the batch; none are known of a file read whole."""
+    """Bytes of the piece, as stored, that lie behind the batch; of a file read whole, or a table, none."""
     if piece.end is None or not len(batch.offsets):
         return 0
-    return min(int(batch.offsets[-1] + batch.lengths[-1]) - piece.start, piece.size)
+    return max(0, min(int(batch.offsets[-1] + batch.lengths[-1]) - piece.start, piece.size))
 
 
 def _check_unchanged(pieces: Sequence[Piece]) -> None:

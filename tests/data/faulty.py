@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
 import re
@@ -36,9 +37,9 @@ class Site:
 
     files: dict[str, bytes] = field(default_factory=dict)
     ranges: bool = True
-    etags: bool = True
     head: bool = True
     sized: bool = True
+    squeezes: bool = False
     refused: set[str] = field(default_factory=set)
     faults: deque[Fault] = field(default_factory=deque)
     always: Fault = FINE
@@ -103,7 +104,9 @@ class Handler(BaseHTTPRequestHandler):
         if path not in self.site.files:
             return 404, {}, b"nothing here"
         body = self.site.files[path]
-        headers = {"ETag": f'"{hashlib.md5(body).hexdigest()}"'} if self.site.etags else {}
+        headers = {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}
+        if self.site.squeezes and "gzip" in self.headers.get("Accept-Encoding", ""):
+            return 200, {**headers, "Content-Encoding": "gzip"}, gzip.compress(body)
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if not asked or not self.site.ranges:
             return 200, headers, body

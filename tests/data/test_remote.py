@@ -10,8 +10,10 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -85,7 +87,8 @@ def test_little_more_than_the_range_is_fetched(site: Site) -> None:
     file = one(f"{site.url}/a.txt")
     site.sent = 0
     texts(file, 1_000_000, 1_200_000)
-    assert site.sent < 200_000 + 2 * readahead.FIRST
+    # What lies in it from the byte before on, and the rest of its last line.
+    assert site.sent <= 200_001 + readahead.FIRST
 
 
 def test_nothing_is_fetched_far_ahead_of_the_reader(site: Site) -> None:
@@ -93,12 +96,20 @@ def test_nothing_is_fetched_far_ahead_of_the_reader(site: Site) -> None:
     site.sent = 0
     with opened(file) as stream:
         stream.read(1)
-        assert site.sent <= (readahead.AHEAD + 1) * readahead.BLOCK
+        time.sleep(0.3)
+        assert 0 < site.sent <= 3 * readahead.BLOCK
 
 
 def test_a_line_that_always_breaks_off_still_carries(site: Site) -> None:
     file = one(f"{site.url}/a.txt")
     site.always = Fault(cut=readahead.FIRST)
+    assert texts(file) == LINES
+
+
+def test_a_server_that_likes_to_compress(site: Site) -> None:
+    site.squeezes = True
+    file = one(f"{site.url}/a.txt")
+    assert splittable(file, TEXT)
     assert texts(file) == LINES
 
 
@@ -166,7 +177,8 @@ def failure(url: str, kind: type[LauncherError]) -> LauncherError:
     with pytest.raises(kind) as raised:
         list_files([url])
     assert raised.value.hint
-    assert raised.value.__cause__ is None
+    # A library's words may hold a signed address.
+    assert raised.value.__suppress_context__ or raised.value.__context__ is None
     return raised.value
 
 
@@ -224,6 +236,20 @@ def unused() -> int:
     """A port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
+
+
+def test_a_host_that_takes_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "CONNECT_SECONDS", 0.1)
+    with ExitStack() as stack:
+        busy = stack.enter_context(socket.socket())
+        busy.bind(("127.0.0.1", 0))
+        busy.listen(0)  # a queue of one: who comes after that is not even told to go
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(busy.getsockname())
+        url = f"http://127.0.0.1:{busy.getsockname()[1]}/a.txt"
+        assert "it does not answer in time" in str(failure(url, MachineError))
 
 
 def test_a_host_without_a_name_server() -> None:
