@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import signal
 import subprocess
@@ -15,8 +14,6 @@ from typing import Any
 
 import pytest
 import xxhash
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from launcher.config.schema import DataSection, Source, TokenizerFromCorpus, TrainTokenizer
 from launcher.data import conversion, vocabulary
@@ -48,9 +45,6 @@ def keyed_share(text: str) -> float:
     return xxhash.xxh3_64(text.encode(), seed=int.from_bytes(b"launcher", "big")).intdigest() / 2**64
 
 
-TRAINED_AT_ANY_FRACTION = max((f"document {i}" for i in range(100)), key=keyed_share)
-
-
 @pytest.mark.usefixtures("small_units")
 def test_any_number_of_workers_writes_the_same_bytes(prepared: Any, corpus: Path, tmp_path: Path) -> None:
     (corpus / "c.txt.gz").write_bytes(gzip.compress((corpus / "a.txt").read_bytes()[:9000]))
@@ -61,40 +55,6 @@ def test_any_number_of_workers_writes_the_same_bytes(prepared: Any, corpus: Path
     assert hashes(stores[2].path) == first
     assert len({store.path.name for store in stores}) == 1
     assert not [name for name in first if "tmp" in name]
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    files=st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=15),
-                   min_size=1, max_size=4),
-    fraction=st.sampled_from([0.0, 0.3, 0.9]),
-)  # fmt: skip
-def test_the_ledger_is_exact(
-    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, files: list[list[str]], fraction: float
-) -> None:
-    folder = tmp_path_factory.mktemp("ledger")
-    tokens, skipped = 0, 0
-    contents = [[TRAINED_AT_ANY_FRACTION], *files]
-    for number, texts in enumerate(contents):
-        text = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / f"{number}.jsonl").write_text(text)
-        for ids, text in zip(tokenizer.encode_batch(texts), texts, strict=True):
-            if text.strip():
-                tokens += len(ids) + 1
-            else:
-                skipped += 1
-    data = DataSection(train=[f"{folder}/*"], validation=fraction)
-    store = open_store(prepare(data, tokenizer, folder / "cache", 1))
-    (ledger,) = store.manifest.ledger
-    assert (ledger.tokens_in, ledger.skipped_empty) == (tokens, skipped)
-    assert ledger.train_tokens + ledger.validation_tokens == tokens
-    in_files = {
-        split: sum(len(store.tokens(s)) for s in store.manifest.shards if s.split == split)
-        for split in ("train", "validation")
-    }
-    assert in_files == {"train": ledger.train_tokens, "validation": ledger.validation_tokens}
-    rows = store.summary(16, "concat")
-    assert sum(row.blocks * 16 + row.dropped for row in rows) == tokens
 
 
 def test_empty_documents_are_counted_in_every_batch(
