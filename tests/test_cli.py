@@ -203,6 +203,42 @@ def test_a_store_is_prepared_shown_and_verified_and_a_flipped_byte_is_found(work
     assert shard.name in damage
     assert f"damaged: {damage}" in found.stderr
     assert "hint:" in found.stderr
+    assert not shard.exists()
+    mended = workplace.run("data", "prepare", "run.yaml")
+    assert mended.returncode == 0
+    assert "1 damaged of 1 units" in mended.stderr
+    content[len(content) // 2] ^= 1
+    assert shard.read_bytes() == content
+    assert answered(workplace, "data", "verify", str(store))["damage"] == []
+
+
+def test_a_store_in_parts(workplace: Workplace) -> None:
+    corpus = (workplace.folder / "corpus.txt").read_text()
+    for name in "abc":
+        (workplace.folder / f"{name}.txt").write_text(f"{name}\n{corpus}")
+    sources = ", ".join(f"{{name: {name}, files: [{name}.txt], weight: 1}}" for name in "abc")
+    prepare = ("data", "prepare", "run.yaml", f"data.train=[{sources}]")
+    first = workplace.run(*prepare, "--units", "1/2", "--json")
+    assert (first.returncode, first.stdout) == (0, "null\n"), first.stderr
+    assert "1 units of other parts are not yet" in first.stderr
+    second = answered(workplace, *prepare, "--units", "2/2")
+    assert answered(workplace, "data", "verify", second["store"])["damage"] == []
+    assert answered(workplace, *prepare) == second
+    refused = workplace.run(*prepare, "--units", "3/2")
+    assert refused.returncode == 2
+    assert "expected I/N" in refused.stderr
+
+
+def test_bad_records_are_skipped_when_asked(workplace: Workplace) -> None:
+    with (workplace.folder / "corpus.txt").open("ab") as stream:
+        stream.write(b"caf\xe9 noir\n")
+    assert workplace.run("data", "prepare", "run.yaml").returncode == 2
+    done = workplace.run("data", "prepare", "run.yaml", "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    assert "1 bad records of the text were skipped" in done.stderr
+    again = workplace.run("data", "prepare", "run.yaml")
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+    assert "1 bad records" in again.stderr
 
 
 def test_checkpoints_are_listed_and_the_damaged_one_marked(workplace: Workplace) -> None:

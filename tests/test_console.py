@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import pytest
@@ -165,3 +166,24 @@ def test_a_bar_says_nothing_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) 
         bar(done, 100, done)
     bar(0, 0, 0)
     assert stream.getvalue() == ""
+
+
+def test_a_bar_counts_from_where_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1000.0, 1010.0, 8300.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    bar = console.Bar("preparing")
+    # Half was there: the speed is that of what was done since.
+    for done in (500, 750, 999):
+        bar(done, 1000, done)
+    first, second, last = stream.getvalue().split("\r")[1:]
+    assert "? left" in first
+    assert "25 tokens/s  10 s left" in second
+    assert last.split("]")[1].split()[0] == "100%"
+
+
+def test_durations() -> None:
+    said = [console.duration(seconds) for seconds in (0.4, 99, 100, 3599, 5000, 360_000)]
+    assert said == ["0 s", "99 s", "2 min", "1 h 00 min", "1 h 23 min", "100 h 00 min"]

@@ -27,7 +27,7 @@ from launcher.data.tokenizers import Tokenizer, load_tokenizer
 from launcher.data.units import Piece, Unit
 from launcher.errors import DataError
 
-BATCH_CHARACTERS = 1 << 20
+BATCH_BYTES = 1 << 20  # of text that is tokenised in one go
 LONGEST = np.iinfo(np.int32).max  # tokens of a document that Megatron's index can count
 SPOOLED = 1 << 20  # tokens read back at a time
 
@@ -55,7 +55,7 @@ class Tools:
     """What has been proven to give the tokenizer's ids for this corpus: never decides what they are."""
 
     backend: str
-    cuts: Cuts | None
+    cuts: Cuts
 
 
 class Conversion:
@@ -156,7 +156,7 @@ class _Writing:
         self._stack = stack
         self._spool = spool
         self._waiting: list[tuple[Piece, Batch]] = []
-        self._characters = 0
+        self._size = 0
         self._long: _LongDocument | None = None
         self._shards: dict[Split, _OpenShard] = {}
         self.skipped_empty = 0
@@ -169,15 +169,15 @@ class _Writing:
             self._take_part(piece, batch)
             return True
         self._waiting.append((piece, batch))
-        self._characters += sum(map(len, batch.texts))
-        if self._characters < BATCH_CHARACTERS:
+        self._size += int(batch.lengths.sum())
+        if self._size < BATCH_BYTES:
             return False
         self.flush()
         return True
 
     def flush(self) -> None:
         """Tokenise and write what waits."""
-        waiting, self._waiting, self._characters = self._waiting, [], 0
+        waiting, self._waiting, self._size = self._waiting, [], 0
         texts: list[str] = []
         counts: list[int] = []
         places: list[NDArray[np.int64]] = []
@@ -269,7 +269,7 @@ class _LongDocument:
     @property
     def held_out(self) -> bool:
         """Whether the whole document is for validation."""
-        return self._held_out.holds(self._digest.digest())
+        return self._held_out.holds(self._digest)
 
     def add(self, text: str, ids: NDArray[np.integer[Any]], offset: int, length: int) -> None:
         """Append a part: its text, its ids, and where its bytes lie in the source file."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from launcher.config.schema import DataSection
 from launcher.data.conversion import Conversion, InHand, Rules, Tools
 from launcher.data.corpus import list_corpora, reading_of
+from launcher.data.cutting import prove_cuts
 from launcher.data.making import (
     UNITS,
     UnitRecord,
@@ -227,12 +228,11 @@ class _Making:
 
     def _tools(self) -> Tools:
         """Proven here, once, on text from all over the corpus. The conversion says what is bad in it."""
-        texts = spread_texts(self.units, self.rules.reading, SAMPLE_BYTES, PLACES, skip_bad=True)
-        sample = list(texts)
+        sample = list(spread_texts(self.units, self.rules.reading, SAMPLE_BYTES, PLACES, skip_bad=True))
         choice = choose_backend(self.tokenizer, sample)
         for note in choice.notes:
             self.say(f"note: {note}")
-        return Tools(choice.name, None)
+        return Tools(choice.name, prove_cuts(self.tokenizer, sample))
 
     def _seal(self) -> None:
         records = finished(self.folder, self.units)

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-SPLIT_KEY = b"launcher validation split 1"
+SEED = 0x6C61756E63686572  # another one would hold out other documents
 
 
 class HeldOut:
-    """The documents whose hash lies in the lowest `fraction`, from 0 up to but not including 1."""
+    """The documents whose hash (XXH3, 64 bits, of the UTF-8 text) lies in the lowest `fraction`, from 0 up
+    to but not including 1."""
 
     def __init__(self, fraction: float) -> None:
-        self._limit = int(fraction * 2**64).to_bytes(8, "big")
+        self._limit = np.uint64(int(fraction * 2**64))
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """`bool[n]`: which of n texts are for validation."""
-        if self._limit == bytes(8):
+        if not self._limit:
             return np.zeros(len(texts), dtype=np.bool_)
-        hashed = hashlib.blake2b
-        return np.fromiter(
-            (hashed(text.encode(), digest_size=8, key=SPLIT_KEY).digest() < self._limit for text in texts),
-            dtype=np.bool_,
-            count=len(texts),
-        )
+        hashes = map(partial(xxhash.xxh3_64_intdigest, seed=SEED), map(str.encode, texts))
+        return np.fromiter(hashes, dtype=np.uint64, count=len(texts)) < self._limit
 
-    def digest(self) -> hashlib.blake2b:
+    def digest(self) -> xxhash.xxh3_64:
         """To hash a text in parts: update it with the UTF-8 of each, then ask `holds`."""
-        return hashlib.blake2b(digest_size=8, key=SPLIT_KEY)
+        return xxhash.xxh3_64(seed=SEED)
 
-    def holds(self, digest: bytes) -> bool:
-        """Whether the text that has this digest is for validation."""
-        return digest < self._limit
+    def holds(self, digest: xxhash.xxh3_64) -> bool:
+        """Whether the text that was hashed in parts is for validation."""
+        return digest.intdigest() < int(self._limit)

@@ -15,25 +15,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from launcher.config.schema import DataSection
-from launcher.data import conversion, units
+from launcher.data import units
 from launcher.data.making import UNITS, locked
 from launcher.data.prepare import prepare
-from launcher.data.sources import Batch, batches
-from launcher.data.store import (
-    MANIFEST,
-    Store,
-    check_files,
-    is_store,
-    open_store,
-    set_aside,
-    verify_store,
-)
+from launcher.data.store import MANIFEST, check_files, is_store, open_store, set_aside, verify_store
 from launcher.data.tokenizers import Tokenizer
 from launcher.data.units import Slice
 from launcher.errors import DataError, MachineError, StoreError
@@ -405,27 +394,3 @@ def test_a_run_that_reads_a_store_reads_on_while_it_is_mended(
     (undisturbed / f"{shard.name}.idx").unlink()
     prepare(data_of(corpus), tokenizer, undisturbed.parent, 1)
     assert mapped.tolist() == before
-
-
-# Long documents
-
-
-def test_ids_of_a_document_in_parts(prepared: Any, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts as the reader gives them: joined they are one document, with its split, place and ids."""
-
-    def in_parts(*arguments: Any, **options: Any) -> Iterator[Batch]:
-        for batch in batches(*arguments, **options):
-            for text, offset in zip(batch.texts, batch.offsets.tolist(), strict=True):
-                # These words are tokens of their own wherever they stand: any space is a safe place.
-                cut = text.find(" ", len(text) // 2)
-                parts = [text[:cut], text[cut:]] if cut > 0 else [text]
-                for number, part in enumerate(parts, 1):
-                    length = len(part.encode())
-                    more = number < len(parts)
-                    yield Batch([part], np.array([offset]), np.array([length]), more)
-                    offset += length
-
-    whole: Store = prepared([f"{corpus}/*.txt"], validation=0.3)
-    monkeypatch.setattr(conversion, "batches", in_parts)
-    parts: Store = prepared([f"{corpus}/*.txt"], validation=0.3, cache=corpus.parent / "parts")
-    assert hashes(parts.path) == hashes(whole.path)

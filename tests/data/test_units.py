@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.data.corpus import Corpus
 from launcher.data.sources import Reading, SourceFile
-from launcher.data.units import cut
+from launcher.data.units import FEW, LARGEST, SMALLEST, Slice, cut, parse_slice, unit_bytes
+from launcher.errors import RequestError
 
 
 @given(
@@ -50,3 +52,27 @@ def test_a_document_file_is_never_split() -> None:
     files = (SourceFile("/a.txt", 1000, ""), SourceFile("/b.jsonl", 1000, ""))
     units = cut([Corpus("one", files)], Reading(sample_by="document"), 100)
     assert [unit.pieces[0].end for unit in units] == [None, *range(100, 1001, 100)]
+
+
+@given(count=st.integers(1, 12), units=st.integers(0, 40))
+def test_every_unit_is_in_one_slice(count: int, units: int) -> None:
+    files = tuple(SourceFile(f"/{n:02d}.txt", 10, "") for n in range(units))
+    whole = cut([Corpus("one", files)], Reading(), 10)
+    parts = [Slice(index, count).of(whole) for index in range(1, count + 1)]
+    assert sorted(unit.number for part in parts for unit in part) == list(range(units))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_slice_as_it_is_written() -> None:
+    assert parse_slice("2/8") == Slice(2, 8)
+    assert str(parse_slice("2/8")) == "2-of-8"
+    for wrong in ("0/8", "9/8", "2", "2/", "/8", "a/b", "-1/3", "1/0"):
+        with pytest.raises(RequestError, match="expected I/N"):
+            parse_slice(wrong)
+
+
+@given(st.integers(0, 1 << 50))
+def test_units_are_few_and_soon_done(total: int) -> None:
+    size = unit_bytes([Corpus("one", (SourceFile("/a.txt", total, ""),))])
+    assert SMALLEST <= size <= LARGEST
+    assert total / size < FEW + 1 or size == LARGEST
