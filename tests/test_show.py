@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from launcher.data.store import open_store
@@ -127,3 +129,26 @@ def test_bad_records_that_were_skipped_are_listed(workplace: Workplace) -> None:
     plain = workplace.run("data", "show", *given).stdout
     assert f"\n2 bad records were left out\n  {file}:4" in plain
     assert "no field 'text'" in plain
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "named-otherwise"])
+def test_a_document_of_a_table_is_a_row(workplace: Workplace, name: str) -> None:
+    texts = list(sentences(300))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), workplace.folder / name, row_group_size=70)
+    given = (
+        "run.yaml",
+        f"data.train=[{name}]",
+        "data.format=parquet",
+        "data.packing=pad",
+        "data.block_size=64",
+    )
+    assert workplace.run("data", "prepare", *given).returncode == 0
+    shown = answered(workplace, "data", "show", *given, "--step", "3")
+    for row in shown["rows"]:
+        (passage,) = row["passages"]
+        assert passage["counted"] == "row"
+        assert row["text"].removesuffix("<|endoftext|>") == texts[passage["offset"]][:200]
+        assert passage["length"] == len(texts[passage["offset"]].encode())
+    first = shown["rows"][0]["passages"][0]
+    plain = workplace.run("data", "show", *given, "--step", "3").stdout
+    assert f"{first['file']}: row {first['offset']}, {first['length']} bytes of text, tokens 1 to " in plain

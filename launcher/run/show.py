@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from launcher.config.schema import RunConfig
 from launcher.data.duplicates import find_duplicates
+from launcher.data.files import SourceFile
+from launcher.data.sources import TABLES, Reading, file_format
 from launcher.data.store import SPLITS, Shard, Split, Store, Summary, open_store
 
 LENGTHS = (1, 16, 64, 256, 1024, 4096)
@@ -23,9 +25,6 @@ EXCERPT = 200
 
 EXAMPLES = 10
 """Duplicates and bad records shown, at most; all bad records are in the JSON."""
-
-TABLES = (".parquet", ".arrow")
-"""Endings of files whose documents are rows, counted from 0, and not stretches of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +74,11 @@ def show_store(path: Path, run: RunConfig | None, samples: int) -> Shown:
     )
 
 
-def place(shard: str, document: int, file: str, offset: int, length: int) -> dict[str, Any]:
-    """Where a document is: its name, its file, and its bytes or its row there."""
-    counted = "row" if file.lower().endswith(TABLES) else "byte"
-    name = f"{shard}:{document}"
-    return {"document": name, "file": file, "counted": counted, "offset": offset, "length": length}
+def place(store: Store, document: str, file: str, offset: int, length: int) -> dict[str, Any]:
+    """Where a document of this name is: its file, and its bytes there, or in a table its row."""
+    reading = Reading(format=cast("Any", store.manifest.content.format))
+    counted = "row" if file_format(SourceFile(file, 0, ""), reading) in TABLES.values() else "byte"
+    return {"document": document, "file": file, "counted": counted, "offset": offset, "length": length}
 
 
 def place_text(found: dict[str, Any]) -> str:
@@ -92,7 +91,7 @@ def place_text(found: dict[str, Any]) -> str:
 
 def _place(store: Store, shard: Shard, document: int) -> dict[str, Any]:
     offset, length = store.places(shard)[document].tolist()
-    return place(shard.name, document, shard.file_of(document), offset, length)
+    return place(store, f"{shard.name}:{document}", shard.file_of(document), offset, length)
 
 
 def _split(store: Store, split: Split, source: str, samples: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.data.blocks import Passage
+from launcher.data.store import Store
 from launcher.data.tokenizers import Tokenizer
 from launcher.errors import RequestError
 from launcher.run.samples import Samples
@@ -35,14 +36,14 @@ def _row(samples: Samples, tokenizer: Tokenizer, sample: int) -> dict[str, Any]:
         "source": blocks.sources[source],
         "epoch": epoch,
         "block": block,
-        "passages": [_passage(each) for each in blocks.describe(source, block)],
+        "passages": [_passage(blocks.store, each) for each in blocks.describe(source, block)],
         "text": tokenizer.decode(ids[:EXCERPT])[:EXCERPT],
     }
 
 
-def _passage(passage: Passage) -> dict[str, Any]:
+def _passage(store: Store, passage: Passage) -> dict[str, Any]:
     return {
-        **place(passage.shard, passage.document, passage.file, passage.offset, passage.length),
+        **place(store, passage.name, passage.file, passage.offset, passage.length),
         "first_token": passage.document_token,
         "tokens": passage.stop - passage.start,
         "document_tokens": passage.document_tokens,
