@@ -8,9 +8,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import Workplace, small_run, write_json
+from tests.data.faulty import Site, serving
 
 
 def refused(
@@ -98,6 +101,22 @@ def test_a_bad_json_line(workplace: Workplace, line: str, says: str) -> None:
     lines = [json.dumps({"text": "a fine line"})] * 3 + [line]
     (workplace.folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
     refused(workplace, "data.train=[corpus.jsonl]", says=("corpus.jsonl:4", says))
+
+
+def test_a_table_without_the_column(workplace: Workplace) -> None:
+    pq.write_table(pa.table({"content": ["a text"]}), workplace.folder / "a.parquet")
+    refused(workplace, "data.train=[a.parquet]", says=("a.parquet", "'content'", "data.text_field"))
+
+
+def test_a_server_that_refuses(workplace: Workplace) -> None:
+    with serving(Site({"/a.txt": b"no"}, refused={"/a.txt"})) as site:
+        refused(workplace, f"data.train=['{site.url}/a.txt']", says=("127.0.0.1 refuses to give it (403)",))
+
+
+def test_a_signed_url(workplace: Workplace) -> None:
+    signed = "https://files.example/a.txt?X-Amz-Signature=opensesame"
+    said = refused(workplace, f"data.train=['{signed}']", says=("the URL is signed", "credentials"))
+    assert "opensesame" not in said
 
 
 def test_a_model_that_does_not_exist_offline(workplace: Workplace) -> None:

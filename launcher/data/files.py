@@ -185,6 +185,7 @@ def _marked(path: str) -> tuple[int, str]:
 
 
 def _of_archive(pattern: str, archive: str) -> list[SourceFile]:
+    archive = archive if is_url(archive) else str(Path(archive).expanduser().absolute())
     with _archive(archive) as (system, tag):
         found = system.glob(pattern, detail=True)
         files = [

@@ -32,6 +32,8 @@ TAGS = (
     "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created", "CRC",
 )  # fmt: skip
 """What file systems call the thing that changes when a file does, the surest first."""
+LIST_AS_THEY_TELL = frozenset({"http", "https", "hf", "s3", "s3a", "gs", "gcs"})
+"""File systems that say the same of a file in a list as when asked for it alone."""
 PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524, 529})
 LASTING = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENAMETOOLONG, errno.EMSGSIZE})
 NETWORK = frozenset(
@@ -242,4 +244,7 @@ def listed(system: AbstractFileSystem, url: str) -> list[Mapping[str, Any]]:
     wild = "*[" if url.startswith(("http://", "https://")) else "*?["
     if not any(letter in url for letter in wild):
         return [system.info(url)]
-    return list(system.glob(url, detail=True).values())
+    found = system.glob(url, detail=True)
+    if url.partition("://")[0] in LIST_AS_THEY_TELL:
+        return list(found.values())
+    return [system.info(name) for name in found]

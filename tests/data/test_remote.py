@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import boto3
+import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -297,6 +298,15 @@ def test_a_query_names_a_file(site: Site) -> None:
     assert texts(file) == LINES
 
 
+def test_any_file_system_that_fsspec_has(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe("/here/a.txt", BODY)
+    (tmp_path / "a.txt").write_bytes(BODY)
+    for pattern in ("memory://here/*.txt", f"file://{tmp_path}/a.txt", f"file://{tmp_path}/*"):
+        (file,) = list_files([pattern])
+        assert texts(file) == LINES
+        assert not changed(file)
+
+
 def test_a_protocol_that_nobody_knows() -> None:
     assert "gopher://" in str(failure("gopher://host/a.txt", RequestError))
 
@@ -332,9 +342,11 @@ def test_a_member_of_a_remote_archive(site: Site, faults: list[Fault]) -> None:
     assert changed(files[0])
 
 
-def test_a_local_archive(tmp_path: Path) -> None:
+def test_a_local_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.zip").write_bytes(zipped(a_txt=b"one\ntwo\n"))
     file = one(f"zip://a.txt::{tmp_path}/a.zip")
+    monkeypatch.chdir(tmp_path)
+    assert one("zip://a.txt::a.zip") == file
     assert texts(file) == ["one", "two"]
     with pytest.raises(DataError, match="no file matches"):
         list_files([f"zip://b.txt::{tmp_path}/a.zip"])
