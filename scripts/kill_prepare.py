@@ -24,7 +24,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from launcher.data.tokenizers import train_tokenizer
+
 SOURCES = 24
+CHARACTERS = 4_000_000  # of each source
 
 
 def main() -> None:
@@ -43,11 +46,12 @@ def main() -> None:
 
 def ends_alike(folder: Path, kills: int, rng: random.Random) -> bool:
     """Whether a store made through so many kills is the store made without one."""
-    write_text(folder / "text")
+    text = write_text(folder / "text")
+    train_tokenizer([text], 2000).save(folder / "tokenizer")
     sources = [{"name": f"{n}", "files": [f"text/{n}.txt"], "weight": 1.0} for n in range(SOURCES)]
     run = {
         "name": "killed",
-        "model": {"name": "gpt2", "tokenizer": {"train": {"vocab_size": 2000}}},
+        "model": {"name": "gpt2", "tokenizer": "tokenizer"},
         "data": {"train": sources, "sample_by": "line", "validation": 0.01},
         "train": {"batch_size": 8, "steps": 1},
     }
@@ -70,7 +74,7 @@ def ends_alike(folder: Path, kills: int, rng: random.Random) -> bool:
             print(f"kill {survived:3}: {workers} workers, after {limit:.2f} s, {kept} units finished")
         else:
             print(f"finished before a kill, with {workers} workers: begun again")
-            whole = min(whole, time.monotonic() - begun)
+            whole, kept = whole if kept else time.monotonic() - begun, 0
             if hashes(cache) != hashes(folder / "calm"):
                 return False
             for store in stores(cache):
@@ -82,13 +86,15 @@ def ends_alike(folder: Path, kills: int, rng: random.Random) -> bool:
     return hashes(cache) == hashes(folder / "calm")
 
 
-def write_text(folder: Path) -> None:
-    """The standard library's source, all of it in each file, which differs from the others."""
+def write_text(folder: Path) -> str:
+    """A file for each source, with much of the standard library's source; returns the text of one."""
     folder.mkdir()
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in sources)
     for number in range(SOURCES):
-        (folder / f"{number}.txt").write_text(f"file {number}\n{text[number * 1000 :]}", encoding="utf-8")
+        own = text[number * 1000 : number * 1000 + CHARACTERS]
+        (folder / f"{number}.txt").write_text(f"file {number}\n{own}", encoding="utf-8")
+    return text[:CHARACTERS]
 
 
 def prepare(folder: Path, cache: str, workers: int) -> subprocess.Popen[bytes]:
@@ -106,7 +112,7 @@ def prepare(folder: Path, cache: str, workers: int) -> subprocess.Popen[bytes]:
 
 
 def stores(cache: Path) -> list[Path]:
-    return [path for path in cache.iterdir() if path.is_dir() and path.name != "tokenizers"]
+    return [path for path in cache.iterdir() if path.is_dir()]
 
 
 def hashes(cache: Path) -> dict[str, str]:
