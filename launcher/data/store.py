@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from launcher.data.layout import Layout, find_damaged, layout_of
@@ -232,8 +232,13 @@ class Store:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The whole manifest."""
-        return Manifest.model_validate(self._fields)
+        """The whole manifest. Raises StoreError where it is not of this version's form."""
+        try:
+            return Manifest.model_validate(self._fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise StoreError(f"{self.path / MANIFEST} is damaged: {reason}", hint=REPAIR) from None
 
     @property
     def vocabulary(self) -> int:
@@ -330,7 +335,7 @@ def is_store(folder: Path) -> bool:
 def open_store(path: Path) -> Store:
     """Open a store by its manifest alone, so that a rank starts at once however large the store is.
 
-    Raises StoreError. `check_files` looks at every file, `verify_store` reads them.
+    Raises StoreError. `find_missing` looks at every file, `verify_store` reads them.
     """
     return Store(path, _read_fields(path))
 
@@ -338,12 +343,6 @@ def open_store(path: Path) -> Store:
 def read_manifest(path: Path) -> Manifest:
     """The manifest, if it is whole and of this version. Raises StoreError."""
     return open_store(path).manifest
-
-
-def check_files(store: Store) -> None:
-    """Raise StoreError unless every file is there in its full size."""
-    for each in find_missing(store.path, store.manifest):
-        raise StoreError(str(each), hint=REPAIR)
 
 
 def find_missing(path: Path, manifest: Manifest) -> Iterator[Damage]:

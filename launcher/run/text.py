@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.config.schema import RunConfig, TokenizerFromCorpus
 from launcher.data.prepare import Progress, check_blocks, prepare, store_of
-from launcher.data.store import Store, check_files, is_store, open_store
+from launcher.data.store import Store, is_store, open_store
 from launcher.data.tokenizers import unfilled
 from launcher.data.units import SMALLEST, WHOLE, Slice
 from launcher.data.vocabulary import TOKENIZERS, find_tokenizer, resolve_tokenizer
@@ -53,7 +53,6 @@ def prepare_text(
 
 def _opened(folder: Path, run: RunConfig, say: Callable[[str], None]) -> Prepared:
     store = open_store(folder)
-    check_files(store)
     try:
         check_blocks(store, run.data.block_size, run.data.packing)
     except DataError:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -8,10 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.config.schema import DataSection, Source
+from launcher.data.blocks import Blocks
 from launcher.data.order import Order
 from launcher.data.phases import Phase, Phases, Samples, Skip
+from launcher.data.prepare import prepare
+from launcher.data.store import open_store
+from launcher.data.tokenizers import train_tokenizer
 from launcher.plan.batch import Batch
-from launcher.worker.dataset import IGNORED, PadToLongest, RankBatches, stack
+from launcher.worker.dataset import IGNORED, PadToLongest, RankBatches, ValidationRows, stack
+from tests.conftest import sentences
 
 SMALL = st.integers(1, 6)
 
@@ -105,6 +112,20 @@ def test_over_any_attempts_every_block_of_an_epoch_is_taken_once(
 
 def test_the_length_counts_the_steps_before_the_start_too() -> None:
     assert len(RankBatches(without_changes(8), Batch(8, 2, 2, 2), 0, lengths, start=3, steps=10)) == 20
+
+
+def test_validation_rows_are_every_block_of_every_source(tmp_path: Path) -> None:
+    sources = []
+    for name, count in (("first", 40), ("second", 90), ("third", 60)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(sentences(count, seed=count)) + "\n")
+        sources.append(Source(name=name, files=[str(tmp_path / f"{name}.txt")], weight=1.0))
+    data = DataSection(train=sources, validation=0.4)
+    store = open_store(prepare(data, train_tokenizer(sentences(100), 300), tmp_path / "cache", 1))
+    blocks = Blocks(store, "validation", 32, "concat")
+    rows = ValidationRows(blocks)
+    expected = [blocks.read(source, block) for source in range(3) for block in range(len(blocks[source]))]
+    assert len(blocks) == 3
+    assert [rows[index].tolist() for index in range(len(rows))] == [row.tolist() for row in expected]
 
 
 def test_equal_blocks_are_stacked_without_a_mask() -> None:

@@ -158,14 +158,33 @@ class Backwards(Deaf):
         return out
 
 
+class Far(Deaf):
+    """A model whose last token of all sees the first."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        out = self.inner(input_ids=input_ids, position_ids=position_ids)
+        out.logits = torch.cat([out.logits[:, :-1], out.logits[:, -1:] + out.logits[:, :1]], dim=1)
+        return out
+
+
+class Placed(Deaf):
+    """A model to whom it matters where in its row a document stands."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        out = self.inner(input_ids=input_ids, position_ids=position_ids)
+        out.logits = out.logits * torch.linspace(0.5, 1.0, input_ids.shape[1])[:, None]
+        return out
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("leak", ["mask", "cache", "deaf", "backwards"])
+@pytest.mark.parametrize("leak", ["mask", "cache", "deaf", "backwards", "far", "placed"])
 def test_a_leak_is_caught(kind: str, rows: int, leak: str, precision: str) -> None:
     model: torch.nn.Module = small(kind, use_cache=True) if leak == "cache" else small(kind)
-    if leak in ("deaf", "backwards"):
-        model = {"deaf": Deaf, "backwards": Backwards}[leak](model)  # type: ignore[arg-type]
+    wrappers = {"deaf": Deaf, "backwards": Backwards, "far": Far, "placed": Placed}
+    if leak in wrappers:
+        model = wrappers[leak](model)  # type: ignore[arg-type]
     collate = OnesMask(END, PAD) if leak == "mask" else Isolate(END, PAD)
     model.train()
     with (
