@@ -18,8 +18,13 @@ def training_sources(data: DataSection) -> list[tuple[str, list[str]]]:
 
 def training_order(blocks: Blocks, data: DataSection, seed: int) -> Order:
     """The order of samples over the sources in `blocks`, by the weights that `data` gives them."""
-    weights = {each.name: each.weight for each in _named(data)} or {ONLY: 1.0}
+    weights = source_weights(data)
     return Order([(len(blocks[number]), weights[name]) for number, name in enumerate(blocks.sources)], seed)
+
+
+def source_weights(data: DataSection) -> dict[str, float]:
+    """Each source's share of the samples, relative to the others'."""
+    return {each.name: each.weight for each in _named(data)} or {ONLY: 1.0}
 
 
 def _named(data: DataSection) -> list[Source]:

@@ -35,7 +35,26 @@ class Sample(NamedTuple):
     block: int
 
 
-class Order:
+class Turns:
+    """Which source each sample comes from, for sources of these weights, each above zero."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        quotas = cycle_quotas(weights)
+        common = gcd(*quotas)
+        self.quotas = [quota // common for quota in quotas]
+        self.cycle = CYCLE // common
+        self._turn, self._rank = _turns(self.quotas)
+
+    def turn(self, p: int) -> tuple[int, int]:
+        """The source of sample `p`, from 0 without end, and how many samples that source had before it."""
+        if p < 0:
+            raise IndexError("samples are counted from 0")
+        cycle, place = divmod(p, self.cycle)
+        source = int(self._turn[place])
+        return source, cycle * self.quotas[source] + int(self._rank[place])
+
+
+class Order(Turns):
     """The order of samples over sources of `(blocks, weight)`, for a seed of 0 <= seed < 2**64.
 
     Raises ValueError for no source, a source without blocks, or a weight that is not above zero.
@@ -44,21 +63,13 @@ class Order:
     def __init__(self, sources: Sequence[tuple[int, float]], seed: int) -> None:
         if not sources or any(blocks < 1 or not weight > 0 for blocks, weight in sources):
             raise ValueError("every source needs at least one block and a weight above zero")
+        super().__init__([weight for _, weight in sources])
         self.blocks = [blocks for blocks, _ in sources]
         self.seed = seed
-        quotas = cycle_quotas([weight for _, weight in sources])
-        common = gcd(*quotas)
-        self.quotas = [quota // common for quota in quotas]
-        self.cycle = CYCLE // common
-        self._turn, self._rank = _turns(self.quotas)
 
     def __getitem__(self, p: int) -> Sample:
         """Sample `p`, from 0 without end."""
-        if p < 0:
-            raise IndexError("samples are counted from 0")
-        cycle, place = divmod(p, self.cycle)
-        source = int(self._turn[place])
-        nth = cycle * self.quotas[source] + int(self._rank[place])
+        source, nth = self.turn(p)
         epoch, position = divmod(nth, self.blocks[source])
         block = permute(position, self.blocks[source], round_keys(self.seed, source, epoch))
         return Sample(source, epoch, block)
@@ -140,9 +151,10 @@ def _turns(quotas: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]
     return source[by_due], rank[by_due]
 
 
-def round_keys(seed: int, source: int, epoch: int) -> tuple[int, ...]:
-    """ROUNDS keys of 64 bits for one epoch of one source."""
-    digest = hashlib.blake2b(struct.pack("<QQQ", seed, source, epoch), digest_size=8 * ROUNDS).digest()
+def round_keys(*identity: int) -> tuple[int, ...]:
+    """ROUNDS keys of 64 bits for one permutation, such as (seed, source, epoch): others have other keys."""
+    packed = struct.pack(f"<{len(identity)}Q", *identity)
+    digest = hashlib.blake2b(packed, digest_size=8 * ROUNDS).digest()
     return struct.unpack(f"<{ROUNDS}Q", digest)
 
 

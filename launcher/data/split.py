@@ -21,10 +21,15 @@ class HeldOut:
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         """`bool[n]`: which of n texts are for validation."""
-        if not self._limit:
+        if self.nothing:
             return np.zeros(len(texts), dtype=np.bool_)
         hashes = map(partial(xxhash.xxh3_64_intdigest, seed=SEED), map(str.encode, texts))
         return np.fromiter(hashes, dtype=np.uint64, count=len(texts)) < self._limit
+
+    @property
+    def nothing(self) -> bool:
+        """Whether no document is held out, so that none need be hashed."""
+        return not self._limit
 
     def digest(self) -> xxhash.xxh3_64:
         """To hash a text in parts: update it with the UTF-8 of each, then ask `holds`."""

@@ -245,11 +245,6 @@ class Store:
         """Entries in the tokenizer's vocabulary."""
         return int(self._fields["content"]["tokenizer"]["size"])
 
-    @property
-    def end_of_text_id(self) -> int:
-        """The id that ends every document."""
-        return int(self._fields["content"]["tokenizer"]["end_of_text_id"])
-
     def sources(self, split: Split) -> list[str]:
         """The sources that have documents in a split, in the order they were given."""
         return list(
