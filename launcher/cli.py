@@ -130,24 +130,24 @@ def train(
     from launcher.run.preflight import check_launch
     from launcher.run.samples import check_skip
     from launcher.run.supervise import is_finished, only_supervisor, supervise
+    from launcher.run.text import ready_text
 
     draft = _assemble(run, overrides, cluster)
     directory = run_directory(draft.run.config)
     check_launch(draft.run.config, draft.place, draft.machine)
     check_same_run(directory, draft.run.config)
-    prepared = _prepare(draft, workers)
-    assert prepared is not None
-    final = assemble(draft.run, draft.cluster, draft.machine, prepared)
+    text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
+    final = assemble(draft.run, draft.cluster, draft.machine, text)
     _show_plan(final, stream_of_answer=False)
     with only_supervisor(directory):
         check_same_run(directory, final.run.config)
-        check_goes_on(directory, final.plan, prepared.store)
-        if said := check_skip(final.run.config, final.plan, prepared.store, directory):
+        check_goes_on(directory, final.plan, text.store)
+        if text.store and (said := check_skip(final.run.config, final.plan, text.store, directory)):
             console.say(said)
         if is_finished(directory, final.plan.steps):
             console.say(f"run {final.plan.name} is finished; its model is in {directory.model}")
             return
-        write_run(final, directory, prepared, describe_environment(final.machine, Path.cwd()))
+        write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
         step = supervise(
             directory,
             world_size=final.plan.batch.world_size,
@@ -256,10 +256,12 @@ def data_prepare(
 
     What is finished is kept: the same command goes on where it was stopped. A damaged store is mended."""
     from launcher.data.units import parse_slice
+    from launcher.run.assemble import check_prepared
     from launcher.run.directory import check_writable, run_directory
 
     part = parse_slice(units)
     draft = _assemble(run, overrides, None)
+    check_prepared(draft.run.config)
     check_writable(run_directory(draft.run.config).root, "output_dir")
     prepared = _prepare(draft, workers, part, skip_bad)
     if as_json:

@@ -72,6 +72,33 @@ def tokens_of_padded_rows(tokens: int | None, packing: str) -> Iterator[Fault]:
         )
 
 
+def epochs_of_a_stream(mode: str, epochs: float | None) -> Iterator[Fault]:
+    if mode == "stream" and epochs is not None:
+        yield Fault(
+            "train.epochs",
+            "with data.mode stream nobody has counted how many blocks an epoch has",
+            hint="set train.steps or train.tokens, or data.mode: prepared",
+        )
+
+
+def packing_of_a_stream(mode: str, packing: str) -> Iterator[Fault]:
+    if mode == "stream" and packing != "concat":
+        yield Fault(
+            "data.packing",
+            f"{packing} needs all documents at hand, and data.mode stream reads them as they come",
+            hint="set data.packing: concat, or data.mode: prepared",
+        )
+
+
+def loader_of_a_stream(mode: str, extra: Mapping[str, object]) -> Iterator[Fault]:
+    if mode == "stream" and extra.get("dataloader_num_workers"):
+        yield Fault(
+            "train.extra.dataloader_num_workers",
+            "with data.mode stream a thread of the rank itself reads ahead",
+            hint="take it out of train.extra",
+        )
+
+
 def overrides_from_scratch(init: str, overrides: Mapping[str, object]) -> Iterator[Fault]:
     if init == "pretrained" and overrides:
         yield Fault(
@@ -254,6 +281,9 @@ def no_secret_in_urls(key: str) -> Callable[[object], Iterator[Fault]]:
 RUN_RULES = (
     Rule(tuple(f"train.{name}" for name in LENGTHS), one_length),
     Rule(("train.tokens", "data.packing"), tokens_of_padded_rows),
+    Rule(("data.mode", "train.epochs"), epochs_of_a_stream),
+    Rule(("data.mode", "data.packing"), packing_of_a_stream),
+    Rule(("data.mode", "train.extra"), loader_of_a_stream),
     Rule(("model.init", "model.overrides"), overrides_from_scratch),
     Rule(("model.init", "model.tokenizer"), tokenizer_of_pretrained),
     Rule(("data.train",), source_names_differ),
@@ -281,7 +311,6 @@ def _is_set(value: object) -> bool:
 
 
 RUN_NOT_YET = (
-    NotYet("data.mode", _is("stream"), "training from a stream", "set data.mode: prepared"),
     NotYet(
         "train.strategy",
         _is("zero1", "zero2", "zero3", "fsdp"),

@@ -182,7 +182,9 @@ class DataSection(Section):
         "token is predicted from another document. Proved on the live model before the first step.",
     )
     mode: Literal["prepared", "stream"] = Field(
-        "prepared", description="`prepared`: tokenised once into a store. `stream`: straight from the text."
+        "prepared",
+        description="`prepared`: tokenised once into a store. `stream`: straight from the text, "
+        "with nothing written; for text that is read once or that no disk here holds.",
     )
     skip: SkipSection = Field(
         default_factory=SkipSection, description="Text that is not trained on any more."

@@ -34,6 +34,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "data.format": TEXT,
     "data.sample_by": TEXT,
     "data.text_field": TEXT,
+    "data.mode": ((PLAN, "store"), *_plan("blocks")),
     "data.cache_dir": ((PLAN, "store"),),
     "data.block_size": (*_plan("block_size", "blocks", "eval_every"), *LENGTH, *FIT),
     "data.packing": (*_plan("blocks", "eval_every"), *LENGTH),

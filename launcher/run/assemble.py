@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from launcher import __version__
 from launcher.config.load import Loaded, dump
@@ -21,8 +21,19 @@ from launcher.plan.shape import shape_of
 from launcher.render.accelerate import render_accelerate
 from launcher.render.command import render_launch
 from launcher.run.checkpoints import committed
-from launcher.run.directory import RunDirectory, configuration_hash, has_begun, run_directory, write_files
+from launcher.run.directory import (
+    RunDirectory,
+    configuration_hash,
+    has_begun,
+    run_directory,
+    write_files,
+    write_text,
+)
 from launcher.run.machine import Machine
+
+if TYPE_CHECKING:
+    from launcher.data.stream import StreamText
+    from launcher.data.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +57,56 @@ class Prepared:
     blocks: Blocks
 
 
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """With `data.mode: stream`, what the ranks read instead of a store, and the tokenizer they read it with.
+
+    Nobody has counted the blocks.
+    """
+
+    text: StreamText
+    tokenizer: Tokenizer
+
+    store: ClassVar[None] = None
+    blocks: ClassVar[None] = None
+
+    @property
+    def vocabulary(self) -> int:
+        return self.tokenizer.size
+
+
+Text: TypeAlias = Prepared | Streamed
+"""The text of a run, ready to be trained on."""
+
+
 def assemble(
-    run: Loaded[RunConfig], cluster: Loaded[ClusterConfig], machine: Machine, prepared: Prepared | None = None
+    run: Loaded[RunConfig], cluster: Loaded[ClusterConfig], machine: Machine, text: Text | None = None
 ) -> Assembly:
     """Plan `run` on `cluster`; where that leaves something to be found, on `machine`.
 
-    Without `prepared` the vocabulary is the tokenizer's announced size, and the length of a run
+    Without `text` the vocabulary is the tokenizer's announced size, and the length of a run
     measured in epochs stays open.
     """
     try:
-        return _assemble(run, cluster, machine, prepared)
+        return _assemble(run, cluster, machine, text)
     except LauncherError as error:
         error.place(run.origins)
         raise
 
 
 def _assemble(
-    run: Loaded[RunConfig], cluster: Loaded[ClusterConfig], machine: Machine, prepared: Prepared | None
+    run: Loaded[RunConfig], cluster: Loaded[ClusterConfig], machine: Machine, text: Text | None
 ) -> Assembly:
     model = find_model(run.config.model)
     place = find_place(cluster.config, machine)
-    vocabulary = prepared.vocabulary if prepared else _announced_vocabulary(model)
+    vocabulary = text.vocabulary if text else _announced_vocabulary(model)
     shape = shape_of(_with_vocabulary(model.config, vocabulary, run.config.model.init))
     plan = make_plan(
         run.config,
         place,
         shape=shape,
         positions=shape.positions if shape else _positions(model.config),
-        blocks=prepared.blocks if prepared else None,
+        blocks=text.blocks if text else None,
         done=how_far(run_directory(run.config)),
     )
     return Assembly(run, cluster, machine, place, model, plan)
@@ -149,7 +182,7 @@ def find_place(cluster: ClusterConfig, machine: Machine) -> Place:
     )
 
 
-def rendered_files(assembly: Assembly, directory: RunDirectory, prepared: Prepared | None) -> dict[Path, str]:
+def rendered_files(assembly: Assembly, directory: RunDirectory, text: Text | None) -> dict[Path, str]:
     """Every file of the run directory that is rendered from the plan: path to text."""
     weights = (
         None
@@ -162,8 +195,8 @@ def rendered_files(assembly: Assembly, directory: RunDirectory, prepared: Prepar
         plan=assembly.plan,
         model=assembly.model.config,
         weights=weights,
-        store=str(prepared.store) if prepared else None,
-        vocabulary=prepared.vocabulary if prepared else None,
+        store=str(text.store) if text and text.store else None,
+        vocabulary=text.vocabulary if text else None,
     )
     return {
         directory.config: dump(assembly.run.config),
@@ -174,13 +207,24 @@ def rendered_files(assembly: Assembly, directory: RunDirectory, prepared: Prepar
     }
 
 
-def write_run(assembly: Assembly, directory: RunDirectory, prepared: Prepared, environment: str) -> None:
+def write_run(assembly: Assembly, directory: RunDirectory, text: Text, environment: str) -> None:
     """Write the run directory, the worker's orders included."""
     if not has_begun(directory):
         directory.phases.unlink(missing_ok=True)  # of an attempt that came to nothing, perhaps on other text
-    write_files(
-        [*rendered_files(assembly, directory, prepared).items(), (directory.environment, environment)]
-    )
+    if isinstance(text, Streamed):
+        text.tokenizer.save(directory.tokenizer)
+        write_text(directory.stream, text.text.model_dump_json(indent=1) + "\n")
+    write_files([*rendered_files(assembly, directory, text).items(), (directory.environment, environment)])
+
+
+def check_prepared(run: RunConfig) -> None:
+    """Raise RequestError for a run that has no token store and never will."""
+    if run.data.mode == "stream":
+        raise RequestError(
+            f"run {run.name!r} has no token store: it trains straight from the text (data.mode: stream)",
+            hint="to prepare, verify or show text, set data.mode: prepared",
+            key="data.mode",
+        )
 
 
 def store_folder(given: Path) -> Path:
@@ -188,6 +232,7 @@ def store_folder(given: Path) -> Path:
     directory = RunDirectory(given.absolute())
     if not directory.orders.is_file():
         return given
+    check_prepared(directory.read_config())
     store = directory.read_orders().store
     if store is None:
         raise RunDirectoryError(

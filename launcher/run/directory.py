@@ -51,6 +51,16 @@ class RunDirectory:
         return self.root / "plan.json"
 
     @property
+    def stream(self) -> Path:
+        """With `data.mode: stream`, the files that are read, as they were when the run began."""
+        return self.root / "stream.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """With `data.mode: stream`, the tokenizer; else it is in the token store."""
+        return self.root / "tokenizer"
+
+    @property
     def accelerate(self) -> Path:
         return self.root / "accelerate.yaml"
 
@@ -209,16 +219,17 @@ def _value(run: RunConfig, key: str) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def check_goes_on(directory: RunDirectory, plan: Plan, store: Path) -> None:
+def check_goes_on(directory: RunDirectory, plan: Plan, store: Path | None) -> None:
     """Raise RunDirectoryError if a run that has begun would be cut short, or go on with other text.
 
-    `store` is the token store now. A run may grow; its learning rate has followed the longer schedule. With
-    another batch size as many samples may take fewer steps, and the last step may round them otherwise.
+    `store` is the token store now, None for a stream, whose text `run.text` compares. A run may grow; its
+    learning rate has followed the longer schedule. With another batch size as many samples may take fewer
+    steps, and the last step may round them otherwise.
     """
     if not has_begun(directory):
         return
     orders = directory.read_orders()
-    if orders.store is not None and Path(orders.store).name != store.name:
+    if store is not None and orders.store is not None and Path(orders.store).name != store.name:
         raise RunDirectoryError(
             f"the text or tokenizer of run {directory.root.name!r} has changed since it began: "
             f"its token store was {orders.store}, and is now {store}",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.config.schema import RunConfig
 from launcher.errors import RequestError, RunDirectoryError
-from launcher.run.assemble import Assembly, assemble, store_folder
+from launcher.run.assemble import Assembly, assemble, check_prepared, store_folder
 from launcher.run.directory import RunDirectory, check_same_run, run_directory
 from launcher.run.samples import Samples, as_it_goes_on, as_trained
 from launcher.run.text import find_text
@@ -53,6 +53,7 @@ def subject_of_run(draft: Assembly) -> Subject:
     """
     run = draft.run.config
     directory = run_directory(run)
+    check_prepared(run)
     check_same_run(directory, run)
     prepared = find_text(draft)
     if prepared is None:

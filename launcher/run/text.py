@@ -1,4 +1,4 @@
-"""A run's text as a token store: made where it is not there yet, and counted."""
+"""A run's text made ready: a token store, made where it is not there yet, and counted; or files to stream."""
 
 from __future__ import annotations
 
@@ -11,12 +11,59 @@ from pathlib import Path
 from launcher.config.schema import RunConfig, TokenizerFromCorpus
 from launcher.data.prepare import Progress, check_blocks, prepare, store_of
 from launcher.data.store import Store, is_store, open_store
-from launcher.data.tokenizers import unfilled
+from launcher.data.stream import list_stream, read_stream_text
+from launcher.data.tokenizers import Tokenizer, unfilled
 from launcher.data.units import SMALLEST, WHOLE, Slice
 from launcher.data.vocabulary import TOKENIZERS, find_tokenizer, resolve_tokenizer
-from launcher.errors import DataError, LauncherError
+from launcher.errors import DataError, LauncherError, RunDirectoryError
 from launcher.plan.choose import Blocks
-from launcher.run.assemble import Assembly, Prepared
+from launcher.run.assemble import Assembly, Prepared, Streamed, Text
+from launcher.run.directory import has_begun, run_directory
+
+
+def ready_text(draft: Assembly, workers: int, progress: Progress, say: Callable[[str], None]) -> Text:
+    """The text of the draft's run, ready to be trained on. Raises what the two ways to it raise."""
+    if draft.run.config.data.mode == "stream":
+        return list_text(draft, say)
+    prepared = prepare_text(draft, workers, progress, say)
+    assert prepared is not None, "no part of it was left to others"
+    return prepared
+
+
+def list_text(draft: Assembly, say: Callable[[str], None]) -> Streamed:
+    """The files that the draft's run streams, as they were when it began, and the tokenizer.
+
+    Raises DataError or RequestError for text or a tokenizer that cannot be used, and RunDirectoryError for
+    text that has changed since the run began.
+    """
+    run, directory = draft.run.config, run_directory(draft.run.config)
+    try:
+        with _nothing_left_on_failure(store_cache(run)) as cache:
+            tokenizer = _tokenizer(draft, cache, say)
+            text = list_stream(run.data, run.train.batch_size, tokenizer, run.seed, say)
+    except LauncherError as error:
+        error.place(draft.run.origins)
+        raise
+    if not has_begun(directory):
+        return Streamed(text, tokenizer)
+    begun = read_stream_text(directory.stream)
+    if change := begun.change(text):
+        raise RunDirectoryError(
+            f"the text of run {run.name!r} has changed since it began: {change}",
+            directory=directory.root,
+            hint="put the files back as they were, times of change too, or name the new run otherwise",
+        )
+    return Streamed(begun.model_copy(update={"backend": text.backend}), tokenizer)
+
+
+def _tokenizer(
+    draft: Assembly, cache: Path, say: Callable[[str], None], *, skip_bad: bool = False
+) -> Tokenizer:
+    asked = draft.model.tokenizer
+    tokenizer = resolve_tokenizer(asked, draft.run.config.data, cache, skip_bad=skip_bad)
+    if isinstance(asked, TokenizerFromCorpus) and (sentence := unfilled(tokenizer, asked.train.vocab_size)):
+        say(f"note: {sentence}")
+    return tokenizer
 
 
 def prepare_text(
@@ -36,12 +83,7 @@ def prepare_text(
     run = draft.run.config
     try:
         with _nothing_left_on_failure(store_cache(run)) as cache:
-            asked = draft.model.tokenizer
-            tokenizer = resolve_tokenizer(asked, run.data, cache, skip_bad=skip_bad)
-            if isinstance(asked, TokenizerFromCorpus) and (
-                sentence := unfilled(tokenizer, asked.train.vocab_size)
-            ):
-                say(f"note: {sentence}")
+            tokenizer = _tokenizer(draft, cache, say, skip_bad=skip_bad)
             folder = prepare(
                 run.data, tokenizer, cache, workers, progress, part=part, skip_bad=skip_bad, say=say
             )

@@ -20,7 +20,7 @@ from launcher.config.schema import DataSection, RunConfig
 from launcher.data.blocks import Blocks
 from launcher.data.mixture import training_order
 from launcher.data.phases import Phases, phases_text
-from launcher.data.store import TOKENIZER_FOLDER, open_store
+from launcher.data.store import SPLITS, TOKENIZER_FOLDER, open_store
 from launcher.errors import LauncherError, RequestError
 from launcher.plan.hardware import find_gpu
 from launcher.plan.orders import Orders
@@ -30,7 +30,15 @@ from launcher.run.directory import RunDirectory, write_text
 from launcher.run.outcome import Outcome, RankEnd
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
-from launcher.worker.dataset import Collate, PadToLongest, TrainingRows, ValidationRows, stack
+from launcher.worker.dataset import (
+    Collate,
+    PadToLongest,
+    StoredRows,
+    StoredValidationRows,
+    TrainingRows,
+    ValidationRows,
+    stack,
+)
 from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import build_model, load_tokenizer
@@ -38,6 +46,7 @@ from launcher.worker.rank import Rank, join, last_word
 from launcher.worker.report import Report
 from launcher.worker.resume import check_length, go_on
 from launcher.worker.stop import Agreement, StopSignals
+from launcher.worker.stream import open_stream
 from launcher.worker.trainer import LauncherTrainer, Rows, training_arguments
 from launcher.worker.verify import verify
 
@@ -127,7 +136,7 @@ def train(
 ) -> RankEnd:
     """Build, verify, train, save; returns how it ended."""
     plan = orders.plan
-    tokenizer, rows = open_rows(orders, run)
+    tokenizer, rows = open_rows(directory, orders, run)
     checkpoint = ledger.latest_good(directory.checkpoints)
     start_step = 0 if checkpoint is None else checkpoint.step
     best = BestEvaluation()
@@ -177,6 +186,7 @@ def train(
     assert plan.steps is not None
     if start_step < plan.steps and not best.is_final:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+        rows.training.close()
     elif checkpoint is not None:
         saving.load_weights(model, checkpoint.folder)
     if cadence.stopped:
@@ -195,26 +205,34 @@ def train(
     return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
 
 
-def open_rows(orders: Orders, run: RunConfig) -> tuple[Any, Rows]:
-    """The tokenizer of the store, and the rows to train and evaluate on."""
-    if orders.store is None or orders.plan.steps is None:
+def open_rows(directory: RunDirectory, orders: Orders, run: RunConfig) -> tuple[Any, Rows]:
+    """The tokenizer of the text, and the rows to train and evaluate on."""
+    if run.data.mode == "stream":
+        folder, training, validation = directory.tokenizer, *open_stream(directory, orders, run)
+    else:
+        folder, training, validation = open_store_of(orders, run)
+    tokenizer = load_tokenizer(folder)
+    flash = str(orders.model.get("attn_implementation")).startswith("flash")
+    collate = collate_of(run.data, tokenizer.eos_token_id, tokenizer.pad_token_id, flash=flash)
+    return tokenizer, Rows(
+        training=training,
+        validation=validation,
+        collate=collate,
+        labels=run.data.block_size - 1 if collate is stack else None,
+    )
+
+
+def open_store_of(orders: Orders, run: RunConfig) -> tuple[Path, TrainingRows, ValidationRows]:
+    """The tokenizer's folder and the rows of a run whose text is prepared."""
+    if orders.store is None or orders.plan.samples is None:
         raise RequestError(
             "this run's text is not prepared",
             hint="run `launcher train RUN`, which prepares it and plans anew",
         )
     store = open_store(Path(orders.store))
-    tokenizer = load_tokenizer(store.path / TOKENIZER_FOLDER)
-    training = Blocks(store, "train", run.data.block_size, run.data.packing)
-    order = training_order(training, run.data, run.seed)
-    flash = str(orders.model.get("attn_implementation")).startswith("flash")
-    collate = collate_of(run.data, store.end_of_text_id, tokenizer.pad_token_id, flash=flash)
-    assert orders.plan.samples is not None
-    return tokenizer, Rows(
-        training=TrainingRows(training, order, orders.plan.samples),
-        validation=ValidationRows(Blocks(store, "validation", run.data.block_size, run.data.packing)),
-        collate=collate,
-        labels=run.data.block_size - 1 if collate is stack else None,
-    )
+    training, validation = (Blocks(store, split, run.data.block_size, run.data.packing) for split in SPLITS)
+    rows = StoredRows(training, training_order(training, run.data, run.seed), orders.plan.samples)
+    return store.path / TOKENIZER_FOLDER, rows, StoredValidationRows(validation)
 
 
 def collate_of(data: DataSection, end_of_text_id: int, pad_token_id: int, *, flash: bool) -> Collate:

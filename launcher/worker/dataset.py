@@ -15,8 +15,9 @@ from transformers import TrainingArguments
 
 from launcher.data.blocks import Blocks
 from launcher.data.order import Order
-from launcher.data.phases import Phase, Phases, Samples
+from launcher.data.phases import Banned, Phase, Phases, Samples
 from launcher.data.skipping import bans
+from launcher.data.stream import Cursors
 from launcher.plan.batch import Batch
 
 IGNORED = -100
@@ -24,6 +25,7 @@ IGNORED = -100
 
 Row = npt.NDArray[np.int64]
 Lengths = Callable[[Sequence[int]], npt.NDArray[np.int64]]
+Deal = Callable[[list[int], Batch], list[int]]
 Tensors = dict[str, Any]
 """What the model is called with: tensors by name, and numbers where FlashAttention asks for them."""
 
@@ -33,38 +35,80 @@ class Collate(Protocol):
 
 
 class TrainingRows(Dataset[Row]):
-    """Sample index to row: the order's pure function, then one read from the store."""
+    """The rows of the samples [0, `samples`), asked for in increasing order.
 
-    def __init__(self, blocks: Blocks, order: Order, samples: int) -> None:
-        self._blocks = blocks
-        self._order = order
+    A subclass says what they are; what stands here is right where no row depends on those before it.
+    """
+
+    def __init__(self, samples: int, banned: Banned) -> None:
         self._samples = samples
-        self._banned = bans(order, blocks)
+        self._banned = banned
 
     def __len__(self) -> int:
         return self._samples
-
-    def certificate(self, samples: Iterable[Samples]) -> str:
-        """A hash of which blocks these samples are."""
-        return self._order.certificate(samples)
 
     def phases(self, phases: Sequence[Phase]) -> Phases:
         """These phases over these rows."""
         return Phases(phases, self._banned)
 
+    def certificate(self, samples: Iterable[Samples]) -> str:
+        """A hash of what these samples are."""
+        raise NotImplementedError
+
     def lengths(self, samples: Sequence[int]) -> npt.NDArray[np.int64]:
         """`int64[n]`: the tokens of each of n samples, without reading them."""
+        raise NotImplementedError
+
+    def deal(self, samples: list[int], batch: Batch) -> list[int]:
+        """A step's samples in the order that ranks take them: a micro-batch each in turn, then again."""
+        raise NotImplementedError
+
+    def cursors(self) -> Cursors:
+        """What a checkpoint must hold for `take_up`. Every rank asks for it at once."""
+        return {}
+
+    def take_up(self, cursors: Cursors) -> None:
+        """Be ready for the samples that follow the checkpoint which holds `cursors`."""
+
+    def close(self) -> None:
+        """Nothing more is asked for."""
+
+
+class StoredRows(TrainingRows):
+    """Sample index to row: the order's pure function, then one read from the store."""
+
+    def __init__(self, blocks: Blocks, order: Order, samples: int) -> None:
+        super().__init__(samples, bans(order, blocks))
+        self._blocks = blocks
+        self._order = order
+
+    def certificate(self, samples: Iterable[Samples]) -> str:
+        return self._order.certificate(samples)
+
+    def lengths(self, samples: Sequence[int]) -> npt.NDArray[np.int64]:
         if self._blocks.full:
             return np.full(len(samples), self._blocks.block_size)
         places = self._order.map(samples).tolist()
         return np.array([self._blocks.length(source, block) for source, _, block in places])
+
+    def deal(self, samples: list[int], batch: Batch) -> list[int]:
+        """By length, so that a micro-batch needs little padding."""
+        return by_length(samples, self.lengths)
 
     def __getitem__(self, sample: int) -> Row:
         place = self._order[sample]
         return self._blocks.read(place.source, place.block)
 
 
-class ValidationRows(Dataset[Row]):
+class ValidationRows(Protocol):
+    """All the rows to evaluate on."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+class StoredValidationRows:
     """Every validation block of every source, in store order."""
 
     def __init__(self, blocks: Blocks) -> None:
@@ -83,17 +127,16 @@ class RankBatches(Sampler[list[int]]):
     """The micro-batches of one rank, in order, from `start` (a step) to `steps`.
 
     Step `s` takes the samples that `phases` say, whatever the world size, micro-batch and accumulation;
-    only who takes which of them differs. `lengths` gives the tokens of each of some samples: a step's are
-    dealt out by length, so that a micro-batch needs little padding.
+    only who takes which of them, as `deal` says, differs.
     """
 
     def __init__(
-        self, phases: Phases, batch: Batch, rank: int, lengths: Lengths, *, start: int, steps: int
+        self, phases: Phases, batch: Batch, rank: int, deal: Deal, *, start: int, steps: int
     ) -> None:
         self._phases = phases
         self._batch = batch
         self._rank = rank
-        self._lengths = lengths
+        self._deal = deal
         self._start = start
         self._steps = steps
 
@@ -104,7 +147,7 @@ class RankBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         micro, world = self._batch.micro_batch, self._batch.world_size
         for step in range(self._start, self._steps):
-            samples = by_length(self._phases.samples_of_step(step).tolist(), self._lengths)
+            samples = self._deal(self._phases.samples_of_step(step).tolist(), self._batch)
             for turn in range(self._batch.accumulation):
                 mine = (turn * world + self._rank) * micro
                 yield samples[mine : mine + micro]

@@ -39,7 +39,7 @@ def go_on(
     rows: TrainingRows,
     checkpoint: Checkpoint | None,
 ) -> Phases:
-    """The phases of a run that goes on from `checkpoint`, or begins.
+    """The phases of a run that goes on from `checkpoint`, or begins; `rows` are made ready for them.
 
     Raises RequestError where the checkpoint's samples are not what these rows and the order give.
     """
@@ -48,6 +48,7 @@ def go_on(
         state = checkpoint.state()
         past = rows.phases([Phase.from_dict(each) for each in state["phases"]])
         _check_same_order(state, data_state(rows, past, checkpoint.step), checkpoint)
+        rows.take_up(state["cursors"])
     trained_last = read_phases(directory.phases)
     return past.going_on(
         0 if checkpoint is None else checkpoint.step,
@@ -78,5 +79,6 @@ def _check_same_order(saved: dict[str, Any], found: dict[str, Any], checkpoint: 
     if wrong:
         raise RequestError(
             f"the text or its order has changed since {checkpoint.folder.name} was saved: {'; '.join(wrong)}",
-            hint=f"the checkpoint was made with {saved['store']}; give a run on other text another name",
+            hint=(f"the checkpoint was made with {saved['store']}; " if saved["store"] else "")
+            + "give a run on other text another name",
         )

@@ -155,7 +155,7 @@ class LauncherTrainer(Trainer):
             self.phases,
             self._plan.batch,
             self.rank,
-            self._rows.training.lengths,
+            self._rows.training.deal,
             start=self._start_step,
             steps=self._plan.steps,
         )
@@ -219,6 +219,7 @@ class LauncherTrainer(Trainer):
             state={
                 "store": self._store,
                 **data_state(self._rows.training, self.phases, step),
+                "cursors": self._rows.training.cursors(),
                 "best": asdict(self._best),
             },
         )

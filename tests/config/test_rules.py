@@ -48,6 +48,22 @@ def loads(tmp_path: Path, *overrides: str) -> bool:
             "pretrained weights have the shape they have",
             "set model.init: scratch",
         ),
+        (["data.mode=stream"], "train.epochs", "nobody has counted", "set train.steps or train.tokens"),
+        (
+            ["data.mode=stream", "data.packing=pad", "train.epochs=null", "train.steps=5"],
+            "data.packing",
+            "pad needs all documents at hand",
+            "set data.packing: concat",
+        ),
+        (
+            [
+                *("data.mode=stream", "train.epochs=null", "train.steps=5"),
+                "train.extra={dataloader_num_workers: 2}",
+            ],
+            "train.extra.dataloader_num_workers",
+            "a thread of the rank itself reads ahead",
+            "take it out",
+        ),
         (
             ["model.init=pretrained", "model.tokenizer={train: {vocab_size: 300}}"],
             "model.tokenizer",
@@ -178,7 +194,6 @@ def test_lengths_in_conflict_are_placed_where_the_second_stands(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
-        ("data.mode=stream", "set data.mode: prepared"),
         ("train.strategy=zero3", "set train.strategy: auto, or ddp"),
         ("train.strategy=fsdp", "set train.strategy: auto, or ddp"),
         ("train.offload=optimizer", "set train.offload: none"),

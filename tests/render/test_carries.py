@@ -25,12 +25,12 @@ from launcher.render.carries import CARRIES, LAUNCH, places
 from launcher.run.assemble import assemble, rendered_files
 from launcher.run.directory import run_directory
 from launcher.run.machine import Machine
-from launcher.run.text import prepare_text
+from launcher.run.text import ready_text
 from tests.conftest import sentences, write_json
 
 MACHINE = Machine("node", 8, 2**37, (), None)
 
-ONE_VALUE = frozenset({"data.mode", "train.offload", "train.strategy"})
+ONE_VALUE = frozenset({"train.offload", "train.strategy"})
 """Keys of a run whose values all mean the same in this version."""
 
 LATER = frozenset(f"cluster.{row.path}" for row in CLUSTER_NOT_YET)
@@ -49,6 +49,7 @@ ANOTHER: Mapping[str, object] = {
     "data.text_field": "body",
     "data.block_size": 32,
     "data.packing": "pad",
+    "data.mode": "stream",
     "data.isolate_documents": True,
     "data.skip.steps": ["120", "130-135"],
     "data.skip.documents": ["train-00003:1542"],
@@ -126,17 +127,27 @@ SCENARIOS: Mapping[str, Scenario] = {
         ),
         {"gpu": "cpu", "gpus_per_node": 2},
         prepared=True,
-        keys=frozenset(ANOTHER) - {"model.init", "data.sample_by"},
+        keys=frozenset(ANOTHER) - {"model.init", "data.sample_by", "data.mode"},
     ),
     "lines": Scenario(
         run_of(
             {"name": "gpt2", "tokenizer": {"train": {"vocab_size": 300}}, "overrides": {"n_layer": 2}},
-            {"validation": 0.2, "block_size": 64, "format": "text"},
+            {"validation": 0.1, "block_size": 64, "format": "text"},
             {"batch_size": 8, "epochs": 40},
         ),
         {"gpu": "cpu", "gpus_per_node": 1},
         prepared=True,
         keys=frozenset({"data.sample_by", "cluster.gpus_per_node"}),
+    ),
+    "counted in steps": Scenario(
+        run_of(
+            {"name": "gpt2", "tokenizer": {"train": {"vocab_size": 300}}, "overrides": {"n_layer": 2}},
+            {"validation": 0.2, "block_size": 64},
+            {"batch_size": 8, "steps": 40},
+        ),
+        {"gpu": "cpu", "gpus_per_node": 1},
+        prepared=True,
+        keys=frozenset({"data.mode"}),
     ),
     # A model in a folder, with its own tokenizer and a vocabulary wider than that.
     "folder": Scenario(
@@ -182,7 +193,7 @@ def render(folder: Path, scenario: Scenario, key: str | None = None) -> Rendered
     run, where = load_run(folder / "run.yaml", overrides), load_cluster(folder / "cluster.yaml")
     assembly, prepared = assemble(run, where, MACHINE), None
     if scenario.prepared:
-        prepared = prepare_text(assembly, 1, lambda *_: None, lambda _: None)
+        prepared = ready_text(assembly, 1, lambda *_: None, lambda _: None)
         assembly = assemble(run, where, MACHINE, prepared)
     files = rendered_files(assembly, run_directory(run.config), prepared)
     return Rendered(run, where, {path.name: text for path, text in files.items()})

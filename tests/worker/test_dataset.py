@@ -17,7 +17,7 @@ from launcher.data.prepare import prepare
 from launcher.data.store import open_store
 from launcher.data.tokenizers import train_tokenizer
 from launcher.plan.batch import Batch
-from launcher.worker.dataset import IGNORED, PadToLongest, RankBatches, ValidationRows, stack
+from launcher.worker.dataset import IGNORED, PadToLongest, RankBatches, StoredValidationRows, by_length, stack
 from tests.conftest import sentences
 
 SMALL = st.integers(1, 6)
@@ -26,6 +26,10 @@ SMALL = st.integers(1, 6)
 def lengths(samples: Sequence[int]) -> npt.NDArray[np.int64]:
     """Some length for every sample, many of them twice."""
     return np.array([1 + sample * 7 % 11 for sample in samples])
+
+
+def deal(samples: list[int], batch: Batch) -> list[int]:
+    return by_length(samples, lengths)
 
 
 def without_changes(batch_size: int) -> Phases:
@@ -39,7 +43,7 @@ def test_each_step_s_samples_are_the_same_however_they_are_split(
     batch = Batch(micro * accumulation * world, micro, accumulation, world)
     phases = without_changes(batch.batch_size)
     per_rank = [
-        list(RankBatches(phases, batch, rank, lengths, start=start, steps=start + steps))
+        list(RankBatches(phases, batch, rank, deal, start=start, steps=start + steps))
         for rank in range(world)
     ]
     for step in range(steps):
@@ -54,11 +58,11 @@ def test_each_step_s_samples_are_the_same_however_they_are_split(
 def test_a_step_is_dealt_out_by_length_alone(micro: int, accumulation: int, world: int) -> None:
     batch = Batch(micro * accumulation * world, micro, accumulation, world)
     phases = without_changes(batch.batch_size)
-    per_rank = [list(RankBatches(phases, batch, rank, lengths, start=2, steps=3)) for rank in range(world)]
+    per_rank = [list(RankBatches(phases, batch, rank, deal, start=2, steps=3)) for rank in range(world)]
     dealt = [sample for turn in range(accumulation) for own in per_rank for sample in own[turn]]
     first = 2 * batch.batch_size
     whole = Batch(batch.batch_size, batch.batch_size, 1, 1)
-    one = RankBatches(phases, whole, 0, lengths, start=2, steps=3)
+    one = RankBatches(phases, whole, 0, deal, start=2, steps=3)
     assert [dealt] == list(one), "one rank takes in one turn what others take after each other"
     by_hand = sorted(range(first, first + batch.batch_size), key=lambda p: (-lengths([p])[0], p))
     assert dealt == by_hand
@@ -68,8 +72,7 @@ def test_rows_of_one_length_stay_in_order() -> None:
     def alike(samples: Sequence[int]) -> npt.NDArray[np.int64]:
         return np.full(len(samples), 64)
 
-    (batch,) = RankBatches(without_changes(8), Batch(8, 8, 1, 1), 0, alike, start=1, steps=2)
-    assert batch == list(range(8, 16))
+    assert by_length(range(8, 16), alike) == list(range(8, 16))
 
 
 ATTEMPTS = st.lists(
@@ -95,7 +98,7 @@ def test_over_any_attempts_every_block_of_an_epoch_is_taken_once(
         batch = Batch(micro * accumulation * world, micro, accumulation, world)
         phases = phases.going_on(done, batch_size=batch.batch_size, steps=skipped, documents=())
         for rank in range(world):
-            for own in RankBatches(phases, batch, rank, lengths, start=done, steps=done + steps):
+            for own in RankBatches(phases, batch, rank, deal, start=done, steps=done + steps):
                 taken += own
         done += steps
         left_out |= set(range(phases.position(done))) - set(taken) - left_out
@@ -111,7 +114,7 @@ def test_over_any_attempts_every_block_of_an_epoch_is_taken_once(
 
 
 def test_the_length_counts_the_steps_before_the_start_too() -> None:
-    assert len(RankBatches(without_changes(8), Batch(8, 2, 2, 2), 0, lengths, start=3, steps=10)) == 20
+    assert len(RankBatches(without_changes(8), Batch(8, 2, 2, 2), 0, deal, start=3, steps=10)) == 20
 
 
 def test_validation_rows_are_every_block_of_every_source(tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_validation_rows_are_every_block_of_every_source(tmp_path: Path) -> None
     data = DataSection(train=sources, validation=0.4)
     store = open_store(prepare(data, train_tokenizer(sentences(100), 300), tmp_path / "cache", 1))
     blocks = Blocks(store, "validation", 32, "concat")
-    rows = ValidationRows(blocks)
+    rows = StoredValidationRows(blocks)
     expected = [blocks.read(source, block) for source in range(3) for block in range(len(blocks[source]))]
     assert len(blocks) == 3
     assert [rows[index].tolist() for index in range(len(rows))] == [row.tolist() for row in expected]

@@ -24,7 +24,7 @@ from launcher.data.prepare import prepare
 from launcher.data.store import open_store
 from launcher.data.tokenizers import train_tokenizer
 from launcher.worker.__main__ import collate_of
-from launcher.worker.dataset import IGNORED, Row, ValidationRows, stack
+from launcher.worker.dataset import IGNORED, Row, StoredValidationRows, stack
 from launcher.worker.evaluate import evaluate
 from tests.conftest import sentences
 
@@ -73,8 +73,8 @@ def validation(folder: Path, documents: list[str]) -> Path:
     return prepare(data, train_tokenizer(sentences(200), VOCABULARY), folder / "cache", 1)
 
 
-def read(store: Path, way: Way) -> ValidationRows:
-    return ValidationRows(Blocks(open_store(store), "validation", BLOCK, way.packing))
+def read(store: Path, way: Way) -> StoredValidationRows:
+    return StoredValidationRows(Blocks(open_store(store), "validation", BLOCK, way.packing))
 
 
 def counted(prediction: EvalPrediction) -> Mapping[str, float]:
@@ -119,7 +119,7 @@ def expected(store: Path, way: Way) -> dict[str, float]:
     precision."""
     model = small_model().double().eval()
     lost, right, count, total, rows = 0.0, 0, 0, 0, read(store, way)
-    end = open_store(store).end_of_text_id
+    end = open_store(store).manifest.content.tokenizer.end_of_text_id
     seen = [rows[index] for index in range(len(rows))]
     if way.isolated:
         seen = [document for row in seen for document in apart(row, end)]

@@ -18,12 +18,12 @@ from launcher.plan.choose import Place, make_plan
 from launcher.plan.hardware import find_gpu
 from launcher.run import checkpoints as ledger
 from launcher.run.directory import RunDirectory
-from launcher.worker.dataset import TrainingRows
+from launcher.worker.dataset import StoredRows, TrainingRows
 from launcher.worker.resume import CERTIFIED, check_length, data_state, go_on
 
 
 def rows(blocks: int = 1000, seed: int = 1) -> TrainingRows:
-    return TrainingRows(cast("Blocks", None), Order([(blocks, 1.0)], seed), 800)
+    return StoredRows(cast("Blocks", None), Order([(blocks, 1.0)], seed), 800)
 
 
 def asked(batch_size: int = 8, **skip: list[str]) -> RunConfig:
@@ -39,7 +39,7 @@ def asked(batch_size: int = 8, **skip: list[str]) -> RunConfig:
 
 def saved(directory: RunDirectory, phases: Phases, step: int, **changed: Any) -> ledger.Checkpoint:
     temporary = ledger.begin(directory.checkpoints, step)
-    state = {"store": "/stores/0123", **data_state(rows(), phases, step), **changed}
+    state = {"store": "/stores/0123", **data_state(rows(), phases, step), "cursors": {}, **changed}
     (temporary / ledger.STATE).write_text(json.dumps(state))
     return ledger.commit(temporary, step=step, samples=phases.consumed(step), world_size=1, created=0.0)
 
