@@ -119,10 +119,8 @@ def test_best_fit_is_the_textbook_s(data: st.DataObject, room: int) -> None:
     for block, size in zip(blocks.tolist(), sizes, strict=True):
         found.setdefault(block, []).append(size)
     assert sorted(found) == list(range(len(found)))
-    expected = one_by_one(sizes, room)
-    assert Counter(tuple(sorted(block)) for block in found.values()) == Counter(
-        tuple(sorted(block)) for block in expected
-    )
+    # Which of two blocks with the same room is taken is left open; how full blocks become is not.
+    assert Counter(map(sum, found.values())) == Counter(map(sum, one_by_one(sizes, room)))
 
 
 DRAWS = np.random.default_rng(7)
