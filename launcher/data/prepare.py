@@ -24,6 +24,7 @@ from launcher.data.making import (
     finished,
     keep_tokenizer,
     locked,
+    put_down,
     set_up,
     unit_of,
     writing_to,
@@ -158,7 +159,7 @@ class _Making:
             kept = [each for each in finished(self.folder, own) if self.rules.skip_bad or not each.bad]
             self._convert(own, kept, work)
             with locked(self._store_lock), writing_to(self.folder):
-                shutil.rmtree(work)
+                put_down(self.folder, self.part)
                 self._seal()
         except BaseException as error:
             # Another process that did this part too may have sealed the store, which removes `work`.
@@ -195,7 +196,7 @@ class _Making:
         try:
             self._convert(units, [], work, promised)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            put_down(self.folder, self.part)
             with contextlib.suppress(OSError):
                 (self.folder / UNITS).rmdir()
         for each in damage:
@@ -251,6 +252,7 @@ class _Making:
     def _leave(self, error: BaseException) -> None:
         """Keep finished units, and say so; with none, and nobody else at work, leave nothing."""
         with locked(self._store_lock):
+            put_down(self.folder, self.part)
             done = len(finished(self.folder, self.units))
             if done:
                 past = ", or with --skip-bad past bad records" if isinstance(error, DataError) else ""
