@@ -10,7 +10,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -222,7 +222,9 @@ class _Making:
         missing = sorted((u for u in units if u.number not in done), key=lambda unit: -unit.size)
         if not missing:
             return
-        make = partial(Conversion, self.folder, work, self.rules, self._tools(), promised)
+        # What the store skipped when it was made is skipped again; its promise tells if anything else is.
+        rules = replace(self.rules, skip_bad=self.rules.skip_bad or promised is not None)
+        make = partial(Conversion, self.folder, work, rules, self._tools(), promised)
         with closing(spread(make, missing, self.workers, account.hear)) as converting:
             for record in converting:
                 account.finish(record)

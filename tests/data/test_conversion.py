@@ -102,8 +102,12 @@ def test_bad_records_are_skipped_and_listed(tokenizer: Tokenizer, tmp_path: Path
     assert (Path(cut_off.file).name, "truncated gzip" in cut_off.reason) == ("b.txt.gz", True)
     calm = prepare(data, tokenizer, tmp_path / "other", 1, skip_bad=True)
     assert hashes(calm) == hashes(folder)
-    # The store is there: what was skipped once is skipped for whoever uses it.
+    # The store is there: what was skipped once is skipped for whoever uses it, or mends it.
+    whole = hashes(folder)
     assert prepare(data, tokenizer, tmp_path / "cache", 1) == folder
+    (folder / "train-00000.bin").unlink()
+    assert prepare(data, tokenizer, tmp_path / "cache", 1) == folder
+    assert hashes(folder) == whole
 
 
 def test_units_with_bad_records_are_not_kept_for_who_does_not_skip(
