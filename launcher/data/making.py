@@ -49,9 +49,14 @@ def set_up(folder: Path, part: Slice) -> Path:
     """A new folder to work on `part` in; what whoever held its lock before had in hand is removed."""
     units = folder / UNITS
     units.mkdir(parents=True, exist_ok=True)
-    for left in units.glob(f"{part}.*"):
-        shutil.rmtree(left)
+    put_down(folder, part)
     return Path(tempfile.mkdtemp(prefix=f"{part}.", dir=units))
+
+
+def put_down(folder: Path, part: Slice) -> None:
+    """Remove what is in hand of a part."""
+    for work in (folder / UNITS).glob(f"{part}.*"):
+        shutil.rmtree(work)
 
 
 def publish(work: Path, record: UnitRecord) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from launcher.data.making import (
     finished,
     keep_tokenizer,
     locked,
+    put_down,
     set_up,
     unit_of,
     writing_to,
@@ -158,7 +159,7 @@ class _Making:
             kept = [each for each in finished(self.folder, own) if self.rules.skip_bad or not each.bad]
             self._convert(own, kept, work)
             with locked(self._store_lock), writing_to(self.folder):
-                shutil.rmtree(work)
+                put_down(self.folder, self.part)
                 self._seal()
         except BaseException as error:
             # Another process that did this part too may have sealed the store, which removes `work`.
@@ -195,7 +196,7 @@ class _Making:
         try:
             self._convert(units, [], work, promised)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            put_down(self.folder, self.part)
             with contextlib.suppress(OSError):
                 (self.folder / UNITS).rmdir()
         for each in damage:
@@ -221,7 +222,9 @@ class _Making:
         missing = sorted((u for u in units if u.number not in done), key=lambda unit: -unit.size)
         if not missing:
             return
-        make = partial(Conversion, self.folder, work, self.rules, self._tools(), promised)
+        # What the store skipped when it was made is skipped again; its promise tells if anything else is.
+        rules = replace(self.rules, skip_bad=self.rules.skip_bad or promised is not None)
+        make = partial(Conversion, self.folder, work, rules, self._tools(), promised)
         with closing(spread(make, missing, self.workers, account.hear)) as converting:
             for record in converting:
                 account.finish(record)
@@ -251,6 +254,7 @@ class _Making:
     def _leave(self, error: BaseException) -> None:
         """Keep finished units, and say so; with none, and nobody else at work, leave nothing."""
         with locked(self._store_lock):
+            put_down(self.folder, self.part)
             done = len(finished(self.folder, self.units))
             if done:
                 past = ", or with --skip-bad past bad records" if isinstance(error, DataError) else ""

@@ -102,15 +102,20 @@ def test_bad_records_are_skipped_and_listed(tokenizer: Tokenizer, tmp_path: Path
     assert (Path(cut_off.file).name, "truncated gzip" in cut_off.reason) == ("b.txt.gz", True)
     calm = prepare(data, tokenizer, tmp_path / "other", 1, skip_bad=True)
     assert hashes(calm) == hashes(folder)
-    # The store is there: what was skipped once is skipped for whoever uses it.
+    # The store is there: what was skipped once is skipped for whoever uses it, or mends it.
+    whole = hashes(folder)
     assert prepare(data, tokenizer, tmp_path / "cache", 1) == folder
+    (folder / "train-00000.bin").unlink()
+    assert prepare(data, tokenizer, tmp_path / "cache", 1) == folder
+    assert hashes(folder) == whole
 
 
 def test_units_with_bad_records_are_not_kept_for_who_does_not_skip(
     tokenizer: Tokenizer, tmp_path: Path, small_units: None
 ) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join([BAD["not JSON"], b'{"text": "one"}'] * 300))
-    data = DataSection(train=[f"{tmp_path}/a.jsonl"])
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*[b'{"text": "one"}'] * 150, BAD["not JSON"]]))
+    (tmp_path / "b.jsonl").write_bytes(b"\n".join([b'{"text": "two"}'] * 100))
+    data = DataSection(train=[f"{tmp_path}/*.jsonl"])
     seen = 0
 
     def interrupt(*_: int) -> None:
@@ -121,8 +126,8 @@ def test_units_with_bad_records_are_not_kept_for_who_does_not_skip(
 
     with pytest.raises(KeyboardInterrupt):
         prepare(data, tokenizer, tmp_path / "cache", 1, interrupt, skip_bad=True)
-    assert list(tmp_path.glob("cache/*/units/*.json"))
-    with pytest.raises(DataError, match=r"a\.jsonl:\d+, byte \d+: not JSON"):
+    assert [path.name for path in tmp_path.glob("cache/*/units/*.json")] == ["00000.json"]
+    with pytest.raises(DataError, match=r"a\.jsonl:151, byte \d+: not JSON"):
         prepare(data, tokenizer, tmp_path / "cache", 1)
 
 
@@ -146,6 +151,7 @@ def test_a_document_in_parts_is_the_document(
                     yield Batch([part], np.array([offset]), np.array([length]), more)
                     offset += length
 
+    (corpus / "c.txt").write_text("a line\n" + "        \n" * 3 + "and another\n")
     whole: Store = prepared([f"{corpus}/*.txt"], validation=0.3)
     monkeypatch.setattr(conversion, "batches", in_parts)
     parts: Store = prepared([f"{corpus}/*.txt"], validation=0.3, cache=corpus.parent / "parts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -108,6 +109,36 @@ def test_a_first_unit_interrupted_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         prepare(data_of(corpus), tokenizer, tmp_path / "cache", 1, Interrupting(1))
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_the_dead_had_in_hand_is_removed_by_who_goes_on(
+    undisturbed: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data_of(corpus), tokenizer, cache, 1, Interrupting(4))
+    (folder,) = cache.iterdir()
+    assert not [path for path in (folder / UNITS).iterdir() if path.is_dir()]
+    dead, other = folder / UNITS / "1-of-1.dead", folder / UNITS / "2-of-3.at-work"
+    for each in (dead, other):
+        each.mkdir()
+        (each / "train-00009.bin").write_bytes(b"half")
+    there: list[tuple[bool, bool]] = []
+    prepare(data_of(corpus), tokenizer, cache, 1, lambda *_: there.append((dead.exists(), other.exists())))
+    assert set(there) == {(False, True)}
+    assert hashes(folder) == hashes(undisturbed)
+
+
+def test_what_is_left_in_a_finished_store_is_removed(
+    undisturbed: Path, corpus: Path, tokenizer: Tokenizer
+) -> None:
+    whole, written = hashes(undisturbed), (undisturbed / MANIFEST).stat().st_mtime_ns
+    left = undisturbed / UNITS / "2-of-3.dead"
+    left.mkdir(parents=True)
+    (left / "train-00001.bin").write_bytes(b"half")
+    prepare(data_of(corpus), tokenizer, undisturbed.parent, 1)
+    assert hashes(undisturbed) == whole
+    assert (undisturbed / MANIFEST).stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("harm", ["short shard", "no shard", "half a record", "no record"])
@@ -222,6 +253,22 @@ def test_parts_at_once_with_one_killed(script: list[str], tmp_path: Path) -> Non
     assert not list(cache.glob("*.[1-3]-of-3.lock"))
 
 
+def test_units_that_others_finish_meanwhile(
+    undisturbed: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """The store is sealed by others, and the folder of what is in hand removed, in the middle of a unit."""
+    others = [Slice(1, 2), Slice(2, 2)]
+
+    def overtake(*_: int) -> None:
+        while others:
+            prepare(data_of(corpus), tokenizer, tmp_path / "cache", 1, part=others.pop())
+
+    folder = prepare(data_of(corpus), tokenizer, tmp_path / "cache", 1, overtake)
+    assert others == []
+    assert hashes(folder) == hashes(undisturbed)
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+
+
 def test_the_same_part_twice_at_once(script: list[str], tmp_path: Path) -> None:
     command = [*script, str(tmp_path / "cache"), "1", "1", "1"]
     with preparing(command) as one, preparing(command) as other:
@@ -316,16 +363,26 @@ def test_a_file_size_limit_in_a_worker(
     assert not is_store(store_in(tmp_path / "cache"))
 
 
-def test_a_disk_that_does_not_take_what_is_synced(
-    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to see which file is synced")
+@pytest.mark.parametrize("kind", ["bin", "idx", "doc", "0.json.tmp", f"{MANIFEST}.tmp"])
+def test_a_disk_that_fails_when_a_file_is_synced(
+    undisturbed: Path, corpus: Path, tokenizer: Tokenizer, tmp_path: Path, kind: str
 ) -> None:
-    def failing(_: int) -> None:
-        raise OSError(5, os.strerror(5))
+    sync = os.fsync
 
-    monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(MachineError, match="cannot be written: Input/output error"):
-        prepare(data_of(corpus), tokenizer, tmp_path / "cache", 1)
-    assert not list(tmp_path.glob("cache/*/*.bin"))
+    def failing(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name.endswith(kind):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(MachineError, match="cannot be written: Input/output error"):
+            prepare(data_of(corpus), tokenizer, tmp_path / "cache", 1)
+    assert not list(tmp_path.glob(f"cache/*/{MANIFEST}"))
+    assert (kind == f"{MANIFEST}.tmp") == bool(list(tmp_path.glob("cache/*/*.bin")))
+    folder = prepare(data_of(corpus), tokenizer, tmp_path / "cache", 1)
+    assert hashes(folder) == hashes(undisturbed)
 
 
 # Damage, and its repair

@@ -141,6 +141,7 @@ def test_a_corpus_without_a_document(prepared: Any, tmp_path: Path, content: str
     (tmp_path / "a.txt").write_text(content)
     with pytest.raises(DataError, match="no document to train on"):
         prepared([str(tmp_path / "a.txt")])
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_validation_that_names_every_file(prepared: Any, corpus: Path) -> None:
