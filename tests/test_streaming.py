@@ -79,7 +79,7 @@ def weights(directory: Path) -> bytes:
     return (directory / "model" / "model.safetensors").read_bytes()
 
 
-def test_text_that_changed_is_named_and_nothing_is_prepared_or_shown(streaming: Workplace) -> None:
+def test_text_that_changed_is_named_and_there_is_nothing_to_prepare_or_show(streaming: Workplace) -> None:
     ended = streaming.run("train", "run.yaml", END="SIGUSR1 7")
     assert ended.returncode == 130, ended.stderr
     os.utime(streaming.folder / "corpus.txt", (1, 1))
@@ -89,13 +89,12 @@ def test_text_that_changed_is_named_and_nothing_is_prepared_or_shown(streaming: 
     assert "corpus.txt of source 'text' is not as it was" in changed.stderr
 
     directory = RunDirectory(streaming.folder / "runs" / "small")
-    for command in (("show", str(directory.root), "--step", "3"), ("verify", str(directory.root))):
+    shown = (("show", str(directory.root), "--step", "3"), ("verify", str(directory.root)))
+    for command in (*shown, ("show", "run.yaml", "--step", "3"), ("prepare", "run.yaml")):
         done = streaming.run("data", *command)
         assert done.returncode == 2
         assert "straight from the text (data.mode: stream)" in done.stderr
-    prepared = streaming.run("data", "prepare", "run.yaml")
-    assert prepared.returncode == 2
-    assert "there is nothing to prepare" in prepared.stderr
+        assert "set data.mode: prepared" in done.stderr
 
 
 def test_validation_text_without_a_block_is_refused_before_the_first_step(streaming: Workplace) -> None:
