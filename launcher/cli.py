@@ -257,12 +257,12 @@ def data_prepare(
     What is finished is kept: the same command goes on where it was stopped. A damaged store is mended."""
     from launcher.data.units import parse_slice
     from launcher.run.assemble import check_prepared
-    from launcher.run.directory import check_writable, run_directory
+    from launcher.run.preflight import check_folders
 
     part = parse_slice(units)
     draft = _assemble(run, overrides, None)
     check_prepared(draft.run.config)
-    check_writable(run_directory(draft.run.config).root, "output_dir")
+    check_folders(draft.run.config)
     prepared = _prepare(draft, workers, part, skip_bad)
     if as_json:
         console.answer_json(

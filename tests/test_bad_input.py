@@ -175,6 +175,20 @@ def test_an_output_folder_that_cannot_be_written(workplace: Workplace, folder: s
     refused(workplace, f"output_dir={folder}", says=("output_dir",))
 
 
+def test_a_cache_that_cannot_be_made(workplace: Workplace) -> None:
+    before = workplace.files()
+    done = workplace.run("data", "prepare", "run.yaml", "data.cache_dir=corpus.txt/stores")
+    assert done.returncode == 2, done.stderr
+    assert "data.cache_dir: cannot write in" in done.stderr
+    assert workplace.files() == before
+
+
+def test_a_table_with_two_columns_of_one_name(workplace: Workplace) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, workplace.folder / "a.parquet")
+    refused(workplace, "data.train=[a.parquet]", says=("a.parquet", "two columns are called 'text'"))
+
+
 def test_a_metric_that_cannot_be_imported(workplace: Workplace) -> None:
     done = workplace.run("train", "run.yaml", "train.metrics=[nowhere:accuracy]")
     assert done.returncode == 2

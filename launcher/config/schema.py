@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 STEPS = re.compile(r"(\d+)(?:-(\d+))?")
 DOCUMENT = re.compile(r"[^:]+:\d+")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")
+MOST_STEPS = 100_000  # in one range of data.skip.steps: a loss spike is a few hundred
 SECONDS: Mapping[str, float] = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -46,6 +47,8 @@ def steps_in(entry: str) -> range:
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last:
         raise ValueError("expected a step from 1 on, or a range of steps such as 130-135")
+    if last - first >= MOST_STEPS:
+        raise ValueError(f"expected a range of at most {MOST_STEPS:,} steps")
     return range(first, last + 1)
 
 

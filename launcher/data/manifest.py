@@ -57,7 +57,10 @@ def listing_of(corpora: Sequence[Corpus]) -> list[Listing]:
         Listing(
             source=corpus.source,
             held_out=corpus.held_out,
-            files=[Listed(file=file.path, size=file.size, etag=file.etag) for file in corpus.files],
+            files=[
+                Listed(file=file.path, size=file.size, etag=file.etag, ranges=file.ranges)
+                for file in corpus.files
+            ],
         )
         for corpus in corpora
     ]

@@ -55,8 +55,8 @@ def file_system(url: str) -> AbstractFileSystem:
     except ImportError as error:
         install = f"pip install 'launcher[{extra}]'" if extra else f"pip install {error.name or protocol}"
         raise MachineError(f"reading {protocol}:// needs a package that is not here", hint=install) from None
-    except ValueError:
-        known = "s3://, gs://, https://, hf:// and whatever else fsspec lists as known"
+    except (ValueError, TypeError):  # no such protocol; or one whose address alone is not enough
+        known = "s3://, gs://, https://, hf:// and whatever else fsspec opens by its address alone"
         raise RequestError(
             f"{protocol}:// is no protocol that can be read", hint=f"there are {known}"
         ) from None

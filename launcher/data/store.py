@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from launcher.data.layout import Layout, find_damaged, layout_of
@@ -65,7 +65,7 @@ class Origin(Record):
 class Shard(Record):
     """One shard: what is in it, where that comes from, and what its files must be."""
 
-    name: str
+    name: str = Field(pattern=r"^(train|validation)-\d{5,}$")
     split: Split
     source: str
     tokens: int
@@ -80,11 +80,12 @@ class Shard(Record):
 
 
 class Listed(Record):
-    """A source file as it was listed."""
+    """A source file as it was listed: `ranges` decides how it is cut into units."""
 
     file: str
     size: int
     etag: str
+    ranges: bool
 
 
 class Listing(Record):

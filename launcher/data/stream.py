@@ -192,7 +192,7 @@ def source_texts(
     validation: list[SourceText] = []
     for source in text.sources:
         listing = source.listing
-        files = tuple(SourceFile(each.file, each.size, each.etag) for each in listing.files)
+        files = tuple(SourceFile(each.file, each.size, each.etag, each.ranges) for each in listing.files)
         target = validation if listing.held_out else training
         target.append(
             SourceText(

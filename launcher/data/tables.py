@@ -92,6 +92,8 @@ class Table:
             columns = ", ".join(map(repr, schema.names)) or "none"
             hint = "set data.text_field to one of them, or leave the file out"
             raise _SchemaError(f"no column {field!r} among {columns}", hint)
+        if schema.names.count(field) > 1:
+            raise _SchemaError(f"two columns are called {field!r}", "rename one, or leave the file out")
         kind = schema.field(field).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):

@@ -14,9 +14,7 @@ from launcher.run.machine import Machine
 
 def check_launch(run: RunConfig, place: Place, machine: Machine) -> None:
     """Raise before anything is written if this machine cannot run `run` on `place`."""
-    check_writable(run_directory(run).root, "output_dir")
-    if run.data.cache_dir is not None:
-        check_writable(Path(run.data.cache_dir).expanduser().absolute(), "data.cache_dir")
+    check_folders(run)
     if run.push_to_hub is not None:
         _check_repository(run.push_to_hub)
     check_gpus(place, machine)
@@ -26,6 +24,13 @@ def check_launch(run: RunConfig, place: Place, machine: Machine) -> None:
                 f"report_to: {package} is not installed",
                 hint=f"pip install {package}, or take it out of report_to",
             )
+
+
+def check_folders(run: RunConfig) -> None:
+    """Raise RequestError unless the folders that `run` writes to can be written to."""
+    check_writable(run_directory(run).root, "output_dir")
+    if run.data.cache_dir is not None:
+        check_writable(Path(run.data.cache_dir).expanduser().absolute(), "data.cache_dir")
 
 
 def _check_repository(name: str) -> None:

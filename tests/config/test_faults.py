@@ -85,6 +85,12 @@ RUN = "name: r\nmodel: {name: gpt2}\ndata: {train: [a.txt]}\ntrain: {batch_size:
             None,
         ),
         (
+            "data.skip.steps=[1-1000000000000]",
+            "data.skip.steps.0",
+            'expected a range of at most 100,000 steps, got the text "1-1000000000000"',
+            None,
+        ),
+        (
             "data.skip.steps=12",
             "data.skip.steps",
             "expected a list of steps such as [120, 130-135], got 12",

@@ -77,7 +77,7 @@ def write_large_store(folder: Path) -> None:
                 Listing(
                     source="text",
                     held_out=False,
-                    files=[Listed(file=file, size=1 << 30, etag=sha[:32]) for file in files],
+                    files=[Listed(file=file, size=1 << 30, etag=sha[:32], ranges=True) for file in files],
                 )
             ],
         ),

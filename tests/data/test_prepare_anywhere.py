@@ -17,6 +17,8 @@ from moto.server import ThreadedMotoServer
 
 from launcher.data import remote
 from launcher.data.store import Store
+from launcher.data.units import Slice
+from launcher.errors import StoreError
 from tests.data.conftest import Preparing, sentences
 from tests.data.faulty import Fault, Site, serving
 from tests.data.test_remote import zipped
@@ -87,3 +89,17 @@ def test_tables_archives_and_web_servers(prepared: Preparing, expected: list[int
             )
         ]
     assert [i for each in stored for i in each] == expected
+
+
+@pytest.mark.usefixtures("small_units")
+def test_a_server_that_gives_no_ranges_any_more_gives_another_store(
+    prepared: Preparing, expected: list[int]
+) -> None:
+    """A unit that was a range of the file must not stand for one that is all of it."""
+    site = Site({"/all.txt": "\n".join(LINES).encode()})
+    with serving(site):
+        address = f"{site.url}/all.txt"
+        with pytest.raises(StoreError, match="not a token store"):
+            prepared([address], validation=0.0, part=Slice(1, 2))
+        site.ranges = False
+        assert tokens(prepared([address], validation=0.0)) == expected

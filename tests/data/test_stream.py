@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -324,6 +325,14 @@ def test_a_file_that_changed_is_named_when_it_is_read_and_when_a_run_goes_on(
     assert "0.txt of source 'text' is new" in (before.change(listed(data, 8, tokenizer)) or "")
     file.unlink()
     assert before.change(listed(data, 8, tokenizer)) is not None
+
+
+def test_a_file_without_ranges_is_one_unit_as_read_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "the quick brown fox\n" * 40_000)
+    data = DataSection(train=[f"zip://a.txt::{tmp_path / 'a.zip'}"], validation=0.0, block_size=16)
+    sources, _ = source_texts(listed(data, 8, tokenizer), data, tokenizer, SEED)
+    assert [len(source.units) for source in sources] == [1]
 
 
 def test_another_tokenizer_is_a_change(folder: Path, tokenizer: Tokenizer) -> None:
