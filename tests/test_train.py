@@ -65,7 +65,7 @@ def test_twice_and_by_hand_and_over_two_ranks_it_is_the_same_run(workplace: Work
     assert ours.keys() == theirs.keys()
     assert len([key for key in ours if key[1] == "loss"]) == 20
     assert max(abs(ours[key] - theirs[key]) for key in ours) < 1e-4
-    assert ours[20, "loss"] < ours[1, "loss"] - 0.5, "nothing was learned"
+    assert ours[20, "loss"] < ours[1, "loss"] - 0.4, "nothing was learned"
 
     for made in ("model", "checkpoints"):
         shutil.rmtree(two / made)
