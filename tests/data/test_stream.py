@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from launcher.config.schema import DataSection, Source
 from launcher.data.backends import REFERENCE
 from launcher.data.batches import LONG
 from launcher.data.cursor import WINDOW, Cursor, SourceText, window_blocks, window_of
-from launcher.data.order import permute, round_keys
+from launcher.data.order import Turns, permute, round_keys
 from launcher.data.stream import (
     UNIT_BYTES,
     VALIDATION_BLOCKS,
@@ -192,10 +192,16 @@ def test_stopped_anywhere_and_gone_on_by_any_world_nothing_is_lost_or_repeated(
     data = mixture(folder, weights)
     sources = [with_streams(s, n) for s, n in zip(texts_of(data, tokenizer, 12)[0], streams, strict=True)]
     rows: dict[int, list[int]] = {}
+    windows = {name: [0] * source.streams for name, source in zip(("plain", "packed"), sources, strict=True)}
+    turns = Turns(weights)
     cursors, at = None, 0
     for ranks, steps, batch_size in segments:
         crew = [StreamBlocks(sources, data, cursors) for _ in range(ranks)]
         for _ in range(steps):
+            for sample in range(at, at + batch_size):
+                source, nth = turns.turn(sample)
+                block, stream = divmod(nth, streams[source])
+                windows[list(windows)[source]][stream] = window_of(stream, streams[source], block)[0]
             shares = deal(crew[0], range(at, at + batch_size), ranks)
             for blocks, share in zip(crew, shares, strict=True):
                 rows |= {sample: blocks.read(sample).tolist() for sample in share}
@@ -203,6 +209,8 @@ def test_stopped_anywhere_and_gone_on_by_any_world_nothing_is_lost_or_repeated(
         cursors = json.loads(json.dumps(latest([blocks.cursors() for blocks in crew])))
         for blocks in crew:
             blocks.close()
+        begins = {name: [cursor[0] for cursor in of_streams] for name, of_streams in cursors.items()}
+        assert begins == windows, "no more than the window in hand is read again"
     with reading(sources, data) as whole:
         assert rows == {sample: whole.read(sample).tolist() for sample in range(at)}
 
@@ -352,32 +360,51 @@ def test_bad_text_is_raised_where_the_sample_is_asked_for(tmp_path: Path, tokeni
         deque(map(blocks.read, range(5000)), maxlen=0)
 
 
+def long_and_short() -> dict[str, str]:
+    """A short and a long document that a split in half does not hold out, and two that it does."""
+    texts = {}
+    for kind, size, held in (
+        ("short", 2, False),
+        ("short", 2, True),
+        ("long", 900, True),
+        ("long", 900, False),
+    ):
+        body = "\n".join(sentences(250, 9) * size)
+        numbered = (f"{kind} {number}\n{body}" for number in count())
+        texts[f"{kind}-{held}.txt"] = next(each for each in numbered if is_held_out(each, 0.5) == held)
+    return texts
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.5])
+@pytest.mark.parametrize("form", ["document", "jsonl"])
 def test_a_long_document_is_read_in_parts_with_the_ids_of_the_whole_and_is_on_one_side_of_the_split(
-    tmp_path: Path, tokenizer: Tokenizer, fraction: float
+    tmp_path: Path, tokenizer: Tokenizer, form: str, fraction: float
 ) -> None:
-    texts: dict[str, str] = {}
-    for kind, size in (("long", 9 << 20), ("short", 20_000)):
-        lines = sentences(20, 9)
-        body = "\n".join(lines * (size // len("\n".join(lines))))
-        for held in (True, False):
-            numbered = (f"{kind} {number}\n{body}" for number in count())
-            texts[f"{kind}-{held}.txt"] = next(each for each in numbered if is_held_out(each, 0.5) == held)
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
-    data = plain(tmp_path, sample_by="document", block_size=1024, validation=fraction)
-    (source,), _ = texts_of(data, tokenizer, 8, unit_bytes=LONG)
+    texts = long_and_short()
+    places: dict[str, tuple[str, int]] = {}  # of a document: its file, and where its record begins there
+    with (tmp_path / "all.jsonl").open("wb") as stream:
+        for name, text in texts.items():
+            places[name] = ("all.jsonl", stream.tell()) if form == "jsonl" else (name, 0)
+            (tmp_path / name).write_text(text)
+            stream.write(json.dumps({"text": text}).encode() + b"\n")
+    keys = {"sample_by": "document", "block_size": 1024, "validation": fraction}
+    files = "*.jsonl" if form == "jsonl" else "*.txt"
+    data = DataSection.model_validate({"train": [str(tmp_path / files)], **keys})
+    (source,), _ = texts_of(data, tokenizer, 8, unit_bytes=3 * LONG)
     source = with_streams(source, 1)
-    assert sorted(Path(file).name for file in files_of(source)) == sorted(texts)
 
     def encoded(names: Iterable[str]) -> NDArray[np.int32]:
         whole = source.tokenizer.encode_joined([texts[name] for name in names])[0]
         return whole[: len(whole) // 1024 * 1024]
 
     def shuffled(epoch: int) -> Iterator[str]:
-        for unit in source.shuffled_units(epoch):
-            yield from (Path(piece.file.path).name for piece in unit.pieces)
+        for piece in chain.from_iterable(unit.pieces for unit in source.shuffled_units(epoch)):
+            for name, (file, offset) in places.items():
+                inside = piece.start <= offset and (piece.end is None or offset < piece.end)
+                if file == Path(piece.file.path).name and inside:
+                    yield name
 
+    assert sorted(shuffled(0)) == sorted(texts)
     kept = [name for epoch in range(2) for name in shuffled(epoch) if not is_held_out(texts[name], fraction)]
     expected = encoded(kept)
     inside: dict[int, Mapping[str, list[Cursor]]] = {}
