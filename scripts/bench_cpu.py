@@ -3,8 +3,9 @@
     ./scripts/bench_cpu [--rounds 15] [--write]
 
 Both train the same GPT-2 shape on the Python standard library's source with two ranks over gloo. Both are
-started once, and then take turns: one is stopped (SIGSTOP) while the other takes a few steps. So the two
-halves of a round are seconds apart, and a machine that other work makes slower or faster favours neither.
+started once, and then take turns: the ranks of one are stopped (SIGSTOP) while those of the other take a few
+steps. So the two halves of a round are seconds apart, and a machine that other work makes slower or faster
+favours neither.
 `--write` keeps the result in docs/benchmarks/cpu.md.
 """
 
@@ -63,17 +64,23 @@ class Side:
         return (len(ends) - 1) * TOKENS / (ends[-1] - ends[0])
 
     def end(self) -> None:
-        self._send(signal.SIGKILL)
+        for member in [*self._family(), self._process]:
+            member.kill()
         self._process.wait()
 
     def _lines(self) -> list[str]:
         text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
         return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
+    def _family(self) -> list[psutil.Process]:
+        alive = self._process.poll() is None
+        return psutil.Process(self._process.pid).children(recursive=True) if alive else []
+
     def _send(self, number: int) -> None:
-        family = [psutil.Process(self._process.pid)]
-        for member in [*family, *family[0].children(recursive=True)]:
-            member.send_signal(number)
+        """To the ranks only: torch's launcher, stopped for long, would take itself for lost and end them."""
+        for member in self._family():
+            if "LOCAL_RANK" in member.environ():
+                member.send_signal(number)
 
 
 def main() -> None:
