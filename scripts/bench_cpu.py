@@ -12,6 +12,7 @@ favours neither.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import signal
@@ -65,7 +66,8 @@ class Side:
 
     def end(self) -> None:
         for member in [*self._family(), self._process]:
-            member.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # one may end because another has
+                member.kill()
         self._process.wait()
 
     def _lines(self) -> list[str]:
