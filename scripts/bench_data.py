@@ -39,7 +39,7 @@ PROCESSES = 2
 SMALL, LARGE = 200_000_000, 2_000_000_000  # bytes of text
 CODE, PROSE = {".py", ".pyi"}, {".md", ".rst", ".txt", ""}
 BLOCK = 1024
-SAMPLE_SECONDS = 0.1
+SAMPLE_SECONDS = 0.5  # a look costs the kernel a walk through every page
 RECIPE_BATCH = 1000
 BATCH_BYTES = 1 << 20
 
