@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -34,7 +35,7 @@ class Collate(Protocol):
     def __call__(self, rows: Sequence[Row]) -> Tensors: ...
 
 
-class TrainingRows(Dataset[Row]):
+class TrainingRows(Dataset[Row], ABC):
     """The rows of the samples [0, `samples`), asked for in increasing order.
 
     A subclass says what they are; what stands here is right where no row depends on those before it.
@@ -51,17 +52,17 @@ class TrainingRows(Dataset[Row]):
         """These phases over these rows."""
         return Phases(phases, self._banned)
 
+    @abstractmethod
     def certificate(self, samples: Iterable[Samples]) -> str:
         """A hash of what these samples are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lengths(self, samples: Sequence[int]) -> npt.NDArray[np.int64]:
         """`int64[n]`: the tokens of each of n samples, without reading them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def deal(self, samples: list[int], batch: Batch) -> list[int]:
         """A step's samples in the order that ranks take them: a micro-batch each in turn, then again."""
-        raise NotImplementedError
 
     def cursors(self) -> Cursors:
         """What a checkpoint must hold for `take_up`. Every rank asks for it at once."""

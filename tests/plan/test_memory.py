@@ -11,12 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from launcher.plan.memory import Memory, estimate
 from launcher.plan.shape import Shape, shape_of
-from launcher.worker.fast import use_tanh_gelu_kernel
-from tests.plan.trace import MODELS, peaks
+from tests.plan.trace import MODELS, build, peaks
 
 MICRO_BATCH, BLOCK_SIZE, VOCAB = 4, 256, 2500
 GPT2 = {
@@ -58,19 +57,6 @@ def shape(fields: dict[str, Any]) -> Shape:
 def planned(fields: dict[str, Any], precision: str, checkpointing: bool, **how: Any) -> Memory:
     asked = {"micro_batch": MICRO_BATCH, "block_size": BLOCK_SIZE, "world_size": 1} | how
     return estimate(shape(fields), precision=precision, gradient_checkpointing=checkpointing, **asked)
-
-
-def build(fields: dict[str, Any], checkpointing: bool) -> PreTrainedModel:
-    rest = {key: value for key, value in fields.items() if key != "model_type"}
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(fields["model_type"], **rest)
-    )
-    model.loss_type = "ForCausalLM"
-    model.train()
-    use_tanh_gelu_kernel(model)
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return model
 
 
 def train_on(model: PreTrainedModel, precision: str) -> None:

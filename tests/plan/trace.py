@@ -131,7 +131,7 @@ def _dropout(
     return torch.ops.aten.native_dropout(input, p, training)[0] if training and p > 0 else input
 
 
-def _build(fields: Mapping[str, Any], checkpointing: bool) -> PreTrainedModel:
+def build(fields: Mapping[str, Any], checkpointing: bool) -> PreTrainedModel:
     rest = {key: value for key, value in fields.items() if key != "model_type"}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(fields["model_type"], **rest)
@@ -141,8 +141,6 @@ def _build(fields: Mapping[str, Any], checkpointing: bool) -> PreTrainedModel:
     use_tanh_gelu_kernel(model)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
     return model
 
 
@@ -165,7 +163,9 @@ def trace(
             ("transformers.masking_utils.find_packed_sequence_indices", lambda _: None),
         ):
             stack.enter_context(patch(name, instead))
-        model = _build(fields, checkpointing)
+        model = build(fields, checkpointing)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         for micro_batch in micro_batches:
             ids = torch.zeros(micro_batch, block_size, dtype=torch.long)
             with _Watch() as watch:
