@@ -100,6 +100,7 @@ def small_plan() -> Plan:
         ranks_per_node=2,
         threads_per_rank=1,
         strategy="ddp",
+        offload="none",
         precision="fp32",
         gradient_checkpointing=False,
         compile=False,

@@ -90,6 +90,7 @@ class Plan:
     ranks_per_node: int
     threads_per_rank: int | None
     strategy: str
+    offload: str
     precision: str
     gradient_checkpointing: bool
     compile: bool
@@ -193,7 +194,8 @@ def make_plan(
         nodes=place.nodes,
         ranks_per_node=place.ranks_per_node,
         threads_per_rank=_threads(place),
-        strategy="ddp",
+        strategy="ddp" if train.strategy == "auto" else train.strategy,
+        offload=train.offload,
         precision=precision,
         gradient_checkpointing=chosen.gradient_checkpointing,
         compile=job.compiled,

@@ -13,7 +13,7 @@ from typing import Any
 from launcher.errors import RequestError
 from launcher.plan.choose import Plan
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "train.precision": (*_plan("precision"), *FIT, (ACCELERATE, "mixed_precision")),
     "train.gradient_checkpointing": FIT,
     "train.strategy": (*_plan("strategy"), (ACCELERATE, "distributed_type")),
+    "train.offload": _plan("offload"),
     "train.micro_batch": FIT,
     "train.compile": (*_plan("compile"), *FIT),
     "train.eval_every": _plan("eval_every"),
