@@ -134,7 +134,7 @@ def train(
 
     draft = _assemble(run, overrides, cluster)
     directory = run_directory(draft.run.config)
-    check_launch(draft.run.config, draft.place, draft.machine)
+    check_launch(draft.run.config, draft.place, draft.machine, draft.plan.strategy)
     check_same_run(directory, draft.run.config)
     text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
     final = assemble(draft.run, draft.cluster, draft.machine, text)
@@ -148,6 +148,9 @@ def train(
             console.say(f"run {final.plan.name} is finished; its model is in {directory.model}")
             return
         write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
+        if final.plan.nodes > 1:
+            console.say(f"ready; on each of the {final.plan.nodes} nodes: sh {directory.launch} NODE HOST PORT")
+            return
         step = supervise(
             directory,
             world_size=final.plan.batch.world_size,

@@ -28,7 +28,10 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "run": frozenset({"errors", "config", "plan", "render", "data"}),
     "report": frozenset({"errors", "run"}),
     "worker": frozenset(
-        {"errors", "config", "plan", "data", "run.directory", "run.checkpoints", "run.outcome"}
+        {
+            *("errors", "config", "plan", "data"),
+            *("run.directory", "run.checkpoints", "run.outcome", "run.environment"),
+        }
     ),
     "cli": frozenset({"errors", "console", "config", "data", "plan", "render", "run", "report"}),
     "__main__": frozenset({"cli"}),

@@ -22,7 +22,6 @@ from launcher.config.rules import (
     CLUSTER_NOT_YET,
     CLUSTER_RULES,
     LENGTHS,
-    RUN_NOT_YET,
     RUN_RULES,
     NotYet,
     Rule,
@@ -61,7 +60,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Loaded[RunConfig]:
     document = _read(path)
     laid_over, faults = _overrides(overrides)
     cleared = _lengths_cleared(laid_over)
-    return _load(RunConfig, document, [*cleared, *laid_over], faults, RUN_RULES, RUN_NOT_YET)
+    return _load(RunConfig, document, [*cleared, *laid_over], faults, RUN_RULES, ())
 
 
 def load_cluster(path: Path | None) -> Loaded[ClusterConfig]:

@@ -173,6 +173,27 @@ def skipping_a_stream(mode: str, *skipped: list[Any]) -> Iterator[Fault]:
             )
 
 
+OFFLOADS: Mapping[str, tuple[str, ...]] = {
+    "auto": ("none", "optimizer", "parameters"),
+    "ddp": ("none",),
+    "zero1": ("none", "optimizer"),
+    "zero2": ("none", "optimizer"),
+    "zero3": ("none", "optimizer", "parameters"),
+    "fsdp": ("none", "parameters"),
+}
+"""What each strategy can keep in CPU memory."""
+
+
+def offload_of_a_strategy(strategy: str, offload: str) -> Iterator[Fault]:
+    if offload not in OFFLOADS[strategy]:
+        able = [name for name, can in OFFLOADS.items() if offload in can and name != "auto"]
+        yield Fault(
+            "train.offload",
+            f"train.strategy {strategy} cannot keep the {offload} in CPU memory",
+            hint=f"set train.strategy: {' or '.join(able)}, or train.offload: none",
+        )
+
+
 def micro_batch_divides(micro_batch: int | str, batch_size: int) -> Iterator[Fault]:
     if isinstance(micro_batch, str) or batch_size % micro_batch == 0:
         return
@@ -295,6 +316,7 @@ RUN_RULES = (
     Rule(("train.early_stopping", "data.validation"), stopping_needs_validation),
     Rule(("data.mode", "data.skip.steps", "data.skip.documents"), skipping_a_stream),
     Rule(("train.micro_batch", "train.batch_size"), micro_batch_divides),
+    Rule(("train.strategy", "train.offload"), offload_of_a_strategy),
     Rule(("train.metrics",), names_in_modules("train.metrics", "my_metrics:accuracy")),
     Rule(("train.callbacks",), names_in_modules("train.callbacks", "my_callbacks:MyCallback")),
     Rule(("train.extra",), extra_fields),
@@ -310,21 +332,8 @@ def _is_set(value: object) -> bool:
     return value is not None and value != []
 
 
-RUN_NOT_YET = (
-    NotYet(
-        "train.strategy",
-        _is("zero1", "zero2", "zero3", "fsdp"),
-        "sharding the model's state",
-        "set train.strategy: auto, or ddp",
-    ),
-    NotYet(
-        "train.offload", _is("optimizer", "parameters"), "offloading to CPU memory", "set train.offload: none"
-    ),
-)
 CLUSTER_NOT_YET = (
     NotYet("launch", _is("slurm"), "launching through SLURM", "set launch: local"),
-    NotYet("nodes", lambda nodes: nodes > 1, "training on several nodes", "set nodes: 1"),
-    NotYet("network_gbps", _is_set, "a model of the network", "leave the key out"),
     *(
         NotYet(f"slurm.{key}", _is_set, "launching through SLURM", "leave the key out")
         for key in SlurmSection.model_fields

@@ -96,6 +96,10 @@ DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
 """What transformers takes for a field that a config leaves out; a test compares it with the installed one."""
 
 
+COMMON_WIDTH: Final = 1024
+"""Taken where a config calls its width by a name of its own."""
+
+
 def shape_of(config: Mapping[str, Any]) -> Shape | None:
     """The shape of the causal language model that a transformers `config` (with `model_type`) describes.
 
@@ -148,6 +152,11 @@ def _llama(model_type: str, fields: Mapping[str, Any]) -> Shape | None:
         dropout=False,
         attention_dropout=fields["attention_dropout"] > 0,
     )
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """The width of the model that a transformers `config` describes, of whatever architecture."""
+    return int(config.get("hidden_size") or config.get("n_embd") or COMMON_WIDTH)
 
 
 def parameters(shape: Shape) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import yaml
 
-PLAN, ACCELERATE, LAUNCH = "plan.json", "accelerate.yaml", "launch.sh"
+PLAN, ACCELERATE, DEEPSPEED, LAUNCH = "plan.json", "accelerate.yaml", "deepspeed.json", "launch.sh"
 
 Path = tuple[str, str]
 
@@ -16,7 +16,12 @@ def _plan(*names: str) -> tuple[Path, ...]:
     return tuple((PLAN, f"plan.{name}") for name in names)
 
 
-FIT = _plan("batch", "gradient_checkpointing", "memory", "forecast")
+SPLIT: tuple[Path, ...] = tuple(
+    (DEEPSPEED, name)
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+)
+SHARDS: tuple[Path, ...] = ((DEEPSPEED, "zero_optimization"),)
+FIT = (*_plan("strategy", "batch", "gradient_checkpointing", "memory", "forecast"), *SPLIT, *SHARDS)
 """What is chosen together, so that the run fits and is fast."""
 
 LENGTH = _plan("steps", "samples", "warmup_steps", "forecast.hours", "forecast.price")
@@ -43,17 +48,34 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "train.steps": LENGTH,
     "train.epochs": LENGTH,
     "train.warmup": _plan("warmup_steps"),
-    "train.precision": (*_plan("precision"), *FIT, (ACCELERATE, "mixed_precision")),
+    "train.max_grad_norm": ((DEEPSPEED, "gradient_clipping"),),
+    "train.precision": (
+        *_plan("precision"),
+        *FIT,
+        (ACCELERATE, "mixed_precision"),
+        (DEEPSPEED, "bf16"),
+        (DEEPSPEED, "fp16"),
+    ),
     "train.gradient_checkpointing": FIT,
-    "train.strategy": (*_plan("strategy"), (ACCELERATE, "distributed_type")),
-    "train.offload": _plan("offload"),
+    "train.strategy": (*FIT, (ACCELERATE, "distributed_type")),
+    "train.offload": (*_plan("offload"), *FIT),
     "train.micro_batch": FIT,
     "train.compile": (*_plan("compile"), *FIT),
     "train.eval_every": _plan("eval_every"),
     "checkpoint.every": _plan("checkpoint_every"),
     "output_dir": ((LAUNCH, ""), (PLAN, "store")),
     "cluster.name": _plan("cluster"),
-    "cluster.nodes": (*_plan("nodes"), (ACCELERATE, "num_machines")),
+    "cluster.nodes": (
+        *_plan("nodes"),
+        *FIT,
+        (ACCELERATE, "num_machines"),
+        (ACCELERATE, "num_processes"),
+        (ACCELERATE, "main_process_port"),
+        (ACCELERATE, "rdzv_backend"),
+        (ACCELERATE, "same_network"),
+        (LAUNCH, ""),
+    ),
+    "cluster.network_gbps": FIT,
     "cluster.gpus_per_node": (
         *_plan("ranks_per_node", "threads_per_rank", "memory_available"),
         *FIT,
@@ -93,6 +115,8 @@ def places(key: str, files: Mapping[str, str]) -> list[Place]:
     )
     found = []
     for name, path in (own, *CARRIES.get(_carried(key), ())):
+        if name not in files:
+            continue
         if name == LAUNCH:
             lines = [number for number, text in enumerate(files[name].splitlines(), 1) if _sets(text, key)]
         else:
@@ -107,6 +131,8 @@ def _carried(key: str) -> str:
 
 
 def _sets(line: str, key: str) -> bool:
+    if key == "cluster.nodes":
+        return line.startswith(("exec ", "[ "))
     return line.startswith("export " if key.startswith("cluster.env") else "exec ")
 
 

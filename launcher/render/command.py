@@ -19,9 +19,15 @@ def launch_command(run_directory: str, *, accelerate: str = "accelerate") -> lis
     ]
 
 
-def render_launch(run_directory: str, environment: Mapping[str, str]) -> str:
-    """A shell script that sets the cluster's `environment` and starts the ranks, all quoted."""
+def render_launch(run_directory: str, environment: Mapping[str, str], *, nodes: int) -> str:
+    """A shell script that sets the cluster's `environment` and starts the ranks of one node, all quoted.
+
+    With several `nodes` it is run on each of them, and told which one it is and where they meet.
+    """
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    return "\n".join(
-        ["#!/bin/sh", "set -eu", *exports, "exec " + shlex.join(launch_command(run_directory)), ""]
-    )
+    command = [shlex.quote(word) for word in launch_command(run_directory)]
+    if nodes > 1:
+        usage = f"usage: launch.sh NODE HOST PORT, on each node: NODE from 0 to {nodes - 1}, HOST is node 0"
+        exports = [f"# {usage}", f'[ $# -eq 3 ] || {{ echo "{usage}" >&2; exit 2; }}', *exports]
+        command[2:2] = ["--machine_rank", '"$1"', "--main_process_ip", '"$2"', "--main_process_port", '"$3"']
+    return "\n".join(["#!/bin/sh", "set -eu", *exports, f"exec {' '.join(command)}", ""])

@@ -17,9 +17,11 @@ from launcher.plan.batch import NOTHING_DONE, Done
 from launcher.plan.choose import Blocks, Place, Plan, make_plan
 from launcher.plan.hardware import GIGA, find_gpu
 from launcher.plan.orders import Orders, format_orders
-from launcher.plan.shape import shape_of
+from launcher.plan.shape import hidden_size, shape_of
+from launcher.plan.sharding import zero_stage
 from launcher.render.accelerate import render_accelerate
 from launcher.render.command import render_launch
+from launcher.render.deepspeed import render_deepspeed
 from launcher.run.checkpoints import committed
 from launcher.run.directory import (
     RunDirectory,
@@ -198,12 +200,22 @@ def rendered_files(assembly: Assembly, directory: RunDirectory, text: Text | Non
         store=str(text.store) if text and text.store else None,
         vocabulary=text.vocabulary if text else None,
     )
+    plan = assembly.plan
+    deepspeed = {}
+    if zero_stage(plan.strategy) is not None:
+        text_of_it = render_deepspeed(
+            plan,
+            max_grad_norm=assembly.run.config.train.max_grad_norm,
+            hidden=hidden_size(assembly.model.config),
+        )
+        deepspeed[directory.deepspeed] = text_of_it
     return {
         directory.config: dump(assembly.run.config),
         directory.cluster: dump(assembly.cluster.config),
         directory.orders: format_orders(orders),
-        directory.accelerate: render_accelerate(assembly.plan),
-        directory.launch: render_launch(str(directory.root), assembly.cluster.config.env),
+        directory.accelerate: render_accelerate(assembly.plan, str(directory.deepspeed)),
+        directory.launch: render_launch(str(directory.root), assembly.cluster.config.env, nodes=plan.nodes),
+        **deepspeed,
     }
 
 

@@ -65,6 +65,11 @@ class RunDirectory:
         return self.root / "accelerate.yaml"
 
     @property
+    def deepspeed(self) -> Path:
+        """DeepSpeed's own configuration, where the strategy is one of its."""
+        return self.root / "deepspeed.json"
+
+    @property
     def launch(self) -> Path:
         return self.root / "launch.sh"
 

@@ -16,6 +16,8 @@ PACKAGES = (
     "torch",
     "transformers",
     "accelerate",
+    "deepspeed",
+    "datasets",
     "tokenizers",
     "numpy",
     "safetensors",

@@ -8,16 +8,24 @@ from pathlib import Path
 from launcher.config.schema import RunConfig
 from launcher.errors import MachineError, RequestError
 from launcher.plan.choose import Place
+from launcher.plan.sharding import zero_stage
 from launcher.run.directory import check_writable, run_directory
 from launcher.run.machine import Machine
 
 
-def check_launch(run: RunConfig, place: Place, machine: Machine) -> None:
+def check_launch(run: RunConfig, place: Place, machine: Machine, strategy: str) -> None:
     """Raise before anything is written if this machine cannot run `run` on `place`."""
     check_folders(run)
     if run.push_to_hub is not None:
         _check_repository(run.push_to_hub)
-    check_gpus(place, machine)
+    if place.nodes == 1:  # else this need not be one of them
+        check_gpus(place, machine)
+    if zero_stage(strategy) is not None and find_spec("deepspeed") is None:
+        raise MachineError(
+            f"train.strategy {strategy} runs on DeepSpeed, which is not installed",
+            hint="pip install deepspeed, or set train.strategy: ddp or fsdp",
+            key="train.strategy",
+        )
     for package in run.report_to:
         if find_spec(package) is None:
             raise MachineError(

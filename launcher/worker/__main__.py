@@ -54,8 +54,12 @@ from launcher.worker.verify import verify
 class Verify(TrainerCallback):
     """Compares the live run with the plan once everything is built and before step 1."""
 
-    def __init__(self, orders: Orders, rows: Rows, start_step: int) -> None:
+    def __init__(
+        self, directory: RunDirectory, orders: Orders, run: RunConfig, rows: Rows, start_step: int
+    ) -> None:
+        self._directory = directory
         self._orders = orders
+        self._run = run
         self._rows = rows
         self._start_step = start_step
         self.trainer: LauncherTrainer | None = None
@@ -65,7 +69,14 @@ class Verify(TrainerCallback):
     ) -> None:
         assert self.trainer is not None
         plan, collate = self._orders.plan, self._rows.collate
-        print(verify(self.trainer, plan, self._start_step), flush=True)
+        said = verify(
+            self.trainer,
+            self._directory,
+            self._orders,
+            max_grad_norm=self._run.train.max_grad_norm,
+            start_step=self._start_step,
+        )
+        print(said, flush=True)
         if isinstance(collate, Isolate):
             assert self._orders.vocabulary is not None
             said = prove_isolation(
@@ -160,7 +171,7 @@ def train(
         best=best,
         early_stopping=run.train.early_stopping,
     )
-    checks = Verify(orders, rows, start_step)
+    checks = Verify(directory, orders, run, rows, start_step)
     reached.step = start_step
     callbacks: list[TrainerCallback] = [checks, reached, cadence]
     if rank.number == 0:
@@ -168,7 +179,7 @@ def train(
     callbacks += [load_object("train.callbacks", name)() for name in run.train.callbacks]
     trainer = LauncherTrainer(
         model,
-        training_arguments(run, orders, directory.root),
+        training_arguments(run, orders, directory),
         rows,
         run=run,
         orders=orders,
@@ -185,24 +196,27 @@ def train(
 
     assert plan.steps is not None
     if start_step < plan.steps and not best.is_final:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+        folder = None if checkpoint is None else str(trainer.resume_folder(checkpoint))
+        trainer.train(resume_from_checkpoint=folder)
         rows.training.close()
     elif checkpoint is not None:
-        saving.load_weights(model, checkpoint.folder)
+        trainer.take_final(checkpoint)
     if cadence.stopped:
         return RankEnd(rank.number, Outcome.STOPPED, reached.step, time.time())
 
-    trainer.return_to_best()
     if rank.number == 0:
-        saving.save_model(model, tokenizer, directory.model)
-        if run.push_to_hub is not None:
-            print(
-                f"uploaded to {saving.push_model(directory.model, run.push_to_hub)}",
-                file=rank.terminal,
-                flush=True,
-            )
+        whole = trainer.final_model(lambda: build_model(orders.model, orders.weights, tokenizer, run.seed))
+        saving.save_model(whole, tokenizer, directory.model)
+        upload(directory, run, rank)
     saving.barrier()
     return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
+
+
+def upload(directory: RunDirectory, run: RunConfig, rank: Rank) -> None:
+    """Push the final model to the Hub, where the run asks for it, and say where it is."""
+    if run.push_to_hub is not None:
+        where = saving.push_model(directory.model, run.push_to_hub)
+        print(f"uploaded to {where}", file=rank.terminal, flush=True)
 
 
 def open_rows(directory: RunDirectory, orders: Orders, run: RunConfig) -> tuple[Any, Rows]:

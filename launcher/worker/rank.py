@@ -6,20 +6,19 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 
 from launcher.config.schema import RunConfig
 from launcher.errors import LauncherError
 from launcher.plan.choose import Plan
 from launcher.run.directory import RunDirectory, hold
 from launcher.run.outcome import Outcome, RankEnd
+from launcher.worker.engine import meet
 from launcher.worker.fast import keep_freed_memory
 
 
@@ -35,7 +34,7 @@ class Rank:
     lock: TextIO | None
 
 
-def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mapping[str, str]) -> Rank:
+def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: MutableMapping[str, str]) -> Rank:
     """Meet the other ranks, then send everything this one prints to its own log.
 
     The attempt's number comes from the supervisor; where the ranks were launched by hand, rank 0
@@ -43,13 +42,9 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mappi
     """
     if plan.threads_per_rank is not None:
         torch.set_num_threads(plan.threads_per_rank)
-    cpu = plan.device == "cpu"
-    if cpu:
+    if plan.device == "cpu":
         keep_freed_memory()
-    options: dict[str, Any] = {"backend": "gloo"} if cpu and plan.batch.world_size > 1 else {}
-    if "ddp_timeout" in run.train.extra:
-        options["timeout"] = timedelta(seconds=run.train.extra["ddp_timeout"])
-    state = PartialState(cpu=cpu, **options)
+    state = meet(plan, run.train.extra.get("ddp_timeout"), environment)
     number, world_size = int(state.process_index), int(state.num_processes)
     # For as long as this process lives: ranks that outlived their supervisor still train.
     lock = hold(directory.ranks_lock, directory, "other ranks") if number == 0 else None

@@ -8,15 +8,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from launcher.errors import TrainingError
 from launcher.run import checkpoints as ledger
+from launcher.worker.reshard import read_universal
+
+FSDP_WEIGHTS = "pytorch_model_fsdp_0"
+"""The folder that accelerate has FSDP write its weights to."""
 
 
 def barrier() -> None:
@@ -57,9 +65,8 @@ def commit_checkpoint(
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Put the weights saved in `folder` (one safetensors file or several) into `model`."""
-    files = sorted(folder.glob("model*.safetensors"))
-    weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    """Put the weights of the checkpoint in `folder` into `model`, which is whole."""
+    weights = read_weights(folder)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     # A tied weight is saved once, so its other name is missing by design.
     missing = [name for name in missing if name not in (model.all_tied_weights_keys or {})]
@@ -67,6 +74,33 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         raise TrainingError(
             f"{folder}: weights do not match the model: missing {missing}, unexpected {unexpected}"
         )
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every weight of the checkpoint in `folder`, whole and in fp32 on the CPU, whichever engine saved it."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if files:
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    if (folder / FSDP_WEIGHTS).is_dir():
+        return _read_distributed(folder / FSDP_WEIGHTS)
+    state = next(folder.glob("global_step*"))
+    if list(state.glob("bf16_zero_pp_rank_*")):
+        # ZeRO-1 under bf16 has an optimizer of its own, whose state DeepSpeed's shorter way does not read.
+        return read_universal(state)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    return weights
+
+
+def _read_distributed(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that torch.distributed.checkpoint saved in shards, read by one process alone."""
+    found: dict[str, Any] = {}
+    _load_state_dict(
+        found, storage_reader=FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    weights: dict[str, torch.Tensor] = found["model"]
+    return weights
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,15 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from launcher.config.schema import RunConfig
 from launcher.data.phases import Phases
 from launcher.errors import RequestError
 from launcher.plan.orders import Orders
+from launcher.plan.sharding import zero_stage
+from launcher.run.checkpoints import Checkpoint
+from launcher.run.directory import RunDirectory
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation
 from launcher.worker.dataset import (
@@ -31,7 +35,9 @@ from launcher.worker.dataset import (
     ValidationRows,
     training_loader,
 )
+from launcher.worker.engine import engine_arguments, fsdp_policy, is_sharded
 from launcher.worker.evaluate import Metric, evaluate
+from launcher.worker.reshard import Remove, reshard
 from launcher.worker.resume import data_state
 from launcher.worker.schedule import follow_samples
 
@@ -61,14 +67,15 @@ OPEN_DEFAULTS: Mapping[str, Any] = {
 """What launcher sets differently from transformers, and `train.extra` may set otherwise."""
 
 
-def training_arguments(run: RunConfig, orders: Orders, folder: Path) -> TrainingArguments:
+def training_arguments(run: RunConfig, orders: Orders, directory: RunDirectory) -> TrainingArguments:
     """The stock arguments for the plan. Saving, evaluating and data order are ours, so theirs are off."""
     plan, train = orders.plan, run.train
     assert plan.steps is not None
     assert plan.warmup_steps is not None
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     ours = {
-        "output_dir": str(folder),
+        **engine_arguments(plan, directory.deepspeed),
+        "output_dir": str(directory.root),
         "use_cpu": plan.device == "cpu",
         "seed": run.seed,
         "per_device_train_batch_size": plan.batch.micro_batch,
@@ -124,12 +131,12 @@ class LauncherTrainer(Trainer):
         best: BestEvaluation,
         callbacks: list[TrainerCallback],
     ) -> None:
+        self._plan = orders.plan  # for what the stock Trainer calls while it is made
         super().__init__(model=model, args=arguments, train_dataset=rows.training, callbacks=callbacks)
         self.bare_model = model
         self.phases = phases
         self._rows = rows
         self._run = run
-        self._plan = orders.plan
         self._store = orders.store
         self._checkpoints = checkpoints
         self._start_step = start_step
@@ -139,6 +146,11 @@ class LauncherTrainer(Trainer):
     @property
     def rank(self) -> int:
         return int(self.args.process_index)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self._plan.strategy == "fsdp":
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_policy(self._plan)
 
     def get_train_dataloader(self) -> DataLoader[Row]:
         return training_loader(
@@ -201,7 +213,8 @@ class LauncherTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         step = self.state.global_step
         folder = saving.begin_checkpoint(self._checkpoints, step, self.rank)
-        self.save_model(str(folder), _internal_call=True)
+        if not is_sharded(self._plan):
+            self.save_model(str(folder), _internal_call=True)
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
@@ -224,7 +237,36 @@ class LauncherTrainer(Trainer):
             },
         )
 
-    def return_to_best(self) -> None:
-        """Go back to the weights of the best evaluation, where early stopping keeps one."""
-        if self._best.step not in (None, self.state.global_step):
-            saving.load_weights(self.bare_model, self._checkpoints / f"step-{self._best.step:08d}")
+    def resume_folder(self, checkpoint: Checkpoint) -> Path:
+        """Where this world reads the checkpoint from: itself, or what DeepSpeed makes of another world's."""
+        stage, world = zero_stage(self._plan.strategy), self._plan.batch.world_size
+        if stage is None or checkpoint.world_size == world:
+            return checkpoint.folder
+        folder = [reshard(checkpoint)] if self.rank == 0 else [checkpoint.folder]
+        if world > 1:
+            torch.distributed.broadcast_object_list(folder)
+        self.args.hf_deepspeed_config.config["checkpoint"]["load_universal"] = True
+        self.add_callback(Remove(folder[0]))
+        return folder[0]
+
+    def take_final(self, checkpoint: Checkpoint) -> None:
+        """Be where training ended before: `checkpoint` is its last, and only the model is to be made."""
+        self.state.global_step = checkpoint.step
+        if not is_sharded(self._plan):
+            saving.load_weights(self.bare_model, checkpoint.folder)
+
+    def final_model(self, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """The model whole, with the weights of the best evaluation where early stopping keeps one.
+
+        Where no rank holds all of it, one that `build` makes and the last checkpoint fills; call it on one
+        rank.
+        """
+        if is_sharded(self._plan):
+            unset_hf_deepspeed_config()  # or transformers would build it in shards
+            model, step = build(), self._best.step or self.state.global_step
+        elif self._best.step in (None, self.state.global_step):
+            return self.bare_model
+        else:
+            model, step = self.bare_model, self._best.step
+        saving.load_weights(model, self._checkpoints / f"step-{step:08d}")
+        return model

@@ -1,69 +1,196 @@
-"""The live run against the plan, on every rank, before step 1: what was asked for is what runs."""
+"""The live run against the plan, on every rank, before step 1: what was asked for is what runs.
+
+Each value is read from the object that acts on it: the engine, its optimizer, the model's own modules.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from itertools import islice
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from launcher.data.store import MANIFEST
 from launcher.errors import TrainingError
 from launcher.plan.choose import Plan
+from launcher.plan.orders import Orders
+from launcher.plan.sharding import LOSS_SCALE_POWER, zero_stage
+from launcher.run.directory import RunDirectory
+from launcher.run.environment import versions
+from launcher.worker.engine import DTYPES, fsdp_policy
 
 if TYPE_CHECKING:
     from launcher.worker.trainer import LauncherTrainer
 
-ENGINE: Mapping[tuple[str, bool], DistributedType] = {
-    ("cpu", False): DistributedType.NO,
-    ("cpu", True): DistributedType.MULTI_CPU,
-    ("cuda", False): DistributedType.NO,
-    ("cuda", True): DistributedType.MULTI_GPU,
-}
 MIXED: Mapping[str, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
+Facts = dict[str, object]
 
-def verify(trainer: LauncherTrainer, plan: Plan, start_step: int) -> str:
-    """Compare live objects with `plan`. Returns the one line that says all hold.
+
+def verify(
+    trainer: LauncherTrainer,
+    directory: RunDirectory,
+    orders: Orders,
+    *,
+    max_grad_norm: float,
+    start_step: int,
+) -> str:
+    """Compare live objects with the plan, and ranks with each other. Returns the one line that says all hold.
 
     Raises TrainingError listing every difference with both values.
     """
-    accelerator, arguments, model = trainer.accelerator, trainer.args, trainer.bare_model
-    engine = trainer.model_wrapped
-    compiled = hasattr(engine, "_orig_mod")
-    parallel = isinstance(engine._orig_mod if compiled else engine, DistributedDataParallel)
-    pairs: dict[str, tuple[object, object]] = {
-        "engine": (ENGINE[plan.device, plan.batch.world_size > 1], accelerator.distributed_type),
-        "gradient all-reduce (DDP)": (plan.batch.world_size > 1, parallel),
-        "world size": (plan.batch.world_size, accelerator.num_processes),
-        "device": (plan.device, accelerator.device.type),
-        "precision": (MIXED[plan.precision], accelerator.mixed_precision),
-        "weights": ({torch.float32}, {parameter.dtype for parameter in model.parameters()}),
-        "micro-batch": (plan.batch.micro_batch, trainer._train_batch_size),
-        "accumulation": (plan.batch.accumulation, arguments.gradient_accumulation_steps),
-        "steps": (plan.steps, trainer.state.max_steps),
-        "gradient checkpointing": (plan.gradient_checkpointing, model.is_activation_checkpointing),
-        "compile": (plan.compile, compiled),
-        "samples of the first step": (
-            trainer.phases.samples_of_step(start_step).tolist(),
-            _live_samples(trainer, plan),
-        ),
+    plan = orders.plan
+    asked = planned(orders, max_grad_norm) | {
+        "samples of the first step": trainer.phases.samples_of_step(start_step).tolist()
     }
+    live = found(trainer) | {"samples of the first step": _live_samples(trainer, plan)}
+    rank = trainer.accelerator.process_index
     wrong = [
-        f"{name}: planned {planned}, found {live}"
-        for name, (planned, live) in pairs.items()
-        if planned != live
+        f"{name}: planned {asked.get(name, 'nothing')}, found {live.get(name, 'nothing')}"
+        for name in dict.fromkeys([*asked, *live])
+        if asked.get(name) != live.get(name)
     ]
     if wrong:
         raise TrainingError(
-            f"rank {accelerator.process_index}: not what was planned; " + "; ".join(wrong),
+            f"rank {rank}: not what was planned; " + "; ".join(wrong),
             hint="report this with plan.json and the rank's log; nothing was trained",
         )
-    ranks = accelerator.num_processes
-    return f"verified: {len(pairs)} settings of the live run are the plan's, on {ranks} ranks"
+    compare_ranks(identity(directory, orders), rank, plan.batch.world_size)
+    ranks = "1 rank" if plan.batch.world_size == 1 else f"{plan.batch.world_size} ranks"
+    return f"verified: {len(asked)} settings of the live run are the plan's, on {ranks}"
+
+
+def planned(orders: Orders, max_grad_norm: float) -> Facts:
+    """What the plan says of everything that `found` reads."""
+    plan = orders.plan
+    stage = zero_stage(plan.strategy)
+    # DeepSpeed holds the weights as it computes with them, and fp32 copies; the others cast on the way.
+    weights = torch.float32 if stage is None else DTYPES[plan.precision]
+    facts: Facts = {
+        "engine": _planned_engine(plan),
+        "world size": plan.batch.world_size,
+        "device": plan.device,
+        "weights": {weights},
+        "optimizer's weights": {torch.float32},
+        "micro-batch": plan.batch.micro_batch,
+        "accumulation": plan.batch.accumulation,
+        "gradient clipping": max_grad_norm,
+        "steps": plan.steps,
+        "gradient checkpointing": plan.gradient_checkpointing,
+        "compile": plan.compile,
+        "attention": orders.model.get("attn_implementation") or "sdpa",
+        "loss scale": f"dynamic, from {2**LOSS_SCALE_POWER}" if plan.precision == "fp16" else None,
+    }
+    if plan.strategy == "fsdp":
+        facts["mixed precision"] = fsdp_policy(plan)
+    if stage is None:
+        return facts | {"precision": MIXED[plan.precision]}
+    return facts | {
+        "ZeRO stage": stage,
+        "offloaded": plan.offload,
+        "batch": plan.batch.batch_size,
+        "gradients": torch.float32,
+    }
+
+
+def _planned_engine(plan: Plan) -> str:
+    if zero_stage(plan.strategy) is not None:
+        return "DeepSpeed"
+    if plan.strategy == "fsdp":
+        return "FSDP2"
+    return "DDP" if plan.batch.world_size > 1 else "one process"
+
+
+def found(trainer: LauncherTrainer) -> Facts:
+    """The same of the live run."""
+    accelerator, arguments, model = trainer.accelerator, trainer.args, trainer.bare_model
+    wrapped = trainer.model_wrapped
+    engine: Any = wrapped._orig_mod if hasattr(wrapped, "_orig_mod") else wrapped
+    facts: Facts = {
+        "engine": _engine(engine),
+        "world size": dist.get_world_size() if dist.is_initialized() else 1,
+        "device": accelerator.device.type,
+        "weights": {parameter.dtype for parameter in model.parameters()},
+        "optimizer's weights": {parameter.dtype for parameter in _optimized(trainer)},
+        "micro-batch": trainer._train_batch_size,
+        "accumulation": arguments.gradient_accumulation_steps,
+        "gradient clipping": arguments.max_grad_norm,
+        "steps": trainer.state.max_steps,
+        "gradient checkpointing": _recomputes(model),
+        "compile": wrapped is not engine or getattr(engine, "is_compiled", False),
+        "attention": model.config._attn_implementation,
+        "loss scale": _loss_scale(trainer),
+    }
+    if facts["engine"] == "FSDP2":
+        facts["mixed precision"] = engine._get_fsdp_state()._fsdp_param_group.mp_policy
+    if facts["engine"] != "DeepSpeed":
+        return facts | {"precision": accelerator.mixed_precision}
+    return facts | _deepspeed(engine)
+
+
+def _engine(engine: torch.nn.Module) -> str:
+    if isinstance(engine, DistributedDataParallel):
+        return "DDP"
+    if isinstance(engine, FSDPModule):
+        return "FSDP2"
+    return "DeepSpeed" if _is_deepspeed(engine) else "one process"
+
+
+def _is_deepspeed(engine: torch.nn.Module) -> bool:
+    """By name: importing DeepSpeed takes seconds, and an engine of its can only come of having done so."""
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(engine).__mro__)
+
+
+def _deepspeed(engine: Any) -> Facts:
+    """What DeepSpeed's engine itself goes by, whatever the Trainer believes."""
+    zero = engine._config.zero_config
+    return {
+        "micro-batch": engine.train_micro_batch_size_per_gpu(),
+        "accumulation": engine.gradient_accumulation_steps(),
+        "batch": engine.train_batch_size(),
+        "gradient clipping": engine.optimizer.clip_grad,
+        "ZeRO stage": engine.zero_optimization_stage(),
+        "gradients": engine.get_data_types()[1],
+        "offloaded": "parameters"
+        if zero.offload_param is not None and zero.offload_param.device != "none"
+        else "optimizer"
+        if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none"
+        else "none",
+    }
+
+
+def _optimized(trainer: LauncherTrainer) -> Iterator[torch.Tensor]:
+    """The tensors that the innermost optimizer steps: the model's own, or DeepSpeed's copies of a shard."""
+    optimizer: Any = getattr(trainer.model_wrapped, "optimizer", trainer.optimizer)
+    for shards in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):  # ZeRO-1 and 2, ZeRO-3
+        if hasattr(optimizer, shards):
+            yield from getattr(optimizer, shards)
+            return
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _recomputes(model: torch.nn.Module) -> bool:
+    """Whether layers really recompute: each goes by its own flag, and only in training."""
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    return any(layer.gradient_checkpointing and layer.training for layer in layers)
+
+
+def _loss_scale(trainer: LauncherTrainer) -> str | None:
+    """How small gradients are kept from vanishing in fp16; None where the loss is not scaled."""
+    scaler: Any = trainer.accelerator.scaler
+    optimizer: Any = getattr(trainer.model_wrapped, "optimizer", None)
+    if scaler is not None and scaler.is_enabled():
+        return f"dynamic, from {scaler.get_scale():.0f}"
+    if not getattr(optimizer, "dynamic_loss_scale", False):
+        return None
+    return f"dynamic, from {optimizer.cur_scale:.0f}"
 
 
 def _live_samples(trainer: LauncherTrainer, plan: Plan) -> list[int]:
@@ -76,3 +203,33 @@ def _live_samples(trainer: LauncherTrainer, plan: Plan) -> list[int]:
         parts = [[] for _ in range(plan.batch.world_size)]
         dist.all_gather_object(parts, mine)
     return sorted(sample for part in parts for sample in part)
+
+
+def identity(directory: RunDirectory, orders: Orders) -> dict[str, str | None]:
+    """What must be the same on every rank: versions, and the files that say what to do, with which text."""
+    files = [directory.config, directory.orders]
+    files += [directory.deepspeed] if zero_stage(orders.plan.strategy) else []
+    files += [directory.stream if orders.store is None else Path(orders.store) / MANIFEST]
+    return {
+        **{f"version of {name}": version for name, version in versions().items()},
+        **{f"sha256 of {file.name}": sha256(file.read_bytes()).hexdigest() for file in files},
+    }
+
+
+def compare_ranks(mine: Mapping[str, str | None], rank: int, world_size: int) -> None:
+    """Raise TrainingError, on every rank, naming each rank that differs from rank 0 and in what."""
+    if world_size == 1:
+        return
+    everyone: list[dict[str, str | None]] = [{} for _ in range(world_size)]
+    dist.all_gather_object(everyone, dict(mine))
+    wrong = [
+        f"{name}: rank 0 has {everyone[0].get(name)}, rank {other} has {theirs.get(name)}"
+        for other, theirs in enumerate(everyone)
+        for name in dict.fromkeys([*everyone[0], *theirs])
+        if theirs.get(name) != everyone[0].get(name)
+    ]
+    if wrong:
+        raise TrainingError(
+            "ranks differ; " + "; ".join(wrong),
+            hint="install the same versions on every node, and give all of them one run directory",
+        )

@@ -14,16 +14,16 @@ from launcher.plan.hardware import find_gpu
 from launcher.render.accelerate import render_accelerate
 
 
-def planned(gpu: str, ranks: int, precision: str) -> Plan:
+def planned(gpu: str, ranks: int, precision: str, *, nodes: int = 1, **train: str | bool) -> Plan:
     run = RunConfig.model_validate(
         {
             "name": "run",
             "model": {"name": "gpt2"},
             "data": {"train": ["text"]},
-            "train": {"batch_size": 8, "steps": 100, "precision": precision},
+            "train": {"batch_size": 64, "steps": 100, "precision": precision, **train},
         }
     )
-    place = Place("here", 1, ranks, find_gpu(gpu))
+    place = Place("here", nodes, ranks, find_gpu(gpu))
     return make_plan(run, place, shape=None, positions=None, blocks=None)
 
 
@@ -44,7 +44,7 @@ def test_accelerate_reads_what_the_plan_says(
     tmp_path: Path, gpu: str, ranks: int, precision: str, mixed: str
 ) -> None:
     file = tmp_path / "accelerate.yaml"
-    file.write_text(render_accelerate(planned(gpu, ranks, precision)), encoding="utf-8")
+    file.write_text(render_accelerate(planned(gpu, ranks, precision), "unused"), encoding="utf-8")
     read = vars(load_config_from_file(str(file)))
     said = {
         "compute_environment": "LOCAL_MACHINE",
@@ -67,7 +67,60 @@ def test_accelerate_reads_what_the_plan_says(
 
 
 def test_nothing_is_left_for_accelerate_to_guess() -> None:
-    text = render_accelerate(planned("h100-sxm-80gb", 8, "bf16"))
+    text = render_accelerate(planned("h100-sxm-80gb", 8, "bf16"), "unused")
     assert "auto" not in text
     assert "default" not in text
     assert None not in yaml.safe_load(text).values()
+
+
+DEEPSPEED = '/runs/it\'s a "run"\n/deepspeed.json'
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(("gpu", "nodes"), [("cpu", 1), ("h100-sxm-80gb", 1), ("h100-sxm-80gb", 4)])
+def test_deepspeed_is_told_everything_in_its_own_file(
+    tmp_path: Path, strategy: str, gpu: str, nodes: int
+) -> None:
+    file = tmp_path / "accelerate.yaml"
+    plan = planned(gpu, 2, "bf16", nodes=nodes, strategy=strategy)
+    file.write_text(render_accelerate(plan, DEEPSPEED), encoding="utf-8")
+    read = vars(load_config_from_file(str(file)))
+    assert read["distributed_type"] == "DEEPSPEED"
+    assert read["deepspeed_config"] == {
+        "deepspeed_config_file": DEEPSPEED,
+        "deepspeed_multinode_launcher": "standard",
+        "zero3_init_flag": False,
+    }
+    # What accelerate would take from here and DeepSpeed from its own file is said once.
+    assert "mixed_precision" not in yaml.safe_load(file.read_text())
+    assert read["use_cpu"] is False, "with true, accelerate starts ranks without DeepSpeed"
+    assert (read["num_machines"], read["num_processes"]) == (nodes, 2 * nodes)
+
+
+@pytest.mark.parametrize("offload", ["none", "parameters"])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_fsdp_is_the_second_and_shards_everything(tmp_path: Path, offload: str, recomputes: bool) -> None:
+    file = tmp_path / "accelerate.yaml"
+    plan = planned(
+        "h100-sxm-80gb", 8, "bf16", strategy="fsdp", offload=offload, gradient_checkpointing=recomputes
+    )
+    file.write_text(render_accelerate(plan, "unused"), encoding="utf-8")
+    read = vars(load_config_from_file(str(file)))
+    assert (read["distributed_type"], read["mixed_precision"]) == ("FSDP", "bf16")
+    assert read["fsdp_config"] == {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_offload_params": offload == "parameters",
+        "fsdp_activation_checkpointing": False,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        "fsdp_cpu_ram_efficient_loading": False,
+    }
+
+
+def test_several_nodes_are_told_where_they_meet_when_they_start(tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(render_accelerate(planned("h100-sxm-80gb", 8, "bf16", nodes=4), "unused"))
+    read = vars(load_config_from_file(str(file)))
+    assert (read["num_machines"], read["num_processes"], read["main_process_ip"]) == (4, 32, None)
+    assert read["main_process_port"] is None, "no port is fixed"

@@ -73,7 +73,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 
 
 def check(shell: Shell, directory: str, environment: Mapping[str, str]) -> None:
-    code, told, shells = shell.run(render_launch(directory, environment))
+    code, told, shells = shell.run(render_launch(directory, environment, nodes=1))
     assert code == 0
     assert told["argv"] == [
         *("launch", "--config_file", f"{directory}/accelerate.yaml"),
@@ -98,7 +98,7 @@ def test_any_path_and_any_value(shell: Shell, directory: str, values: list[str])
 
 
 def test_the_script_ends_as_accelerate_does(shell: Shell) -> None:
-    code, _, _ = shell.run(render_launch("/runs/small", {}), EXIT="7")
+    code, _, _ = shell.run(render_launch("/runs/small", {}, nodes=1), EXIT="7")
     assert code == 7
 
 
@@ -113,6 +113,6 @@ def test_the_argument_vector_needs_no_shell(shell: Shell, tmp_path: Path) -> Non
 
 def test_it_may_be_run_by_those_who_may_read_it(tmp_path: Path) -> None:
     file = tmp_path / "launch.sh"
-    write_files([(file, render_launch("/runs/small", {}))])
+    write_files([(file, render_launch("/runs/small", {}, nodes=1))])
     mode = file.stat().st_mode
     assert mode & 0o111 == (mode & 0o444) >> 2 != 0

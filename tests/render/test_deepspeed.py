@@ -1,0 +1,142 @@
+"""`deepspeed.json` as DeepSpeed itself reads it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from launcher.config.rules import OFFLOADS
+from launcher.config.schema import RunConfig
+from launcher.plan.choose import Place, Plan, make_plan
+from launcher.plan.hardware import find_gpu
+from launcher.render.deepspeed import render_deepspeed
+
+ZERO = ("zero1", "zero2", "zero3")
+CELLS = [
+    (strategy, offload, precision)
+    for strategy in ZERO
+    for offload in OFFLOADS[strategy]
+    for precision in ("fp32", "bf16", "fp16")
+]
+
+
+def planned(strategy: str, offload: str, precision: str, gpu: str = "h100-sxm-80gb", nodes: int = 2) -> Plan:
+    train = {"batch_size": 64, "micro_batch": 2, "steps": 9}
+    run = RunConfig.model_validate(
+        {
+            "name": "run",
+            "model": {"name": "gpt2"},
+            "data": {"train": ["text"]},
+            "train": {**train, "strategy": strategy, "offload": offload, "precision": precision},
+        }
+    )
+    return make_plan(run, Place("here", nodes, 4, find_gpu(gpu)), shape=None, positions=None, blocks=None)
+
+
+def rendered(strategy: str, offload: str, precision: str) -> str:
+    return render_deepspeed(planned(strategy, offload, precision), max_grad_norm=0.7, hidden=768)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from leaves(inner)
+    else:
+        yield value
+
+
+READ = """
+import json, os, sys
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed, torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from deepspeed.runtime.config import DeepSpeedConfig
+
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled here
+deepspeed.init_distributed("fake")
+
+def at(part):
+    return None if part is None else str(part.device)
+
+found = []
+for text in json.load(sys.stdin):
+    config = DeepSpeedConfig(json.loads(text))
+    zero = config.zero_config
+    off = [at(zero.offload_optimizer), at(zero.offload_param)]
+    found.append({
+        "stage": zero.stage, "offload": off, "batch": config.train_batch_size,
+        "micro": config.train_micro_batch_size_per_gpu, "accumulation": config.gradient_accumulation_steps,
+        "clipping": config.gradient_clipping, "bf16": config.bfloat16_config.enabled,
+        "fp16": config.float16_config.enabled, "power": config.float16_config.initial_scale_power,
+        "scale": config.float16_config.loss_scale, "gradients": config.grad_accum_dtype,
+        "reduce": zero.reduce_bucket_size, "persist": zero.param_persistence_threshold,
+    })
+json.dump(found, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def read() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Every cell as DeepSpeed's own configuration has it."""
+    done = subprocess.run(
+        [sys.executable, "-c", READ],
+        input=json.dumps([rendered(*cell) for cell in CELLS]),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CELLS, json.loads(done.stdout[done.stdout.index("[{") :]), strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+def test_deepspeed_reads_what_the_plan_says(
+    read: dict[tuple[str, str, str], dict[str, Any]], cell: tuple[str, str, str]
+) -> None:
+    strategy, offload, precision = cell
+    said = read[cell]
+    assert said["stage"] == int(strategy[-1])
+    optimizer, parameters = (part is not None and part.endswith("cpu") for part in said["offload"])
+    assert (optimizer, parameters) == (offload != "none", offload == "parameters")
+    assert (said["batch"], said["micro"], said["accumulation"], said["clipping"]) == (64, 2, 4, 0.7)
+    assert (said["bf16"], said["fp16"]) == (precision == "bf16", precision == "fp16")
+    assert said["gradients"] == "fp32"
+    if precision == "fp16":
+        assert (said["scale"], said["power"]) == (0, 16), "the loss scale moves, from 65536"
+
+
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+def test_every_value_is_itself(cell: tuple[str, str, str]) -> None:
+    values = list(leaves(json.loads(rendered(*cell))))
+    assert "auto" not in values
+    assert None not in values
+
+
+def test_the_optimizer_is_not_deepspeeds() -> None:
+    """Given one here, transformers would hand it all parameters in one group, and all of them decay."""
+    fields = json.loads(rendered("zero3", "parameters", "bf16"))
+    assert "optimizer" not in fields
+    assert "scheduler" not in fields
+    assert fields["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_pieces_grow_with_the_model() -> None:
+    plan = planned("zero3", "none", "bf16")
+    small, large = (
+        json.loads(render_deepspeed(plan, max_grad_norm=1.0, hidden=hidden))["zero_optimization"]
+        for hidden in (768, 1600)
+    )
+    for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
+        assert small[key] < large[key]
+
+
+def test_another_strategy_is_not_deepspeeds() -> None:
+    with pytest.raises(ValueError, match="ddp does not run on DeepSpeed"):
+        render_deepspeed(planned("ddp", "none", "bf16"), max_grad_norm=1.0, hidden=768)
