@@ -149,7 +149,9 @@ def train(
             return
         write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
         if final.plan.nodes > 1:
-            console.say(f"ready; on each of the {final.plan.nodes} nodes: sh {directory.launch} NODE HOST PORT")
+            console.say(
+                f"ready; on each of the {final.plan.nodes} nodes: sh {directory.launch} NODE HOST PORT"
+            )
             return
         step = supervise(
             directory,

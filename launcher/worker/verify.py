@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MIXED: Mapping[str, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 Facts = dict[str, object]
+T = TypeVar("T")
 
 
 def verify(
@@ -61,7 +62,7 @@ def verify(
             f"rank {rank}: not what was planned; " + "; ".join(wrong),
             hint="report this with plan.json and the rank's log; nothing was trained",
         )
-    compare_ranks(identity(directory, orders), rank, plan.batch.world_size)
+    compare_ranks(identity(directory, orders))
     ranks = "1 rank" if plan.batch.world_size == 1 else f"{plan.batch.world_size} ranks"
     return f"verified: {len(asked)} settings of the live run are the plan's, on {ranks}"
 
@@ -114,7 +115,7 @@ def found(trainer: LauncherTrainer) -> Facts:
     engine: Any = wrapped._orig_mod if hasattr(wrapped, "_orig_mod") else wrapped
     facts: Facts = {
         "engine": _engine(engine),
-        "world size": dist.get_world_size() if dist.is_initialized() else 1,
+        "world size": _world_size(),
         "device": accelerator.device.type,
         "weights": {parameter.dtype for parameter in model.parameters()},
         "optimizer's weights": {parameter.dtype for parameter in _optimized(trainer)},
@@ -154,7 +155,7 @@ def _deepspeed(engine: Any) -> Facts:
         "micro-batch": engine.train_micro_batch_size_per_gpu(),
         "accumulation": engine.gradient_accumulation_steps(),
         "batch": engine.train_batch_size(),
-        "gradient clipping": engine.optimizer.clip_grad,
+        "gradient clipping": getattr(engine.optimizer, "clip_grad", None),
         "ZeRO stage": engine.zero_optimization_stage(),
         "gradients": engine.get_data_types()[1],
         "offloaded": "parameters"
@@ -198,11 +199,19 @@ def _live_samples(trainer: LauncherTrainer, plan: Plan) -> list[int]:
     loader = trainer.callback_handler.train_dataloader
     assert loader is not None
     mine = [sample for batch in islice(loader.batch_sampler, plan.batch.accumulation) for sample in batch]
-    parts: list[list[int]] = [mine]
-    if plan.batch.world_size > 1:
-        parts = [[] for _ in range(plan.batch.world_size)]
+    return sorted(sample for part in _of_all_ranks(mine) for sample in part)
+
+
+def _of_all_ranks(mine: T) -> list[T]:
+    """What every rank gives, by rank; as many as there really are."""
+    parts = [mine] * _world_size()
+    if len(parts) > 1:
         dist.all_gather_object(parts, mine)
-    return sorted(sample for part in parts for sample in part)
+    return parts
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def identity(directory: RunDirectory, orders: Orders) -> dict[str, str | None]:
@@ -216,17 +225,14 @@ def identity(directory: RunDirectory, orders: Orders) -> dict[str, str | None]:
     }
 
 
-def compare_ranks(mine: Mapping[str, str | None], rank: int, world_size: int) -> None:
+def compare_ranks(mine: Mapping[str, str | None]) -> None:
     """Raise TrainingError, on every rank, naming each rank that differs from rank 0 and in what."""
-    if world_size == 1:
-        return
-    everyone: list[dict[str, str | None]] = [{} for _ in range(world_size)]
-    dist.all_gather_object(everyone, dict(mine))
+    first, *others = _of_all_ranks(dict(mine))
     wrong = [
-        f"{name}: rank 0 has {everyone[0].get(name)}, rank {other} has {theirs.get(name)}"
-        for other, theirs in enumerate(everyone)
-        for name in dict.fromkeys([*everyone[0], *theirs])
-        if theirs.get(name) != everyone[0].get(name)
+        f"{name}: rank 0 has {first.get(name)}, rank {rank} has {theirs.get(name)}"
+        for rank, theirs in enumerate(others, 1)
+        for name in dict.fromkeys([*first, *theirs])
+        if theirs.get(name) != first.get(name)
     ]
     if wrong:
         raise TrainingError(

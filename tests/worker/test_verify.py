@@ -1,0 +1,137 @@
+"""Verification against live engines that are made to differ: each difference is found, with both values."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.check_strategies import Bench, Cell
+from tests.conftest import sentences, write_json
+from tests.worker import tampering
+
+FOUND: Mapping[str, str] = {
+    "weights": "planned {torch.float32}, found {torch.float",
+    "optimizer's weights": "planned {torch.float32}, found {torch.float",
+    "gradient checkpointing": "planned False, found True",
+    "attention": "planned sdpa, found eager",
+    "steps": "planned 2, found 7",
+    "samples of the first step": "planned [0, 1, 2, 3, 4, 5, 6, 7], found [8, 9, 10, 11, 12, 13, 14, 15]",
+    "device": "planned cpu, found meta",
+    "loss scale": "planned None, found dynamic, from ",
+    "precision": "planned no, found bf16",
+    "micro-batch": "planned 2, found 3",
+    "accumulation": "planned 2, found ",
+    "batch": "planned 8, found 9",
+    "gradient clipping": "planned 1.0, found 0.0",
+    "compile": "planned False, found True",
+    "ZeRO stage": "planned 2, found 1",
+    "offloaded": "planned none, found optimizer",
+    "gradients": "planned torch.float32, found torch.bfloat16",
+    "mixed precision": "found MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.bfloat16",
+    "version of torch": "rank 1 has 1.0",
+    "sha256 of config.yaml": "rank 1 has ",
+    "sha256 of manifest.json": "rank 1 has ",
+}
+ENGINES: Mapping[str, str] = {"ddp": "DDP", "zero2": "DeepSpeed", "fsdp": "FSDP2"}
+OWN: Mapping[str, Mapping[str, Any]] = {
+    "ddp": tampering.DDP,
+    "zero2": tampering.ZERO,
+    "fsdp": tampering.FSDP,
+}
+CASES = [
+    (strategy, name)
+    for strategy, own in OWN.items()
+    for name in dict.fromkeys([*tampering.ANYWHERE, *own, *tampering.RANKS])
+]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("verify"), sentences(2000))
+
+
+def ready(bench: Bench, strategy: str) -> Path:
+    """A run directory with everything a rank needs, for two nodes: nothing is started for them."""
+    cell = Cell(strategy, "fp32")
+    cluster = {"name": "nodes", "gpu": "cpu", "gpus_per_node": 1, "nodes": 2}
+    write_json(bench.folder / "nodes.yaml", cluster)
+    done = bench.train(*cell.overrides(), "train.steps=2", "--cluster", "nodes.yaml")
+    assert done.returncode == 0, done.stderr
+    return bench.folder / "runs" / cell.name
+
+
+def launch(directory: Path, *words: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Start `ranks` of the run on this machine alone."""
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [str(accelerate), "launch", "--config_file", str(directory / "accelerate.yaml")]
+    command += [
+        "--num_machines",
+        "1",
+        "--num_processes",
+        str(ranks),
+        "--main_process_port",
+        "0",
+        "-m",
+        *words,
+    ]
+    return subprocess.run(
+        [*command, str(directory)],
+        cwd=directory.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+
+
+@pytest.fixture(scope="module")
+def said(bench: Bench) -> dict[str, dict[str, Any]]:
+    """By strategy, what verification said of each thing that was made to differ."""
+    found = {}
+    for strategy in OWN:
+        directory = ready(bench, strategy)
+        done = launch(directory, "tests.worker.tampering")
+        logs = sorted(directory.glob("logs/*/rank-*.log"))
+        assert done.returncode == 0, "".join(log.read_text()[-3000:] for log in logs)
+        found[strategy] = json.loads((directory / "tampered.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(("strategy", "name"), CASES)
+def test_what_differs_is_found_with_both_values(
+    said: dict[str, dict[str, Any]], strategy: str, name: str
+) -> None:
+    message = said[strategy][name]
+    assert message is not None, "it was not found"
+    expected = f"planned {ENGINES[strategy]}, found one process" if name == "engine" else FOUND[name]
+    assert f"{name}: " in message
+    assert expected in message.partition(f"{name}: ")[2]
+
+
+def test_ranks_of_another_number_do_not_train(bench: Bench) -> None:
+    directory = ready(bench, "ddp")
+    done = launch(directory, "launcher.worker", ranks=1)
+    end = json.loads(max(directory.glob("logs/*/rank-0.end.json")).read_text())
+    assert end["outcome"] == "CRASHED", done.stderr
+    assert "world size: planned 2, found 1" in end["error"]
+    assert not list(directory.glob("checkpoints/step-*"))
+
+
+def test_another_stage_in_deepspeeds_file_does_not_train(bench: Bench) -> None:
+    directory = ready(bench, "zero3")
+    file = directory / "deepspeed.json"
+    fields = json.loads(file.read_text())
+    fields["zero_optimization"]["stage"] = 0
+    file.write_text(json.dumps(fields))
+    done = launch(directory, "launcher.worker")
+    end = json.loads(max(directory.glob("logs/*/rank-0.end.json")).read_text())
+    assert end["outcome"] == "CRASHED", done.stderr
+    assert "ZeRO stage: planned 3, found 0" in end["error"]
