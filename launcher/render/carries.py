@@ -16,7 +16,7 @@ def _plan(*names: str) -> tuple[Path, ...]:
     return tuple((PLAN, f"plan.{name}") for name in names)
 
 
-FIT = _plan("batch", "gradient_checkpointing", "memory", "forecast")
+FIT = _plan("strategy", "offload", "batch", "gradient_checkpointing", "memory", "host_memory", "forecast")
 """What is chosen together, so that the run fits and is fast."""
 
 LENGTH = _plan("steps", "samples", "warmup_steps", "forecast.hours", "forecast.price")
