@@ -16,12 +16,19 @@ def _plan(*names: str) -> tuple[Path, ...]:
     return tuple((PLAN, f"plan.{name}") for name in names)
 
 
-SPLIT: tuple[Path, ...] = tuple(
-    (DEEPSPEED, name)
-    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+ENGINE: tuple[Path, ...] = (
+    (DEEPSPEED, ""),
+    *(
+        (ACCELERATE, key)
+        for key in ("distributed_type", "deepspeed_config", "fsdp_config", "mixed_precision")
+    ),
 )
-SHARDS: tuple[Path, ...] = ((DEEPSPEED, "zero_optimization"),)
-FIT = (*_plan("strategy", "batch", "gradient_checkpointing", "memory", "forecast"), *SPLIT, *SHARDS)
+"""What differs from strategy to strategy."""
+
+FIT: tuple[Path, ...] = (
+    *_plan("strategy", "offload", "batch", "gradient_checkpointing", "memory", "host_memory", "forecast"),
+    *ENGINE,
+)
 """What is chosen together, so that the run fits and is fast."""
 
 LENGTH = _plan("steps", "samples", "warmup_steps", "forecast.hours", "forecast.price")
@@ -49,16 +56,10 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "train.epochs": LENGTH,
     "train.warmup": _plan("warmup_steps"),
     "train.max_grad_norm": ((DEEPSPEED, "gradient_clipping"),),
-    "train.precision": (
-        *_plan("precision"),
-        *FIT,
-        (ACCELERATE, "mixed_precision"),
-        (DEEPSPEED, "bf16"),
-        (DEEPSPEED, "fp16"),
-    ),
+    "train.precision": (*_plan("precision"), *FIT),
     "train.gradient_checkpointing": FIT,
-    "train.strategy": (*FIT, (ACCELERATE, "distributed_type")),
-    "train.offload": (*_plan("offload"), *FIT),
+    "train.strategy": FIT,
+    "train.offload": FIT,
     "train.micro_batch": FIT,
     "train.compile": (*_plan("compile"), *FIT),
     "train.eval_every": _plan("eval_every"),
@@ -80,20 +81,17 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
         *_plan("ranks_per_node", "threads_per_rank", "memory_available"),
         *FIT,
         (ACCELERATE, "num_processes"),
-        (ACCELERATE, "distributed_type"),
     ),
     "cluster.gpu": (
         *_plan("gpu", "device", "precision", "threads_per_rank", "memory_available"),
         *FIT,
         (ACCELERATE, "use_cpu"),
-        (ACCELERATE, "mixed_precision"),
-        (ACCELERATE, "distributed_type"),
     ),
     "cluster.price_per_gpu_hour": _plan("forecast.price"),
     "cluster.env": ((LAUNCH, ""),),
 }
-"""Key to (file, dotted path in it), besides `config.yaml` or `cluster.yaml`, which carry every key.
-A key that is not here is read by the worker from `config.yaml` itself."""
+"""Key to (file, dotted path in it; empty: all of it), besides `config.yaml` or `cluster.yaml`, which carry
+every key. A key that is not here is read by the worker from `config.yaml` itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +118,7 @@ def places(key: str, files: Mapping[str, str]) -> list[Place]:
         if name == LAUNCH:
             lines = [number for number, text in enumerate(files[name].splitlines(), 1) if _sets(text, key)]
         else:
-            lines = list(_find(files[name], path.split(".")))
+            lines = list(_find(files[name], path.split(".") if path else []))
         found += [Place(name, number, files[name].splitlines()[number - 1].strip()) for number in lines]
     return list(dict.fromkeys(found))
 

@@ -11,8 +11,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from launcher.plan.buckets import Buckets, buckets
 from launcher.plan.choose import Plan
-from launcher.plan.sharding import LOSS_SCALE_POWER, Buckets, buckets, zero_stage
+from launcher.plan.shape import Shape
+from launcher.plan.sharding import LOSS_SCALE_POWER, zero_stage
 
 LOSS_SCALE: Mapping[str, int] = {
     "loss_scale": 0,
@@ -25,8 +27,8 @@ LOSS_SCALE: Mapping[str, int] = {
 without one, as in Micikevicius et al. 2018, "Mixed Precision Training", section 3.2."""
 
 
-def render_deepspeed(plan: Plan, *, max_grad_norm: float, hidden: int) -> str:
-    """The JSON that `deepspeed.initialize` takes. `hidden`: the model's width.
+def render_deepspeed(plan: Plan, *, max_grad_norm: float, shape: Shape | None) -> str:
+    """The JSON that `deepspeed.initialize` takes. `shape`: the model's, None for one that is not known.
 
     Raises ValueError for a strategy that is not DeepSpeed's.
     """
@@ -42,7 +44,7 @@ def render_deepspeed(plan: Plan, *, max_grad_norm: float, hidden: int) -> str:
         "bf16": {"enabled": plan.precision == "bf16"},
         "fp16": {"enabled": plan.precision == "fp16", **(LOSS_SCALE if plan.precision == "fp16" else {})},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": _zero(plan, stage, buckets(hidden)),
+        "zero_optimization": _zero(plan, stage, buckets(shape)),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"load_universal": False},
@@ -56,23 +58,23 @@ def _zero(plan: Plan, stage: int, sizes: Buckets) -> dict[str, Any]:
         "stage": stage,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "reduce_bucket_size": sizes.reduce,
+        "reduce_bucket_size": sizes.reduce_bucket_size,
         # A CPU has no second stream to overlap on.
         "overlap_comm": plan.device == "cuda",
     }
     if plan.offload != "none":
         fields["offload_optimizer"] = _offload(plan)
     if stage < 3:
-        return {**fields, "allgather_partitions": True, "allgather_bucket_size": sizes.all_gather}
+        return {**fields, "allgather_partitions": True, "allgather_bucket_size": sizes.allgather_bucket_size}
     if plan.offload == "parameters":
         fields["offload_param"] = _offload(plan)
     return {
         **fields,
-        "sub_group_size": sizes.sub_group,
-        "stage3_prefetch_bucket_size": sizes.prefetch,
-        "stage3_param_persistence_threshold": sizes.persistence,
-        "stage3_max_live_parameters": sizes.live,
-        "stage3_max_reuse_distance": sizes.live,
+        "sub_group_size": sizes.sub_group_size,
+        "stage3_prefetch_bucket_size": sizes.prefetch_bucket_size,
+        "stage3_param_persistence_threshold": sizes.param_persistence_threshold,
+        "stage3_max_live_parameters": sizes.max_live_parameters,
+        "stage3_max_reuse_distance": sizes.max_reuse_distance,
         "stage3_gather_16bit_weights_on_model_save": False,
     }
 

@@ -17,7 +17,7 @@ from launcher.plan.batch import NOTHING_DONE, Done
 from launcher.plan.choose import Blocks, Place, Plan, make_plan
 from launcher.plan.hardware import GIGA, find_gpu
 from launcher.plan.orders import Orders, format_orders
-from launcher.plan.shape import hidden_size, shape_of
+from launcher.plan.shape import Shape, shape_of
 from launcher.plan.sharding import zero_stage
 from launcher.render.accelerate import render_accelerate
 from launcher.render.command import render_launch
@@ -47,6 +47,7 @@ class Assembly:
     machine: Machine
     place: Place
     model: ModelSource
+    shape: Shape | None
     plan: Plan
 
 
@@ -111,7 +112,7 @@ def _assemble(
         blocks=text.blocks if text else None,
         done=how_far(run_directory(run.config)),
     )
-    return Assembly(run, cluster, machine, place, model, plan)
+    return Assembly(run, cluster, machine, place, model, shape, plan)
 
 
 def how_far(directory: RunDirectory) -> Done:
@@ -206,7 +207,7 @@ def rendered_files(assembly: Assembly, directory: RunDirectory, text: Text | Non
         text_of_it = render_deepspeed(
             plan,
             max_grad_norm=assembly.run.config.train.max_grad_norm,
-            hidden=hidden_size(assembly.model.config),
+            shape=assembly.shape,
         )
         deepspeed[directory.deepspeed] = text_of_it
     return {

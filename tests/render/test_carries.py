@@ -254,7 +254,7 @@ def named_lines(keys: list[str], files: Mapping[str, str]) -> set[tuple[str, int
 
 def carries_nothing(line: str) -> bool:
     """A comment, a bracket, the name of a section; and the configuration's hash, which carries every key."""
-    return re.fullmatch(r'\s*("?\w+"?:)?\s*[{\[\]},]*|#.*', line) is not None or '"configuration":' in line
+    return re.fullmatch(r'\s*("?\w+"?:)?\s*[{\[\]},]*|\s*#.*', line) is not None or '"configuration":' in line
 
 
 @pytest.mark.parametrize(("name", "key"), CASES, ids=[f"{name}: {key}" for name, key in CASES])
@@ -279,7 +279,7 @@ def test_whatever_a_key_changes_is_named(
 
 
 def value_at(files: Mapping[str, str], file: str, path: str) -> object:
-    if file not in files or file == LAUNCH:
+    if file not in files or file == LAUNCH or not path:
         return files.get(file)
     found: Any = yaml.load(files[file], Loader=yaml.CSafeLoader)
     for part in path.split("."):

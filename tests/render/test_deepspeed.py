@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from launcher.config.presets import PRESETS
 from launcher.config.rules import OFFLOADS
 from launcher.config.schema import RunConfig
 from launcher.plan.choose import Place, Plan, make_plan
 from launcher.plan.hardware import find_gpu
+from launcher.plan.shape import shape_of
 from launcher.render.deepspeed import render_deepspeed
 
 ZERO = ("zero1", "zero2", "zero3")
@@ -39,7 +41,9 @@ def planned(strategy: str, offload: str, precision: str, gpu: str = "h100-sxm-80
 
 
 def rendered(strategy: str, offload: str, precision: str) -> str:
-    return render_deepspeed(planned(strategy, offload, precision), max_grad_norm=0.7, hidden=768)
+    return render_deepspeed(
+        planned(strategy, offload, precision), max_grad_norm=0.7, shape=shape_of(PRESETS["gpt2"].config())
+    )
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -129,14 +133,15 @@ def test_the_optimizer_is_not_deepspeeds() -> None:
 
 def test_pieces_grow_with_the_model() -> None:
     plan = planned("zero3", "none", "bf16")
-    small, large = (
-        json.loads(render_deepspeed(plan, max_grad_norm=1.0, hidden=hidden))["zero_optimization"]
-        for hidden in (768, 1600)
+    small, large, unknown = (
+        json.loads(render_deepspeed(plan, max_grad_norm=1.0, shape=shape))["zero_optimization"]
+        for shape in (shape_of(PRESETS["gpt2"].config()), shape_of(PRESETS["gpt2-xl"].config()), None)
     )
     for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
         assert small[key] < large[key]
+    assert small.keys() == large.keys() == unknown.keys()
 
 
 def test_another_strategy_is_not_deepspeeds() -> None:
     with pytest.raises(ValueError, match="ddp does not run on DeepSpeed"):
-        render_deepspeed(planned("ddp", "none", "bf16"), max_grad_norm=1.0, hidden=768)
+        render_deepspeed(planned("ddp", "none", "bf16"), max_grad_norm=1.0, shape=None)
