@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import compress, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,6 +59,14 @@ class Tools:
     cuts: Cuts
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A unit to convert, and what to do it with: processes start before the proof of that is through."""
+
+    unit: Unit
+    tools: Tools
+
+
 class Conversion:
     """Turns units into shards of the store `folder`, working in `work`; holds the store's tokenizer.
 
@@ -69,31 +78,29 @@ class Conversion:
         folder: Path,
         work: Path,
         rules: Rules,
-        tools: Tools,
         promised: dict[int, list[Shard]] | None = None,
     ) -> None:
         self._folder = folder
         self._work = work
         self._rules = rules
-        self._cuts = tools.cuts
         self._promised = promised
-        self._tokenizer = load_tokenizer(str(folder / TOKENIZER_FOLDER)).with_backend(tools.backend)
+        self._with_backend = cache(load_tokenizer(str(folder / TOKENIZER_FOLDER)).with_backend)
 
-    def __call__(self, unit: Unit, tell: Tell) -> UnitRecord:
+    def __call__(self, task: Task, tell: Tell) -> UnitRecord:
         """Convert one unit, telling every batch how far it is (InHand).
 
         Raises what `tell` raises, DataError, and MachineError where the store cannot be written.
         """
         with writing_to(self._folder):
-            record = self._convert(unit, tell)
+            record = self._convert(task.unit, task.tools, tell)
             if self._promised is None:
                 publish(self._work, record)
             else:
-                _check_promise(unit, record.shards, self._promised[unit.number])
+                _check_promise(task.unit, record.shards, self._promised[task.unit.number])
                 reveal(self._work, record.shards)
         return record
 
-    def _convert(self, unit: Unit, tell: Tell) -> UnitRecord:
+    def _convert(self, unit: Unit, tools: Tools, tell: Tell) -> UnitRecord:
         bad: list[BadRecord] = []
 
         def skip(error: DataError) -> None:
@@ -111,7 +118,8 @@ class Conversion:
         with ExitStack() as stack:
             held_out = HeldOut(self._rules.validation_fraction)
             spool = stack.enter_context(tempfile.TemporaryFile(dir=self._work))
-            writing = _Writing(unit, self._work, self._tokenizer, held_out, stack, spool)
+            tokenizer = self._with_backend(tools.backend)
+            writing = _Writing(unit, self._work, tokenizer, held_out, stack, spool)
             behind = 0
             for piece in unit.pieces:
                 for batch in batches(
@@ -119,7 +127,7 @@ class Conversion:
                     self._rules.reading,
                     piece.start,
                     piece.end,
-                    cuts=self._cuts,
+                    cuts=tools.cuts,
                     on_bad=skip if self._rules.skip_bad else None,
                 ):
                     if writing.take(piece, batch):

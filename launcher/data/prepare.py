@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from launcher.config.schema import DataSection
-from launcher.data.conversion import Conversion, InHand, Rules, Tools
+from launcher.data.conversion import Conversion, InHand, Rules, Task, Tools
 from launcher.data.corpus import list_corpora, reading_of
 from launcher.data.cutting import prove_cuts
 from launcher.data.making import (
@@ -224,10 +224,16 @@ class _Making:
             return
         # What the store skipped when it was made is skipped again; its promise tells if anything else is.
         rules = replace(self.rules, skip_bad=self.rules.skip_bad or promised is not None)
-        make = partial(Conversion, self.folder, work, rules, self._tools(), promised)
-        with closing(spread(make, missing, self.workers, account.hear)) as converting:
+        make = partial(Conversion, self.folder, work, rules, promised)
+        workers = min(self.workers, len(missing))
+        with closing(spread(make, self._tasks(missing), workers, account.hear)) as converting:
             for record in converting:
                 account.finish(record)
+
+    def _tasks(self, units: Sequence[Unit]) -> Iterator[Task]:
+        tools = self._tools()
+        for unit in units:
+            yield Task(unit, tools)
 
     def _tools(self) -> Tools:
         """Proven here, once, on text from all over the corpus. The conversion says what is bad in it."""
