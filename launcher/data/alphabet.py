@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic_core import from_json
 
 from launcher.data.backends import ByteLevelBPE, UnservedError, byte_symbols, open_backend, read_byte_level
 
@@ -32,7 +31,7 @@ class GuardedBackend:
         from tokenizers import Tokenizer as Reference
 
         self._encode = open_backend(name, tokenizer)
-        shown = witness(tokenizer.specification)
+        shown = witness(tokenizer)
         self._witness = open_backend(name, read_byte_level(shown))
         self._reference = Reference.from_str(shown)
         self._separator = self._reference.token_to_id(SEPARATOR)
@@ -70,13 +69,12 @@ class GuardedBackend:
         return [part.tobytes() for part in np.split(ids.astype(np.uint32), ends)[:-1]]
 
 
-def witness(specification: str) -> str:
+def witness(tokenizer: ByteLevelBPE) -> str:
     """The tokenizer.json of a tokenizer that cuts text as this one does, and whose ids show where.
 
     Its vocabulary is the 256 bytes, and each of them before and after each of NEIGHBOURS. So a character has
     an id in common with its neighbour exactly when no cut parts them. SEPARATOR keeps frames apart.
     """
-    content = from_json(specification)
     symbols = [symbol for symbol, _ in sorted(byte_symbols().items(), key=lambda item: item[1])]
     merges: dict[tuple[str, str], None] = {}
     for own in (symbols[ord(neighbour)] for neighbour in NEIGHBOURS):
@@ -84,10 +82,15 @@ def witness(specification: str) -> str:
         merges |= {(own, symbol): None for symbol in symbols}
     tokens = [*symbols, *("".join(merge) for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    content["model"] |= {"vocab": vocabulary, "merges": list(merges), "unk_token": None}
+    own_model = {"vocab": vocabulary, "merges": list(merges), "unk_token": None}
     separator = {"id": len(tokens), "content": SEPARATOR, "special": True, "normalized": False}
     separator |= {"single_word": False, "lstrip": False, "rstrip": False}
-    return json.dumps(content | {"added_tokens": [separator], "post_processor": None})
+    others = {
+        "model": tokenizer.rest["model"] | own_model,
+        "added_tokens": [separator],
+        "post_processor": None,
+    }
+    return json.dumps({**tokenizer.rest, **others})
 
 
 def _codes_beyond_ascii(text: str) -> NDArray[np.uint32]:

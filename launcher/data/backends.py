@@ -36,10 +36,12 @@ class ByteLevelBPE:
     """A tokenizer that the backends can serve.
 
     `pattern` cuts a text into pieces, `ranks` are the ids of the model's tokens by their bytes, in the order
-    of merging, `added` those of the tokens found in a text before it is cut.
+    of merging, `added` those of the tokens found in a text before it is cut. `rest`: all that its
+    tokenizer.json says besides vocabulary and merges.
     """
 
     specification: str
+    rest: Mapping[str, Any]
     pattern: str
     ranks: Mapping[bytes, int]
     added: Mapping[str, int]
@@ -59,7 +61,9 @@ def read_byte_level(specification: str) -> ByteLevelBPE:
         raise UnservedError("its model marks the parts of words")
     pattern = _pattern(content.get("pre_tokenizer") or {})
     names = {str(token["content"]): int(token["id"]) for token in added}
-    return ByteLevelBPE(specification, pattern, _ranks(model, names), names)
+    model_rest = {key: value for key, value in model.items() if key not in ("vocab", "merges")}
+    rest = content | {"model": model_rest}
+    return ByteLevelBPE(specification, rest, pattern, _ranks(model, names), names)
 
 
 def open_backend(name: str, tokenizer: ByteLevelBPE) -> Encode:

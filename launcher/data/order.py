@@ -16,6 +16,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
@@ -151,6 +152,7 @@ def _turns(quotas: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]
     return source[by_due], rank[by_due]
 
 
+@lru_cache(64)
 def round_keys(*identity: int) -> tuple[int, ...]:
     """ROUNDS keys of 64 bits for one permutation, such as (seed, source, epoch): others have other keys."""
     packed = struct.pack(f"<{len(identity)}Q", *identity)

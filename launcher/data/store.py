@@ -403,12 +403,15 @@ def _read_fields(path: Path) -> dict[str, Any]:
 
 
 def _parse(content: bytes) -> Any:
-    """JSON has no cycles to look for, and in a large manifest looking takes as long as parsing."""
+    """JSON has no cycles to look for, and in a large manifest looking takes as long as parsing: what is made
+    here goes to the oldest generation at once, or the first collection afterwards would look after all."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         return from_json(content)
     finally:
+        gc.freeze()
+        gc.unfreeze()
         if collecting:
             gc.enable()
 

@@ -10,7 +10,7 @@ from launcher.data.corpus import Corpus
 from launcher.data.sources import Reading, SourceFile, splittable
 from launcher.errors import RequestError
 
-SMALLEST = 16 << 20  # of files as stored: some 4 million tokens of plain text, a second of work
+SMALLEST = 8 << 20  # of files as stored: some 2 million tokens of plain text, half a second of work
 LARGEST = 1 << 30  # a minute of work: what a kill may cost
 FEW = 4096  # shards a split, for a store of any size to open at once
 

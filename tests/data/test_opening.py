@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -122,6 +123,29 @@ def first_batch(folder: Path, samples: range) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def test_nothing_is_collected_while_a_store_is_opened(tmp_path: Path) -> None:
+    """Looking through the objects of a large manifest for cycles takes as long as making them."""
+    from launcher.data.store import open_store
+
+    write_large_store(tmp_path)
+    seen: list[str] = []
+
+    def note(phase: str, _: dict[str, int]) -> None:
+        seen.append(phase)
+
+    gc.collect()
+    gc.callbacks.append(note)
+    try:
+        store = open_store(tmp_path)
+        # The first object after an opening is what would set it off.
+        kept: list[list[int]] = [[]]
+    finally:
+        gc.callbacks.remove(note)
+    assert not seen
+    assert len(store.shards("train", "text")) == SHARDS
+    assert kept == [[]]
 
 
 def test_only_the_shards_of_the_first_batch_are_looked_at(
