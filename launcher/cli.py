@@ -101,10 +101,14 @@ def plan(
     from launcher.run.directory import RunDirectory, run_directory, write_files
 
     assembly = _assemble(run, overrides, cluster)
-    if assembly.plan.steps is None and (
-        before := earlier(run_directory(assembly.run.config), assembly.run.config)
-    ):
+    config, directory = assembly.run.config, run_directory(assembly.run.config)
+    before = earlier(directory, config)
+    if before and assembly.plan.steps is None:
         assembly = assemble(assembly.run, assembly.cluster, assembly.machine, before)
+    if before and (config.data.skip.steps or config.data.skip.documents):
+        from launcher.run.samples import check_skip
+
+        console.say(check_skip(config, assembly.plan, before.store, directory) or "")
     if write is not None:
         files = rendered_files(assembly, RunDirectory(write.absolute()), None)
         try:

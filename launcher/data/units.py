@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -64,13 +65,14 @@ WHOLE = Slice(1, 1)
 
 def parse_slice(text: str) -> Slice:
     """`2/8` is the second of eight. Raises RequestError."""
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+    found = re.fullmatch("([0-9]+)/([0-9]+)", text)
+    index, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= index <= count:
         raise RequestError(
             f"--units {text}: expected I/N, the I-th of N parts, with I from 1 to N",
             hint="in a SLURM array of 1-8: --units $SLURM_ARRAY_TASK_ID/8",
         )
-    return Slice(int(index), int(count))
+    return Slice(index, count)
 
 
 def unit_bytes(corpora: Sequence[Corpus]) -> int:

@@ -25,6 +25,7 @@ from launcher.render.deepspeed import render_deepspeed
 from launcher.run.checkpoints import committed
 from launcher.run.directory import (
     RunDirectory,
+    changed_for_good,
     configuration_hash,
     has_begun,
     run_directory,
@@ -256,11 +257,11 @@ def store_folder(given: Path) -> Path:
 
 
 def earlier(directory: RunDirectory, run: RunConfig) -> Prepared | None:
-    """What a run of this very configuration was prepared with before."""
+    """What the run in this folder was prepared with, if it is one that may go on as `run`."""
     if not directory.orders.is_file():
         return None
     orders = directory.read_orders()
-    if orders.configuration != configuration_hash(run) or orders.store is None:
+    if orders.store is None or changed_for_good(directory.read_config(), run):
         return None
     assert orders.vocabulary is not None
     assert orders.plan.blocks is not None
