@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.data.cutting import CutsOnDemand
 from launcher.data.making import UnitRecord, publish, reveal, writing_to
 from launcher.data.pool import Tell
 from launcher.data.shards import ShardWriter, token_type
@@ -53,10 +54,11 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What has been proven to give the tokenizer's ids for this corpus: never decides what they are."""
+    """How the tokenizer's ids are found, which never decides what they are: the backend that was proven, and
+    texts of the corpus to prove on where a long one may be cut."""
 
     backend: str
-    cuts: Cuts
+    sample: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ class Conversion:
         self._work = work
         self._rules = rules
         self._promised = promised
-        self._with_backend = cache(load_tokenizer(str(folder / TOKENIZER_FOLDER)).with_backend)
+        self._tokenizer = load_tokenizer(str(folder / TOKENIZER_FOLDER))
+        self._equipped = cache(self._equip)
 
     def __call__(self, task: Task, tell: Tell) -> UnitRecord:
         """Convert one unit, telling every batch how far it is (InHand).
@@ -92,7 +95,7 @@ class Conversion:
         Raises what `tell` raises, DataError, and MachineError where the store cannot be written.
         """
         with writing_to(self._folder):
-            record = self._convert(task.unit, task.tools, tell)
+            record = self._convert(task.unit, *self._equipped(task.tools), tell)
             if self._promised is None:
                 publish(self._work, record)
             else:
@@ -100,7 +103,10 @@ class Conversion:
                 reveal(self._work, record.shards)
         return record
 
-    def _convert(self, unit: Unit, tools: Tools, tell: Tell) -> UnitRecord:
+    def _equip(self, tools: Tools) -> tuple[Tokenizer, Cuts]:
+        return self._tokenizer.with_backend(tools.backend), CutsOnDemand(self._tokenizer, tools.sample)
+
+    def _convert(self, unit: Unit, tokenizer: Tokenizer, cuts: Cuts, tell: Tell) -> UnitRecord:
         bad: list[BadRecord] = []
 
         def skip(error: DataError) -> None:
@@ -118,7 +124,6 @@ class Conversion:
         with ExitStack() as stack:
             held_out = HeldOut(self._rules.validation_fraction)
             spool = stack.enter_context(tempfile.TemporaryFile(dir=self._work))
-            tokenizer = self._with_backend(tools.backend)
             writing = _Writing(unit, self._work, tokenizer, held_out, stack, spool)
             behind = 0
             for piece in unit.pieces:
@@ -127,7 +132,7 @@ class Conversion:
                     self._rules.reading,
                     piece.start,
                     piece.end,
-                    cuts=tools.cuts,
+                    cuts=cuts,
                     on_bad=skip if self._rules.skip_bad else None,
                 ):
                     if writing.take(piece, batch):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice, product
 from typing import Any
 
@@ -78,6 +79,22 @@ class Cuts:
         for name in self.rules:
             place = RULES[name].last(text, place)
         return place or None
+
+
+class CutsOnDemand:
+    """The places that `prove_cuts` finds, proven when a text is first to be cut: few corpora have one."""
+
+    def __init__(self, tokenizer: Tokenizer, sample: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._sample = sample
+
+    @cached_property
+    def _proven(self) -> Cuts:
+        return prove_cuts(self._tokenizer, self._sample)
+
+    def last(self, text: str) -> int | None:
+        """As `Cuts.last`."""
+        return self._proven.last(text)
 
 
 def prove_cuts(tokenizer: Tokenizer, sample: Sequence[str]) -> Cuts:

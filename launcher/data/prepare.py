@@ -17,7 +17,6 @@ from pathlib import Path
 from launcher.config.schema import DataSection
 from launcher.data.conversion import Conversion, InHand, Rules, Task, Tools
 from launcher.data.corpus import list_corpora, reading_of
-from launcher.data.cutting import prove_cuts
 from launcher.data.making import (
     UNITS,
     UnitRecord,
@@ -236,12 +235,13 @@ class _Making:
             yield Task(unit, tools)
 
     def _tools(self) -> Tools:
-        """Proven here, once, on text from all over the corpus. The conversion says what is bad in it."""
-        sample = list(spread_texts(self.units, self.rules.reading, SAMPLE_BYTES, PLACES, skip_bad=True))
+        """The backend is proven here, once, on text from all over the corpus. The conversion says what is bad
+        in it."""
+        sample = tuple(spread_texts(self.units, self.rules.reading, SAMPLE_BYTES, PLACES, skip_bad=True))
         choice = choose_backend(self.tokenizer, sample)
         for note in choice.notes:
             self.say(f"note: {note}")
-        return Tools(choice.name, prove_cuts(self.tokenizer, sample))
+        return Tools(choice.name, sample)
 
     def _seal(self) -> None:
         records = finished(self.folder, self.units)
