@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from launcher.data.shards import (
     read_places,
     read_tokens,
     sync_folder,
+    token_type,
     write_whole,
 )
 from launcher.data.tokenizers import Tokenizer, load_tokenizer
@@ -296,7 +298,14 @@ class Store:
         return Summary(split, source, documents, tokens, plan.blocks, plan.dropped, plan.padding)
 
     def _map_tokens(self, name: str, size: int) -> NDArray[np.integer[Any]]:
-        return read_tokens(self._file(name, "bin", size), self.vocabulary)
+        return read_tokens(self._file(name, "bin", size), self.vocabulary, alone=self._outgrows_memory)
+
+    @cached_property
+    def _outgrows_memory(self) -> bool:
+        """Whether pages that are brought in early, in an order that jumps, are gone before they are read."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        tokens = sum(shard["tokens"] for shard in self._fields["shards"])
+        return bool(tokens * token_type(self.vocabulary).itemsize > memory // 2)
 
     def _make_layout(self, block_size: int, packing: ByDocument) -> Layout:
         shards = {shard["name"]: shard for shard in self._fields["shards"]}

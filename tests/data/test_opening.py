@@ -111,6 +111,32 @@ def sparse_shards(folder: Path, samples: range) -> None:
             stream.truncate(2 * TOKENS)
 
 
+def flags_of_mapping(path: Path) -> list[str]:
+    """What the kernel has been told of the memory that this process maps the file to."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    begun = next(number for number, line in enumerate(lines) if line.endswith(str(path)))
+    return next(line for line in lines[begun:] if line.startswith("VmFlags:")).split()[1:]
+
+
+def test_only_what_outgrows_memory_is_read_without_the_pages_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launcher.data.store import open_store
+
+    write_large_store(tmp_path)
+    sparse_shards(tmp_path, range(1))
+    (file,) = tmp_path.glob("*.bin")
+    number = int(file.stem.partition("-")[2])
+    for pages, told in ((1 << 20, True), (1 << 40, False)):
+        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 4096}.__getitem__)
+        store = open_store(tmp_path)
+        ids = store.tokens(store.shards("train", "text")[number])
+        assert len(ids) == TOKENS
+        assert ("rr" in flags_of_mapping(file)) is told
+        del ids, store
+        gc.collect()
+
+
 def first_batch(folder: Path, samples: range) -> dict[str, Any]:
     """What a fresh process finds, and what it took."""
     done = subprocess.run(
