@@ -289,7 +289,7 @@ def data_verify(
     as_json: AsJson = False,
 ) -> None:
     """Read every byte of a token store and compare it with its manifest; set damaged files aside."""
-    from launcher.data.store import set_aside, verify_store
+    from launcher.data.damage import set_aside, verify_store
     from launcher.run.assemble import store_folder
 
     found = verify_store(store_folder(store))

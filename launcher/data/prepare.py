@@ -17,6 +17,7 @@ from pathlib import Path
 from launcher.config.schema import DataSection
 from launcher.data.conversion import Conversion, InHand, Rules, Task, Tools
 from launcher.data.corpus import list_corpora, reading_of
+from launcher.data.damage import DAMAGED, Damage, find_missing, set_aside
 from launcher.data.making import (
     UNITS,
     UnitRecord,
@@ -33,18 +34,14 @@ from launcher.data.packing import Packing
 from launcher.data.pool import spread
 from launcher.data.proof import SAMPLE_BYTES, choose_backend
 from launcher.data.store import (
-    DAMAGED,
     MANIFEST,
     Content,
-    Damage,
     Manifest,
     Shard,
     Split,
     Store,
-    find_missing,
     is_store,
     read_manifest,
-    set_aside,
 )
 from launcher.data.tokenizers import Tokenizer
 from launcher.data.units import WHOLE, Slice, Unit, cut
