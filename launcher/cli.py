@@ -97,18 +97,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what will happen, without doing it."""
-    from launcher.run.assemble import assemble, earlier, rendered_files
-    from launcher.run.directory import RunDirectory, run_directory, write_files
+    from launcher.run.assemble import going_on, rendered_files
+    from launcher.run.directory import RunDirectory, write_files
 
-    assembly = _assemble(run, overrides, cluster)
-    config, directory = assembly.run.config, run_directory(assembly.run.config)
-    before = earlier(directory, config)
-    if before and assembly.plan.steps is None:
-        assembly = assemble(assembly.run, assembly.cluster, assembly.machine, before)
-    if before and (config.data.skip.steps or config.data.skip.documents):
-        from launcher.run.samples import check_skip
-
-        console.say(check_skip(config, assembly.plan, before.store, directory) or "")
+    assembly = going_on(_assemble(run, overrides, cluster), console.say)
     if write is not None:
         files = rendered_files(assembly, RunDirectory(write.absolute()), None)
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -254,6 +254,22 @@ def store_folder(given: Path) -> Path:
             hint="run `launcher data prepare RUN`",
         )
     return Path(store)
+
+
+def going_on(draft: Assembly, say: Callable[[str], None]) -> Assembly:
+    """The draft, with the text of the run that it would go on with, where there is one. Says what `data.skip`
+    leaves out of that run, and raises what `check_skip` does."""
+    run, directory = draft.run.config, run_directory(draft.run.config)
+    before = earlier(directory, run)
+    if before is None:
+        return draft
+    if draft.plan.steps is None:
+        draft = assemble(draft.run, draft.cluster, draft.machine, before)
+    if run.data.skip.steps or run.data.skip.documents:
+        from launcher.run.samples import check_skip
+
+        say(check_skip(run, draft.plan, before.store, directory) or "")
+    return draft
 
 
 def earlier(directory: RunDirectory, run: RunConfig) -> Prepared | None:
