@@ -97,14 +97,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what will happen, without doing it."""
-    from launcher.run.assemble import assemble, earlier, rendered_files
-    from launcher.run.directory import RunDirectory, run_directory, write_files
+    from launcher.run.assemble import going_on, rendered_files
+    from launcher.run.directory import RunDirectory, write_files
 
-    assembly = _assemble(run, overrides, cluster)
-    if assembly.plan.steps is None and (
-        before := earlier(run_directory(assembly.run.config), assembly.run.config)
-    ):
-        assembly = assemble(assembly.run, assembly.cluster, assembly.machine, before)
+    assembly = going_on(_assemble(run, overrides, cluster), console.say)
     if write is not None:
         files = rendered_files(assembly, RunDirectory(write.absolute()), None)
         try:
@@ -285,7 +281,7 @@ def data_verify(
     as_json: AsJson = False,
 ) -> None:
     """Read every byte of a token store and compare it with its manifest; set damaged files aside."""
-    from launcher.data.store import set_aside, verify_store
+    from launcher.data.damage import set_aside, verify_store
     from launcher.run.assemble import store_folder
 
     found = verify_store(store_folder(store))

@@ -142,6 +142,13 @@ def test_text_is_banned_after_a_spike_and_stays_so_on_any_world(recorded: Workpl
     assert nowhere.returncode == 2
     assert "there is no document train-00000:99999 in the train text" in nowhere.stderr
 
+    unplanned = recorded.run("plan", "run.yaml", "data.skip.documents=[train-00000:99999]")
+    assert unplanned.returncode == 2
+    assert "there is no document train-00000:99999 in the train text" in unplanned.stderr
+    planned = recorded.run("plan", "run.yaml", "data.skip.steps=[22]", "train.steps=25")
+    assert planned.returncode == 0, planned.stderr
+    assert "data.skip leaves out 8 samples from step 21 on" in planned.stderr
+
     for step in (15, 20):
         shutil.move(directory / "checkpoints" / f"step-{step:08d}", recorded.folder)
     shutil.copytree(directory, recorded.folder / "runs" / "one")
@@ -155,6 +162,9 @@ def test_text_is_banned_after_a_spike_and_stays_so_on_any_world(recorded: Workpl
 
     shown = json.loads(recorded.run("data", "show", str(directory), "--step", "13", "--json").stdout)
     assert [row["sample"] for row in shown["rows"]] == after[13]
+    for given in (str(directory), "run.yaml"):
+        further = recorded.run("data", "show", given, "--step", "21")
+        assert (further.returncode, "the run has 20 steps" in further.stderr) == (2, True)
 
     # The same, stopped and taken up on two ranks with no skip in the way that they could find by themselves.
     for each in ("config.yaml", "plan.json"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import parse_qsl, urlsplit
+from collections.abc import Iterator
+from urllib.parse import unquote_plus, urlsplit
 
 NO_SECRETS = (
     "this is copied to the run directory and the token store: let the file system find its own credentials "
@@ -29,7 +30,15 @@ def secret_in(path: str) -> str | None:
         parts = urlsplit(url)
         if "@" in parts.netloc and parts.scheme != "zip":
             return "a user's name or password is written into the URL"
-        for name, _ in parse_qsl(parts.query, keep_blank_values=True):
+        for name in _named_values(url):
             if _SIGNING.search(name):
                 return f"the URL is signed, or holds a secret ({name}=...)"
     return None
+
+
+def _named_values(url: str) -> Iterator[str]:
+    """The names of all that a URL gives as NAME=VALUE: in its query, its fragment, or after a semicolon."""
+    for part in re.split(r"[?#;&]", url)[1:]:
+        name, given, _ = part.partition("=")
+        if given:
+            yield unquote_plus(name)

@@ -140,7 +140,7 @@ def _overrides(texts: Sequence[str]) -> tuple[list[_Override], list[Fault]]:
 
 def _may_hold_secret(key: str, value: str) -> bool:
     """Messages repeat an override as given, except a secret, and a mapping or URL that may hold one."""
-    in_url = "://" in value and ("?" in value or "@" in value)
+    in_url = "://" in value and any(mark in value for mark in "?@#;")
     return is_private(key) or in_url or "{" in value or ": " in value
 
 

@@ -290,6 +290,16 @@ def _files(files: object) -> list[str]:
     return [path for entry in files for path in _files(entry)] if isinstance(files, list) else []
 
 
+def paths_say_something(key: str) -> Callable[[object], Iterator[Fault]]:
+    def judge(files: object) -> Iterator[Fault]:
+        if "" in _files(files):
+            yield Fault(
+                key, "an empty path names no file", hint="name a file, a glob or a URL; or take it out"
+            )
+
+    return judge
+
+
 def no_secret_in_urls(key: str) -> Callable[[object], Iterator[Fault]]:
     def judge(files: object) -> Iterator[Fault]:
         for path in _files(files):
@@ -309,6 +319,8 @@ RUN_RULES = (
     Rule(("model.init", "model.tokenizer"), tokenizer_of_pretrained),
     Rule(("data.train",), source_names_differ),
     Rule(("data.validation",), validation_fraction),
+    Rule(("data.train",), paths_say_something("data.train")),
+    Rule(("data.validation",), paths_say_something("data.validation")),
     Rule(("data.train",), no_secret_in_urls("data.train")),
     Rule(("data.validation",), no_secret_in_urls("data.validation")),
     Rule(("train.betas",), betas_below_one),

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-STEPS = re.compile(r"(\d+)(?:-(\d+))?")
-DOCUMENT = re.compile(r"[^:]+:\d+")
-DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")
+STEPS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+DOCUMENT = re.compile(r"[^:]+:[0-9]+")
+DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|min|h|d)")
 MOST_STEPS = 100_000  # in one range of data.skip.steps: a loss spike is a few hundred
 SECONDS: Mapping[str, float] = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 

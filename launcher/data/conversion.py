@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import compress, groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.data.cutting import CutsOnDemand
 from launcher.data.making import UnitRecord, publish, reveal, writing_to
 from launcher.data.pool import Tell
 from launcher.data.shards import ShardWriter, token_type
@@ -52,10 +54,19 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What has been proven to give the tokenizer's ids for this corpus: never decides what they are."""
+    """How the tokenizer's ids are found, which never decides what they are: the backend that was proven, and
+    texts of the corpus to prove on where a long one may be cut."""
 
     backend: str
-    cuts: Cuts
+    sample: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A unit to convert, and what to do it with: processes start before the proof of that is through."""
+
+    unit: Unit
+    tools: Tools
 
 
 class Conversion:
@@ -69,31 +80,33 @@ class Conversion:
         folder: Path,
         work: Path,
         rules: Rules,
-        tools: Tools,
         promised: dict[int, list[Shard]] | None = None,
     ) -> None:
         self._folder = folder
         self._work = work
         self._rules = rules
-        self._cuts = tools.cuts
         self._promised = promised
-        self._tokenizer = load_tokenizer(str(folder / TOKENIZER_FOLDER)).with_backend(tools.backend)
+        self._tokenizer = load_tokenizer(str(folder / TOKENIZER_FOLDER))
+        self._equipped = cache(self._equip)
 
-    def __call__(self, unit: Unit, tell: Tell) -> UnitRecord:
+    def __call__(self, task: Task, tell: Tell) -> UnitRecord:
         """Convert one unit, telling every batch how far it is (InHand).
 
         Raises what `tell` raises, DataError, and MachineError where the store cannot be written.
         """
         with writing_to(self._folder):
-            record = self._convert(unit, tell)
+            record = self._convert(task.unit, *self._equipped(task.tools), tell)
             if self._promised is None:
                 publish(self._work, record)
             else:
-                _check_promise(unit, record.shards, self._promised[unit.number])
+                _check_promise(task.unit, record.shards, self._promised[task.unit.number])
                 reveal(self._work, record.shards)
         return record
 
-    def _convert(self, unit: Unit, tell: Tell) -> UnitRecord:
+    def _equip(self, tools: Tools) -> tuple[Tokenizer, Cuts]:
+        return self._tokenizer.with_backend(tools.backend), CutsOnDemand(self._tokenizer, tools.sample)
+
+    def _convert(self, unit: Unit, tokenizer: Tokenizer, cuts: Cuts, tell: Tell) -> UnitRecord:
         bad: list[BadRecord] = []
 
         def skip(error: DataError) -> None:
@@ -111,7 +124,7 @@ class Conversion:
         with ExitStack() as stack:
             held_out = HeldOut(self._rules.validation_fraction)
             spool = stack.enter_context(tempfile.TemporaryFile(dir=self._work))
-            writing = _Writing(unit, self._work, self._tokenizer, held_out, stack, spool)
+            writing = _Writing(unit, self._work, tokenizer, held_out, stack, spool)
             behind = 0
             for piece in unit.pieces:
                 for batch in batches(
@@ -119,7 +132,7 @@ class Conversion:
                     self._rules.reading,
                     piece.start,
                     piece.end,
-                    cuts=self._cuts,
+                    cuts=cuts,
                     on_bad=skip if self._rules.skip_bad else None,
                 ):
                     if writing.take(piece, batch):

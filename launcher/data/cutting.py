@@ -8,12 +8,14 @@ those of the two parts. One counter-example, or an added token that could lie ac
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice, product
 from typing import Any
+
+from pydantic_core import from_json
 
 from launcher.data.tokenizers import Tokenizer
 
@@ -79,9 +81,25 @@ class Cuts:
         return place or None
 
 
+class CutsOnDemand:
+    """The places that `prove_cuts` finds, proven when a text is first to be cut: few corpora have one."""
+
+    def __init__(self, tokenizer: Tokenizer, sample: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._sample = sample
+
+    @cached_property
+    def _proven(self) -> Cuts:
+        return prove_cuts(self._tokenizer, self._sample)
+
+    def last(self, text: str) -> int | None:
+        """As `Cuts.last`."""
+        return self._proven.last(text)
+
+
 def prove_cuts(tokenizer: Tokenizer, sample: Sequence[str]) -> Cuts:
     """The rules that hold for a tokenizer. `sample`: texts of the corpus."""
-    added = json.loads(tokenizer.specification).get("added_tokens") or []
+    added = from_json(tokenizer.specification).get("added_tokens") or []
     return Cuts(
         tuple(
             name
@@ -102,13 +120,12 @@ def _lies_across(token: Mapping[str, Any], rule: Rule) -> bool:
 def _holds(tokenizer: Tokenizer, parts: Iterable[tuple[str, str]]) -> bool:
     """Whether tokenising each pair of parts is tokenising the two joined."""
     pairs = list(parts)
-    firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
-    wholes = [first + second for first, second in pairs]
-    encoded = [tokenizer.encode_batch(texts) for texts in (firsts, seconds, wholes)]
-    if any(a.tobytes() + b.tobytes() != whole.tobytes() for a, b, whole in zip(*encoded, strict=True)):
+    texts = list(dict.fromkeys(chain.from_iterable((a, b, a + b) for a, b in pairs)))
+    ids = dict(zip(texts, (each.tobytes() for each in tokenizer.encode_batch(texts)), strict=True))
+    if any(ids[a] + ids[b] != ids[a + b] for a, b in pairs):
         return False
-    cut = [[tokenizer.pieces(text) for text in texts] for texts in (firsts, seconds, wholes)]
-    return all(a + b == whole for a, b, whole in zip(*cut, strict=True))
+    pieces = {text: tokenizer.pieces(text) for text in texts}
+    return all(pieces[a] + pieces[b] == pieces[a + b] for a, b in pairs)
 
 
 def _between_neighbours(rule: Rule) -> Iterator[tuple[str, str]]:

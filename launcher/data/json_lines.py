@@ -39,6 +39,8 @@ class LineParser:
         """The same with white space around it, or what is wrong with it."""
         if not line or line.isspace():
             return ""
+        if line.startswith("\ufeff"):
+            raise BadLineError("not JSON: it begins with a byte-order mark", "save the file without one")
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:

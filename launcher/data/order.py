@@ -16,6 +16,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
@@ -151,6 +152,7 @@ def _turns(quotas: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]
     return source[by_due], rank[by_due]
 
 
+@lru_cache(64)
 def round_keys(*identity: int) -> tuple[int, ...]:
     """ROUNDS keys of 64 bits for one permutation, such as (seed, source, epoch): others have other keys."""
     packed = struct.pack(f"<{len(identity)}Q", *identity)
@@ -165,7 +167,11 @@ def permute(position: int, size: int, keys: Sequence[int]) -> int:
     while True:
         left, right = position >> half, position & mask
         for key in keys:
-            left, right = right, left ^ (_mix((right + key) & MASK) & mask)
+            # As `_mix_all`, and not in a function of its own: calling it would take as long as it does.
+            x = (right + key) & MASK
+            x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+            x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+            left, right = right, left ^ ((x ^ (x >> 31)) & mask)
         position = left << half | right
         if position < size:
             return position
@@ -194,12 +200,6 @@ def _permute_all(
 
 def _half_bits(size: int) -> int:
     return max(1, ((size - 1).bit_length() + 1) // 2)
-
-
-def _mix(x: int) -> int:
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return x ^ (x >> 31)
 
 
 def _mix_all(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

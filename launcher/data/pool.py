@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -33,22 +35,23 @@ class StoppedError(Exception):
 
 
 def spread(
-    make: Callable[[], Work[Item, Result]], items: Sequence[Item], workers: int, hear: Tell
+    make: Callable[[], Work[Item, Result]], items: Iterable[Item], workers: int, hear: Tell
 ) -> Generator[Result, None, None]:
     """The results of `make()(item, tell)`, as they come. `make` runs once in each process.
 
+    The processes start, and make, before the first item is asked for: `items` may take its time over it.
     What work tells, `hear` is called with here. With one worker the work is done here. With more, `make`,
     items, reports and results must pickle. An error in an item ends everything and is raised here; so is
     MachineError when a process dies. Close the generator to give up: `contextlib.closing`.
     """
-    if workers == 1 or len(items) < 2:
+    if workers == 1:
         work = make()
         for item in items:
             yield work(item, hear)
         return
     crew: list[_Worker[Item, Result]] = []
     try:
-        crew.extend(_Worker(make) for _ in range(min(workers, len(items))))
+        crew.extend(_Worker(make) for _ in range(workers))
         yield from _deal(items, crew, hear)
     finally:
         for worker in crew:
@@ -74,6 +77,12 @@ class _Worker(Generic[Item, Result]):
         with _interrupts_blocked():
             self.process.start()
         theirs.close()
+
+    def give(self, item: Item) -> None:
+        """Have it do this next."""
+        # That it died is seen, and said, where its answer is waited for.
+        with suppress(ConnectionError):
+            self.connection.send(item)
 
     def receive(self) -> Result | _Report:
         """What it says next: a report, or the result of its item. Raises what the work raised."""
@@ -101,22 +110,24 @@ class _Worker(Generic[Item, Result]):
             self.process.join()
 
 
-def _deal(items: Sequence[Item], crew: Sequence[_Worker[Item, Result]], hear: Tell) -> Iterator[Result]:
-    at = {worker.connection: worker for worker in crew}
-    for worker, item in zip(crew, items, strict=False):
-        worker.connection.send(item)
-    dealt, done = len(crew), 0
-    while done < len(items):
-        for ready in wait(list(at)):
+def _deal(items: Iterable[Item], crew: Sequence[_Worker[Item, Result]], hear: Tell) -> Iterator[Result]:
+    left = iter(items)
+    busy = {}
+    for worker, item in zip(crew, left, strict=False):
+        worker.give(item)
+        busy[worker.connection] = worker
+    while busy:
+        for ready in wait(list(busy)):
             assert isinstance(ready, Connection)
-            result = at[ready].receive()
+            worker = busy.pop(ready)
+            result = worker.receive()
             if isinstance(result, _Report):
+                busy[ready] = worker
                 hear(result.content)
                 continue
-            done += 1
-            if dealt < len(items):
-                ready.send(items[dealt])
-                dealt += 1
+            for item in islice(left, 1):
+                worker.give(item)
+                busy[ready] = worker
             yield result
 
 
@@ -135,25 +146,29 @@ def _interrupts_blocked() -> Iterator[None]:
 def _serve(connection: Connection, make: Callable[[], Work[Item, Result]]) -> None:
     # One process a core is enough: without this each would start the tokenizer's threads for all cores.
     os.putenv("TOKENIZERS_PARALLELISM", "false")
-    work: Work[Item, Result] | None = None
 
     def tell(report: object) -> None:
         if connection.poll():
             raise StoppedError
         connection.send(_Report(report))
 
+    work, failure = _attempt(make)
     try:
         while True:
             item = connection.recv()
-            try:
-                work = work or make()
-                answer: tuple[Result | None, Exception | None] = (work(item, tell), None)
-            except StoppedError:
-                return
-            except Exception as error:  # noqa: BLE001 - the parent raises it
-                if not isinstance(error, LauncherError):
-                    error.add_note(traceback.format_exc())
-                answer = (None, error)
-            connection.send(answer)
-    except (EOFError, ConnectionError):
-        return
+            connection.send((None, failure) if work is None else _attempt(partial(work, item, tell)))
+    except (EOFError, ConnectionError, StoppedError):
+        # Nothing is left to do but to take the interpreter apart, which takes a tenth of a second.
+        os._exit(0)
+
+
+def _attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    """What it gives, or what it raises, for the parent to raise. StoppedError goes on."""
+    try:
+        return action(), None
+    except StoppedError:
+        raise
+    except Exception as error:  # noqa: BLE001 - see above
+        if not isinstance(error, LauncherError):
+            error.add_note(traceback.format_exc())
+        return None, error

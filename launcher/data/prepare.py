@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from launcher.config.schema import DataSection
-from launcher.data.conversion import Conversion, InHand, Rules, Tools
+from launcher.data.conversion import Conversion, InHand, Rules, Task, Tools
 from launcher.data.corpus import list_corpora, reading_of
-from launcher.data.cutting import prove_cuts
+from launcher.data.damage import DAMAGED, Damage, find_missing, set_aside
 from launcher.data.making import (
     UNITS,
     UnitRecord,
@@ -34,18 +34,14 @@ from launcher.data.packing import Packing
 from launcher.data.pool import spread
 from launcher.data.proof import SAMPLE_BYTES, choose_backend
 from launcher.data.store import (
-    DAMAGED,
     MANIFEST,
     Content,
-    Damage,
     Manifest,
     Shard,
     Split,
     Store,
-    find_missing,
     is_store,
     read_manifest,
-    set_aside,
 )
 from launcher.data.tokenizers import Tokenizer
 from launcher.data.units import WHOLE, Slice, Unit, cut
@@ -224,18 +220,25 @@ class _Making:
             return
         # What the store skipped when it was made is skipped again; its promise tells if anything else is.
         rules = replace(self.rules, skip_bad=self.rules.skip_bad or promised is not None)
-        make = partial(Conversion, self.folder, work, rules, self._tools(), promised)
-        with closing(spread(make, missing, self.workers, account.hear)) as converting:
+        make = partial(Conversion, self.folder, work, rules, promised)
+        workers = min(self.workers, len(missing))
+        with closing(spread(make, self._tasks(missing), workers, account.hear)) as converting:
             for record in converting:
                 account.finish(record)
 
+    def _tasks(self, units: Sequence[Unit]) -> Iterator[Task]:
+        tools = self._tools()
+        for unit in units:
+            yield Task(unit, tools)
+
     def _tools(self) -> Tools:
-        """Proven here, once, on text from all over the corpus. The conversion says what is bad in it."""
-        sample = list(spread_texts(self.units, self.rules.reading, SAMPLE_BYTES, PLACES, skip_bad=True))
+        """The backend is proven here, once, on text from all over the corpus. The conversion says what is bad
+        in it."""
+        sample = tuple(spread_texts(self.units, self.rules.reading, SAMPLE_BYTES, PLACES, skip_bad=True))
         choice = choose_backend(self.tokenizer, sample)
         for note in choice.notes:
             self.say(f"note: {note}")
-        return Tools(choice.name, prove_cuts(self.tokenizer, sample))
+        return Tools(choice.name, sample)
 
     def _seal(self) -> None:
         records = finished(self.folder, self.units)

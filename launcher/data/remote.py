@@ -7,6 +7,7 @@ name the address that a server sent us to, signature and all.
 from __future__ import annotations
 
 import errno
+import inspect
 import random
 import re
 import time
@@ -41,6 +42,8 @@ NETWORK = frozenset(
      "requests", "urllib3", "fsspec", "s3fs", "ssl"}
 )  # fmt: skip
 
+_QUERY = re.compile(r"""(\?|[#;](?=[^\s'"<>)]*=))[^\s'"<>)]*""")  # and what holds values as one does
+
 Result = TypeVar("Result")
 
 
@@ -51,7 +54,10 @@ def file_system(url: str) -> AbstractFileSystem:
     protocol = url.partition("://")[0]
     extra = EXTRAS.get(protocol)
     try:
-        system = fsspec.filesystem(protocol, **_settings(protocol))
+        settings = _settings(protocol)
+        # Asked of the signature: one that is made without what it needs complains again when it is let go.
+        inspect.signature(fsspec.get_filesystem_class(protocol).__init__).bind(None, **settings)
+        system = fsspec.filesystem(protocol, **settings)
     except ImportError as error:
         install = f"pip install 'launcher[{extra}]'" if extra else f"pip install {error.name or protocol}"
         raise MachineError(f"reading {protocol}:// needs a package that is not here", hint=install) from None
@@ -207,7 +213,7 @@ def _told(url: str, error: Exception) -> LauncherError:
             hint="check that it exists, and that this machine has credentials that may read it",
         )
     if "Credentials" in type(error).__name__:
-        return DataError(
+        return MachineError(
             f"{shown(url)}: there are no credentials for {host(url)} here",
             hint="set them as its tools want them, or FSSPEC_S3_ANON=true for a public bucket",
         )
@@ -225,17 +231,21 @@ def _reason(error: Exception) -> str:
 
 
 def _without_queries(text: str) -> str:
-    return re.sub(r"//[^/\s@]*@", "//", re.sub(r"\?[^\s'\"<>)]*", "", text))
+    return re.sub(r"//[^/\s@]*@", "//", _QUERY.sub("", text))
 
 
 def shown(url: str) -> str:
-    """The URL as it may be shown: without a user's name and password, and without a query."""
+    """The URL as it may be shown: without a user's name and password, and without a query or its like."""
     return _without_queries(url)
 
 
 def host(url: str) -> str:
     """Who is asked for the file: `files.example.org` or, in an object store, the bucket."""
     parts = urlsplit(url.rpartition("::")[2])
+    if parts.scheme == "hf":
+        from huggingface_hub import constants
+
+        parts = urlsplit(constants.ENDPOINT)
     return parts.hostname or parts.netloc or parts.scheme
 
 

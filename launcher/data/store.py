@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import shutil
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,25 +21,24 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from launcher.data.layout import Layout, find_damaged, layout_of
+from launcher.data.layout import Layout, layout_of
 from launcher.data.packing import ByDocument, ConcatPlan, LaidOutPlan, Packing, Plan
 from launcher.data.shards import (
     Mark,
-    mark_of,
     read_index,
     read_places,
     read_tokens,
     sync_folder,
+    token_type,
     write_whole,
 )
 from launcher.data.tokenizers import Tokenizer, load_tokenizer
-from launcher.errors import Counted, MachineError, StoreError
+from launcher.errors import Counted, StoreError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 CHECKSUM = b'"checksum": "'
 TOKENIZER_FOLDER = "tokenizer"
-DAMAGED = ".damaged"  # ends the name of a file that was set aside
 REPAIR = "`launcher data prepare RUN` makes it again, to the same bytes"
 OPEN_SHARDS = 256  # memory maps held at a time: each holds a file descriptor
 
@@ -178,19 +177,6 @@ class Summary:
     padding: int
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """A file of a store that is not what the manifest says. `shard` is None for the tokenizer's files and for
-    a layout, whose folder `file` then is."""
-
-    shard: str | None
-    file: Path
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.reason}"
-
-
 class Shards:
     """The shards of one source and split, in order. Each becomes a `Shard` when it is first looked at: a
     large store has thousands, and a rank that starts needs only their sizes."""
@@ -296,7 +282,14 @@ class Store:
         return Summary(split, source, documents, tokens, plan.blocks, plan.dropped, plan.padding)
 
     def _map_tokens(self, name: str, size: int) -> NDArray[np.integer[Any]]:
-        return read_tokens(self._file(name, "bin", size), self.vocabulary)
+        return read_tokens(self._file(name, "bin", size), self.vocabulary, alone=self._outgrows_memory)
+
+    @cached_property
+    def _outgrows_memory(self) -> bool:
+        """Whether pages that are brought in early, in an order that jumps, are gone before they are read."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        tokens = sum(shard["tokens"] for shard in self._fields["shards"])
+        return bool(tokens * token_type(self.vocabulary).itemsize > memory // 2)
 
     def _make_layout(self, block_size: int, packing: ByDocument) -> Layout:
         shards = {shard["name"]: shard for shard in self._fields["shards"]}
@@ -309,7 +302,7 @@ class Store:
 
     def _file(self, name: str, kind: str, size: int) -> Path:
         path = self.path / f"{name}.{kind}"
-        if problem := _size_problem(path, size):
+        if problem := size_problem(path, size):
             raise StoreError(f"{path}: {problem}", hint=REPAIR)
         return path
 
@@ -331,7 +324,7 @@ def is_store(folder: Path) -> bool:
 def open_store(path: Path) -> Store:
     """Open a store by its manifest alone, so that a rank starts at once however large the store is.
 
-    Raises StoreError. `find_missing` looks at every file, `verify_store` reads them.
+    Raises StoreError. `damage.find_missing` looks at every file, `damage.verify_store` reads them.
     """
     return Store(path, _read_fields(path))
 
@@ -339,43 +332,6 @@ def open_store(path: Path) -> Store:
 def read_manifest(path: Path) -> Manifest:
     """The manifest, if it is whole and of this version. Raises StoreError."""
     return open_store(path).manifest
-
-
-def find_missing(path: Path, manifest: Manifest) -> Iterator[Damage]:
-    """Every file that is not there in its full size. Reads none."""
-    for name, shard, mark in _files(manifest):
-        if problem := _size_problem(path / name, mark.size):
-            yield Damage(shard, path / name, problem)
-
-
-def verify_store(path: Path) -> list[Damage]:
-    """Every file whose content is not what the manifest says, and every damaged layout. Reads all of them.
-
-    Raises StoreError when the manifest itself is missing or damaged.
-    """
-    manifest = read_manifest(path)
-    damage = {each.file: each for each in find_missing(path, manifest)}
-    for name, shard, mark in _files(manifest):
-        if path / name not in damage and mark_of(path / name) != mark:
-            damage[path / name] = Damage(shard, path / name, "its content has changed (sha256 differs)")
-    return [*damage.values(), *(Damage(None, folder, reason) for folder, reason in find_damaged(path))]
-
-
-def set_aside(damage: Sequence[Damage]) -> None:
-    """Rename damaged files that are there to `NAME.damaged`: nobody opens them any more, and `prepare`
-    finds them missing and makes them again. Whoever has one open reads on. Raises MachineError."""
-    for each in damage:
-        if each.file.exists():
-            aside = each.file.with_name(each.file.name + DAMAGED)
-            try:
-                if aside.is_dir():
-                    shutil.rmtree(aside)
-                each.file.replace(aside)
-            except OSError as error:
-                raise MachineError(
-                    f"{each.file} is damaged and cannot be set aside: {error.strerror}",
-                    hint="let someone who may write to the store run `launcher data verify`",
-                ) from error
 
 
 def _read_fields(path: Path) -> dict[str, Any]:
@@ -403,12 +359,15 @@ def _read_fields(path: Path) -> dict[str, Any]:
 
 
 def _parse(content: bytes) -> Any:
-    """JSON has no cycles to look for, and in a large manifest looking takes as long as parsing."""
+    """JSON has no cycles to look for, and in a large manifest looking takes as long as parsing: what is made
+    here goes to the oldest generation at once, or the first collection afterwards would look after all."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         return from_json(content)
     finally:
+        gc.freeze()
+        gc.unfreeze()
         if collecting:
             gc.enable()
 
@@ -425,15 +384,8 @@ def _checksum(before: memoryview, after: memoryview) -> str:
     return digest.hexdigest()
 
 
-def _files(manifest: Manifest) -> Sequence[tuple[str, str | None, Mark]]:
-    shards = [(f"{s.name}.{kind}", s.name, s.files[kind]) for s in manifest.shards for kind in s.files]
-    tokenizer = [
-        (f"{TOKENIZER_FOLDER}/{name}", None, mark) for name, mark in manifest.tokenizer_files.items()
-    ]
-    return [*shards, *tokenizer]
-
-
-def _size_problem(path: Path, size: int) -> str | None:
+def size_problem(path: Path, size: int) -> str | None:
+    """What is wrong with a file that is to have this size, by a look at the folder alone."""
     if not path.is_file():
         return "missing"
     found = path.stat().st_size

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.data.alphabet import GuardedBackend
-from launcher.data.backends import REFERENCE
+from launcher.data.backends import REFERENCE, ByteLevelBPE, read_byte_level
 from launcher.errors import RequestError
 
 if TYPE_CHECKING:
@@ -64,10 +64,15 @@ class Tokenizer:
         """Entries in the vocabulary, added tokens included."""
         return int(self._reference.get_vocab_size(with_added_tokens=True))
 
-    @property
+    @cached_property
     def specification(self) -> str:
         """The content of its tokenizer.json."""
         return str(self._reference.to_str())
+
+    @cached_property
+    def byte_level(self) -> ByteLevelBPE:
+        """What a faster backend needs to know of it. Raises UnservedError where none can serve it."""
+        return read_byte_level(self.specification)
 
     def with_backend(self, name: str) -> Tokenizer:
         """This tokenizer with another backend at work, which gives the same ids where it is proven to.
@@ -75,7 +80,7 @@ class Tokenizer:
         Raises UnservedError when it cannot serve this tokenizer.
         """
         other = copy(self)
-        other._fast = None if name == REFERENCE else GuardedBackend(name, self.specification)
+        other._fast = None if name == REFERENCE else GuardedBackend(name, self.byte_level)
         return other
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
@@ -132,7 +137,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of all that determines ids: two tokenizers with the same one are the same."""
-        content = json.loads(self._reference.to_str())
+        content = json.loads(self.specification)
         identity = [content, self.end_of_text_id, self.pad_id]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

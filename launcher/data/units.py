@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +11,7 @@ from launcher.data.corpus import Corpus
 from launcher.data.sources import Reading, SourceFile, splittable
 from launcher.errors import RequestError
 
-SMALLEST = 16 << 20  # of files as stored: some 4 million tokens of plain text, a second of work
+SMALLEST = 8 << 20  # of files as stored: some 2 million tokens of plain text, half a second of work
 LARGEST = 1 << 30  # a minute of work: what a kill may cost
 FEW = 4096  # shards a split, for a store of any size to open at once
 
@@ -64,13 +65,14 @@ WHOLE = Slice(1, 1)
 
 def parse_slice(text: str) -> Slice:
     """`2/8` is the second of eight. Raises RequestError."""
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+    found = re.fullmatch("([0-9]+)/([0-9]+)", text)
+    index, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= index <= count:
         raise RequestError(
             f"--units {text}: expected I/N, the I-th of N parts, with I from 1 to N",
             hint="in a SLURM array of 1-8: --units $SLURM_ARRAY_TASK_ID/8",
         )
-    return Slice(int(index), int(count))
+    return Slice(index, count)
 
 
 def unit_bytes(corpora: Sequence[Corpus]) -> int:

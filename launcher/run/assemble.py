@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -25,6 +25,7 @@ from launcher.render.deepspeed import render_deepspeed
 from launcher.run.checkpoints import committed
 from launcher.run.directory import (
     RunDirectory,
+    changed_for_good,
     configuration_hash,
     has_begun,
     run_directory,
@@ -256,12 +257,28 @@ def store_folder(given: Path) -> Path:
     return Path(store)
 
 
+def going_on(draft: Assembly, say: Callable[[str], None]) -> Assembly:
+    """The draft, with the text of the run that it would go on with, where there is one. Says what `data.skip`
+    leaves out of that run, and raises what `check_skip` does."""
+    run, directory = draft.run.config, run_directory(draft.run.config)
+    before = earlier(directory, run)
+    if before is None:
+        return draft
+    if draft.plan.steps is None:
+        draft = assemble(draft.run, draft.cluster, draft.machine, before)
+    if run.data.skip.steps or run.data.skip.documents:
+        from launcher.run.samples import check_skip
+
+        say(check_skip(run, draft.plan, before.store, directory) or "")
+    return draft
+
+
 def earlier(directory: RunDirectory, run: RunConfig) -> Prepared | None:
-    """What a run of this very configuration was prepared with before."""
+    """What the run in this folder was prepared with, if it is one that may go on as `run`."""
     if not directory.orders.is_file():
         return None
     orders = directory.read_orders()
-    if orders.configuration != configuration_hash(run) or orders.store is None:
+    if orders.store is None or changed_for_good(directory.read_config(), run):
         return None
     assert orders.vocabulary is not None
     assert orders.plan.blocks is not None

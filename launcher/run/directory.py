@@ -206,7 +206,7 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
             directory=directory.root,
             hint="choose another name, or mend that file",
         ) from error
-    changed = [key for key in differences(before, run) if key not in MAY_CHANGE]
+    changed = changed_for_good(before, run)
     if changed and has_begun(directory):
         raise RunDirectoryError(
             f"run {run.name!r} exists in {directory.root} with another configuration; "
@@ -215,6 +215,11 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
             directory=directory.root,
             hint="give the new run another name, or undo the change to resume the old one",
         )
+
+
+def changed_for_good(before: RunConfig, run: RunConfig) -> list[str]:
+    """The keys that differ and may not, were `before` to go on as `run`."""
+    return [key for key in differences(before, run) if key not in MAY_CHANGE]
 
 
 def _value(run: RunConfig, key: str) -> str:

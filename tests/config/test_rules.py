@@ -159,6 +159,10 @@ def test_what_keeps_the_rules_loads(tmp_path: Path, overrides: list[str]) -> Non
         "data.train=[{name: a, files: ['https://example.org/a?sig=opensesame'], weight: 1}]",
         "data.validation=['zip://a::https://example.org/a.zip?access_token=opensesame']",
         "data.validation=['https://example.org/a.txt?api_key=opensesame']",
+        "data.train=['https://example.org/a.txt#access_token=opensesame']",
+        "data.train=['https://example.org/a.txt#sig%6Eature=opensesame&x=1']",
+        "data.train=['https://example.org/a.txt;token=opensesame']",
+        "data.train=['https://example.org/a.txt?x=1;sig=opensesame']",
     ],
 )
 def test_a_secret_in_a_url_is_refused_and_not_repeated(tmp_path: Path, override: str) -> None:
@@ -174,10 +178,33 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(tmp_path: Path, override:
         "data.train=['s3://bucket/**/*.jsonl.zst', 'https://example.org/a.txt?version=7']",
         "data.train=['hf://datasets/owner/name@main/*.parquet', 'zip://a@b.txt::/x/b.zip']",
         "data.train=['/data/what?access_token=is/a@b.txt']",
+        "data.train=['https://example.org/a;v=7/b.txt#part=2', 's3://bucket/token=3/a.txt', 's3://b/a?b.txt']",
     ],
 )
 def test_a_url_without_a_secret_is_fine(tmp_path: Path, override: str) -> None:
     assert loads(tmp_path, override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.train=['']", "data.train=[{name: a, files: [x, ''], weight: 1}]"],
+)
+def test_an_empty_path_is_refused(tmp_path: Path, override: str) -> None:
+    fault = fault_of(tmp_path, override)
+    assert (fault.path, fault.message) == ("data.train", "an empty path names no file")
+    assert fault_of(tmp_path, "data.validation=['']").path == "data.validation"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.skip.documents=['train-00003:\uff11\uff12']",
+        "data.skip.steps=['\uff11\uff12']",
+        "checkpoint.every='\uff11\uff15min'",
+    ],
+)
+def test_only_plain_digits_are_numbers(tmp_path: Path, override: str) -> None:
+    assert "expected" in str(fault_of(tmp_path, override))
 
 
 def test_lengths_in_conflict_are_placed_where_the_second_stands(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ NEW_IN_UNICODE_17 = "\u0cdc\u088f\ua7ce\U00010940\U00016ea0\U000323b0"
 @pytest.fixture(scope="module")
 def showing(tokenizer: Tokenizer) -> Tokenizer:
     """A tokenizer that cuts text as `tokenizer` does, with ids that tell wherever it did."""
-    return Tokenizer(Reference.from_str(witness(tokenizer.specification)), {})
+    return Tokenizer(Reference.from_str(witness(tokenizer.byte_level)), {})
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_a_character_that_only_one_library_knows_is_left_to_the_reference(
     alone = open_backend("gigatoken", read_byte_level(showing.specification))
     text = f"a{character}a"
     differs = alone(text).tolist() != showing.encode_batch([text])[0].tolist()
-    guarded = GuardedBackend("gigatoken", tokenizer.specification)
+    guarded = GuardedBackend("gigatoken", tokenizer.byte_level)
     assert guarded.covers(f"the old mill \u00e9{text}") is not differs
     assert (guarded.encode(text) is None) is differs
     assert guarded.covers("the old mill \u00e9 \u4e2d\u6587 \U0001f600")
@@ -70,7 +72,7 @@ def test_witness_ids_show_every_class(showing: Tokenizer) -> None:
 
 
 def test_a_character_is_tried_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    guarded = GuardedBackend("tiktoken", tokenizer.specification)
+    guarded = GuardedBackend("tiktoken", tokenizer.byte_level)
     assert guarded.covers("\u00e9\u00e8")
     monkeypatch.setattr(guarded, "_witness", None)
     assert guarded.covers("\u00e8 \u00e9 \u00e9")
@@ -83,8 +85,8 @@ def test_a_backend_that_cuts_ascii_elsewhere_is_not_used(
 ) -> None:
     def other_cuts(served: ByteLevelBPE) -> Encode:
         pattern = served.pattern.replace(r"\p{N}", r"\p{Nd}").replace("'s|", "")
-        return OPENERS["tiktoken"](ByteLevelBPE(served.specification, pattern, served.ranks, served.added))
+        return OPENERS["tiktoken"](replace(served, pattern=pattern))
 
     monkeypatch.setattr(backends, "OPENERS", {"tiktoken": other_cuts})
     with pytest.raises(UnservedError, match="plain ASCII"):
-        GuardedBackend("tiktoken", tokenizer.specification)
+        GuardedBackend("tiktoken", tokenizer.byte_level)

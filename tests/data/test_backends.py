@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,7 @@ def test_a_tokenizer_that_is_not_served(
 
 def test_a_backend_s_own_refusal_is_told(tokenizer: Tokenizer) -> None:
     served = read_byte_level(tokenizer.specification)
-    broken = ByteLevelBPE(served.specification, "(", served.ranks, served.added)
+    broken = replace(served, pattern="(")
     with pytest.raises(UnservedError, match="refuses this tokenizer"):
         open_backend("tiktoken", broken)
 

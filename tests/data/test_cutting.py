@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 
-from launcher.data.cutting import RULES, Cuts, prove_cuts
+from launcher.data.cutting import RULES, Cuts, CutsOnDemand, prove_cuts
 from launcher.data.tokenizers import Tokenizer
 
 NEWLINE, SPACE, STOP = RULES
@@ -155,6 +155,19 @@ def test_the_sample_refuses_what_the_probes_do_not_know(tokenizer: Tokenizer) ->
     odd = Tokenizer(Reference.from_str(json.dumps(content)), {})
     assert SPACE in prove_cuts(odd, ["the old mill"]).rules
     assert SPACE not in prove_cuts(odd, ["the old zebra fish"]).rules
+
+
+def test_a_proof_that_is_never_needed_is_never_made(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts = CutsOnDemand(tokenizer, ["the old mill"])
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokenizer, "encode_batch", None)
+        with pytest.raises(TypeError):
+            cuts.last("the old mill")
+    assert cuts.last("the old mill") == ALL.last("the old mill") == len("the old")
+    monkeypatch.setattr(Tokenizer, "encode_batch", None)
+    assert cuts.last("the old mill by the") == len("the old mill by")
 
 
 def test_other_ids_refuse_a_rule(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

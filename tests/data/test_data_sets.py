@@ -241,5 +241,5 @@ def test_what_the_hub_does_not_give(hub: str, tmp_path: Path) -> None:
 def test_a_hub_that_is_not_reached(tmp_path: Path) -> None:
     ((kind, message, hint),) = ask("http://127.0.0.1:9", tmp_path, "hf://datasets/owner/name")
     assert kind == "MachineError"
-    assert "cannot be read from" in message
+    assert message.startswith("hf://datasets/owner/name: 127.0.0.1 cannot be read from")
     assert "network" in hint

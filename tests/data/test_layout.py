@@ -17,8 +17,9 @@ import pytest
 
 from launcher.data import units
 from launcher.data.blocks import Blocks
+from launcher.data.damage import set_aside, verify_store
 from launcher.data.layout import COUNTS, FOLDER
-from launcher.data.store import Store, open_store, set_aside, verify_store
+from launcher.data.store import Store, open_store
 from launcher.errors import MachineError, StoreError
 
 SIZE = 48

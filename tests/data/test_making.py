@@ -21,16 +21,14 @@ import pytest
 
 from launcher.config.schema import DataSection
 from launcher.data import units
+from launcher.data.damage import find_missing, set_aside, verify_store
 from launcher.data.making import UNITS, locked
 from launcher.data.prepare import prepare
 from launcher.data.store import (
     MANIFEST,
-    find_missing,
     is_store,
     open_store,
     read_manifest,
-    set_aside,
-    verify_store,
 )
 from launcher.data.tokenizers import Tokenizer
 from launcher.data.units import Slice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -110,6 +111,32 @@ def sparse_shards(folder: Path, samples: range) -> None:
             stream.truncate(2 * TOKENS)
 
 
+def flags_of_mapping(path: Path) -> list[str]:
+    """What the kernel has been told of the memory that this process maps the file to."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    begun = next(number for number, line in enumerate(lines) if line.endswith(str(path)))
+    return next(line for line in lines[begun:] if line.startswith("VmFlags:")).split()[1:]
+
+
+def test_only_what_outgrows_memory_is_read_without_the_pages_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launcher.data.store import open_store
+
+    write_large_store(tmp_path)
+    sparse_shards(tmp_path, range(1))
+    (file,) = tmp_path.glob("*.bin")
+    number = int(file.stem.partition("-")[2])
+    for pages, told in ((1 << 20, True), (1 << 40, False)):
+        monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 4096}.__getitem__)
+        store = open_store(tmp_path)
+        ids = store.tokens(store.shards("train", "text")[number])
+        assert len(ids) == TOKENS
+        assert ("rr" in flags_of_mapping(file)) is told
+        del ids, store
+        gc.collect()
+
+
 def first_batch(folder: Path, samples: range) -> dict[str, Any]:
     """What a fresh process finds, and what it took."""
     done = subprocess.run(
@@ -122,6 +149,29 @@ def first_batch(folder: Path, samples: range) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def test_nothing_is_collected_while_a_store_is_opened(tmp_path: Path) -> None:
+    """Looking through the objects of a large manifest for cycles takes as long as making them."""
+    from launcher.data.store import open_store
+
+    write_large_store(tmp_path)
+    seen: list[str] = []
+
+    def note(phase: str, _: dict[str, int]) -> None:
+        seen.append(phase)
+
+    gc.collect()
+    gc.callbacks.append(note)
+    try:
+        store = open_store(tmp_path)
+        # The first object after an opening is what would set it off.
+        kept: list[list[int]] = [[]]
+    finally:
+        gc.callbacks.remove(note)
+    assert not seen
+    assert len(store.shards("train", "text")) == SHARDS
+    assert kept == [[]]
 
 
 def test_only_the_shards_of_the_first_batch_are_looked_at(

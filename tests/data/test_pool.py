@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from launcher.data.pool import Tell, spread
-from launcher.errors import DataError, MachineError
+from launcher.errors import DataError, LauncherError, MachineError
 
 
 class Squares:
@@ -30,6 +31,18 @@ class Squares:
             tell(number)
             time.sleep(0.01)
         return number * number
+
+
+class Refuses:
+    """Cannot be made; or, told to, dies of it."""
+
+    def __init__(self, dies: bool) -> None:
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise DataError("no tools", hint="bring some")
+
+    def __call__(self, number: int, tell: Tell) -> int:
+        raise NotImplementedError
 
 
 def deaf(_: object) -> None:
@@ -70,6 +83,33 @@ def test_a_process_that_dies_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="exit code -9"):
         list(spread(partial(Squares, tmp_path), [7, 5], 2, deaf))
     assert_all_gone(tmp_path)
+
+
+def test_processes_are_ready_before_the_first_item_is_asked_for(tmp_path: Path) -> None:
+    def items() -> Iterator[int]:
+        latest = time.monotonic() + 60
+        while len(processes(tmp_path)) < 2:
+            assert time.monotonic() < latest
+            time.sleep(0.01)
+        yield from (10, 11, 12)
+
+    assert sorted(spread(partial(Squares, tmp_path), items(), 2, deaf)) == [100, 121, 144]
+
+
+def test_fewer_items_than_processes_are_done(tmp_path: Path) -> None:
+    assert list(spread(partial(Squares, tmp_path), [10], 2, deaf)) == [100]
+    assert list(spread(partial(Squares, tmp_path), [], 2, deaf)) == []
+    assert_all_gone(tmp_path)
+
+
+@pytest.mark.parametrize(("dies", "said"), [(False, "no tools"), (True, "exit code -9")])
+def test_work_that_cannot_be_made_is_noticed(dies: bool, said: str) -> None:
+    def items() -> Iterator[int]:
+        time.sleep(1)
+        yield from (1, 2, 3)
+
+    with pytest.raises(LauncherError, match=said):
+        list(spread(partial(Refuses, dies), items(), 2, deaf))
 
 
 def test_work_that_is_given_up_stops_inside_an_item(tmp_path: Path) -> None:

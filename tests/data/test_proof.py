@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Reference
 from tokenizers import models, pre_tokenizers
 
 from launcher.data import backends, proof
-from launcher.data.backends import OPENERS, REFERENCE, ByteLevelBPE, Encode, read_byte_level
+from launcher.data.backends import OPENERS, REFERENCE, ByteLevelBPE, Encode
 from launcher.data.proof import HARD_TEXTS, SAMPLE_BYTES, choose_backend, proving_texts
 from launcher.data.tokenizers import Tokenizer
 
@@ -89,7 +89,8 @@ def test_a_disagreement_on_texts_in_a_row_is_caught(
 def test_where_all_disagree_the_reference_does_the_work(
     tokenizer: Tokenizer, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inject(monkeypatch, gigatoken=lambda text: text == "the", tiktoken=lambda text: text == lines[7])
+    between = f"{tokenizer.end_of_text}the{tokenizer.end_of_text}"
+    inject(monkeypatch, gigatoken=lambda text: between in text, tiktoken=lambda text: text == lines[7])
     choice = choose_backend(tokenizer, lines)
     assert choice.name == REFERENCE
     assert [note.split()[0] for note in choice.notes] == ["gigatoken", "tiktoken"]
@@ -121,10 +122,11 @@ def test_the_sample_is_read_no_further_than_its_limit(
 
 
 def test_every_token_is_proven(tokenizer: Tokenizer) -> None:
-    texts = list(proving_texts(read_byte_level(tokenizer.specification)))
-    tokens = {tokenizer.decode([i]) for i in range(tokenizer.size)}
-    assert {token for token in tokens if "\ufffd" not in token} <= set(texts)
-    assert texts == list(proving_texts(read_byte_level(tokenizer.specification)))
+    texts = list(proving_texts(tokenizer.byte_level, tokenizer.end_of_text))
+    documents = {each for text in texts for each in text.split(tokenizer.end_of_text)}
+    tokens = {tokenizer.decode([i]) for i in range(tokenizer.size)} - {tokenizer.end_of_text}
+    assert {token for token in tokens if "\ufffd" not in token} <= documents
+    assert texts == list(proving_texts(tokenizer.byte_level, tokenizer.end_of_text))
 
 
 def test_the_note_shows_characters_by_number(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import io
 import os
@@ -283,6 +284,8 @@ def test_a_file_that_changes_while_it_is_read(site: Site) -> None:
         "https://files.example/a.txt?sv=1&sig=opensesame",
         "https://files.example/a.txt?access_token=opensesame",
         "zip://a.txt::https://files.example/a.zip?token=opensesame",
+        "https://files.example/a.txt#token=opensesame",
+        "https://files.example/a.txt;token=opensesame",
     ],
 )
 def test_a_secret_in_a_url_is_refused_and_not_said(url: str) -> None:
@@ -309,6 +312,15 @@ def test_any_file_system_that_fsspec_has(tmp_path: Path) -> None:
 
 def test_a_protocol_that_nobody_knows() -> None:
     assert "gopher://" in str(failure("gopher://host/a.txt", RequestError))
+
+
+def test_a_protocol_that_needs_more_than_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    complaints: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", complaints.append)
+    for url in ("ftp://host/a.txt", "github://a.txt"):
+        assert "by its address alone" in str(failure(url, RequestError).hint)
+    gc.collect()
+    assert not complaints
 
 
 def test_an_extra_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +410,18 @@ def s3(moto: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]
         monkeypatch.setenv("AWS_ENDPOINT_URL", served.url)
         remote.file_system("s3://text").clear_instance_cache()
         yield served
+
+
+def test_a_bucket_without_credentials(s3: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    remote.file_system("s3://text").clear_instance_cache()
+    error = failure("s3://text/a.txt", MachineError)
+    assert "there are no credentials for text here" in str(error)
+    assert "FSSPEC_S3_ANON" in str(error.hint)
 
 
 def test_a_bucket_is_listed(s3: Site) -> None:

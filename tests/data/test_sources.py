@@ -135,6 +135,19 @@ def test_lines_end_at_newline_only(tmp_path: Path) -> None:
     assert [d.empty for d in found] == [False, False, True, True, False]
 
 
+def test_a_byte_order_mark_is_text_and_no_json(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    (text,) = list_files([str(tmp_path / "a.txt")])
+    assert [each.text for each in documents(text, Reading())] == ["\ufeffone", "two"]
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    (lines,) = list_files([str(tmp_path / "a.jsonl")])
+    with pytest.raises(DataError, match="byte-order mark") as refused:
+        list(documents(lines, Reading()))
+    assert (refused.value.line, refused.value.offset) == (1, 0)
+    bad: list[DataError] = []
+    assert [each.text for each in documents(lines, Reading(), on_bad=bad.append)] == ["two"]
+
+
 def test_paragraphs_lie_between_blank_lines(tmp_path: Path) -> None:
     content = b"\n \none\r\nand one\r\n\r\n\t\ntwo\n\n\nthree\n"
     reading = Reading(format="text", sample_by="paragraph")

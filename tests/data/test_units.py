@@ -66,7 +66,7 @@ def test_every_unit_is_in_one_slice(count: int, units: int) -> None:
 def test_a_slice_as_it_is_written() -> None:
     assert parse_slice("2/8") == Slice(2, 8)
     assert str(parse_slice("2/8")) == "2-of-8"
-    for wrong in ("0/8", "9/8", "2", "2/", "/8", "a/b", "-1/3", "1/0"):
+    for wrong in ("0/8", "9/8", "2", "2/", "/8", "a/b", "-1/3", "1/0", "\uff11/\uff12", " 1/2"):
         with pytest.raises(RequestError, match="expected I/N"):
             parse_slice(wrong)
 
