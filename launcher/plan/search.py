@@ -10,6 +10,7 @@ from launcher.plan.hardware import CATALOGUE, GPU
 from launcher.plan.memory import Memory, estimate
 from launcher.plan.shape import Shape
 from launcher.plan.speed import Speed, Wires, step_speed, utilisation
+from launcher.plan.states import Sharding
 from launcher.plan.traffic import stack_of
 
 FILL = 0.9
@@ -93,11 +94,11 @@ def _candidate(job: Job, batch: Batch, checkpointing: bool) -> Candidate:
         return Candidate(checkpointing, batch, None, None, fits=True)
     memory = estimate(
         job.shape,
+        Sharding("ddp", job.world_size),
         micro_batch=batch.micro_batch,
         block_size=job.block_size,
         precision=job.precision,
         gradient_checkpointing=checkpointing,
-        world_size=job.world_size,
         on_cpu=job.gpu.name == "cpu",
     )
     fits = job.available is None or memory.total <= FILL * job.available

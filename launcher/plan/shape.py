@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 
@@ -159,40 +159,82 @@ def hidden_size(config: Mapping[str, Any]) -> int:
     return int(config.get("hidden_size") or config.get("n_embd") or COMMON_WIDTH)
 
 
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """`count` trainable tensors of `rows` x `columns`: tables and matrices; a vector has one column."""
+
+    rows: int
+    columns: int
+    count: int
+
+    @property
+    def elements(self) -> int:
+        """Of one of them."""
+        return self.rows * self.columns
+
+    @property
+    def matrix(self) -> bool:
+        return self.columns > 1
+
+
+def tables(shape: Shape) -> list[Tensors]:
+    """What is looked up by token or position, and the output layer; a tied one once."""
+    found = [Tensors(shape.vocab, shape.hidden, 1 if shape.tied else 2)]
+    if shape.model_type == "gpt2":
+        found.append(Tensors(shape.positions or 0, shape.hidden, 1))
+    return found
+
+
+def layer_tensors(shape: Shape) -> list[Tensors]:
+    """One layer's tensors: the matrices in the model's order, then the vectors in theirs.
+
+    GPT-2 keeps a weight as inputs x outputs and has two LayerNorms and a bias for each matrix. The others
+    keep it as outputs x inputs and have two RMSNorms, to which Qwen2 adds biases on query, key and value, and
+    Qwen3 an RMSNorm on query and key heads.
+    """
+    hidden, queries, keys, inner = shape.hidden, shape.queries, shape.keys, shape.intermediate
+    if shape.model_type == "gpt2":
+        fused = queries + 2 * keys
+        return [
+            Tensors(hidden, fused, 1),
+            Tensors(queries, hidden, 1),
+            Tensors(hidden, inner, 1),
+            Tensors(inner, hidden, 1),
+            Tensors(hidden, 1, 2),
+            Tensors(fused, 1, 1),
+            Tensors(hidden, 1, 3),
+            Tensors(inner, 1, 1),
+            Tensors(hidden, 1, 1),
+        ]
+    biases = [Tensors(queries, 1, 1), Tensors(keys, 1, 2)] if shape.model_type == "qwen2" else []
+    head_norms = [Tensors(shape.head_size, 1, 2)] if shape.model_type == "qwen3" else []
+    return [
+        Tensors(queries, hidden, 1),
+        Tensors(keys, hidden, 2),
+        Tensors(hidden, queries, 1),
+        Tensors(inner, hidden, 2),
+        Tensors(hidden, inner, 1),
+        *biases,
+        *head_norms,
+        Tensors(hidden, 1, 2),
+    ]
+
+
+def tensors(shape: Shape) -> Iterator[Tensors]:
+    """Every trainable tensor of the model, those of one place in all layers together."""
+    yield from tables(shape)
+    yield from (replace(one, count=one.count * shape.layers) for one in layer_tensors(shape))
+    yield Tensors(shape.hidden, 1, 2 if shape.model_type == "gpt2" else 1)
+
+
 def parameters(shape: Shape) -> int:
     """Trainable parameters, exactly; a tied embedding counts once."""
-    tables = shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    if shape.model_type == "gpt2":
-        positions = (shape.positions or 0) * shape.hidden
-        return (
-            tables
-            + positions
-            + shape.layers * (weights_per_layer(shape) + _gpt2_vectors(shape))
-            + 2 * shape.hidden
-        )
-    return tables + shape.layers * (weights_per_layer(shape) + _llama_vectors(shape)) + shape.hidden
+    return sum(one.elements * one.count for one in tensors(shape))
 
 
 def weights_per_layer(shape: Shape) -> int:
-    """Elements of one layer's weight matrices: query, key, value, output, and the MLP's two or three."""
-    attention = shape.hidden * (2 * shape.queries + 2 * shape.keys)
-    return attention + (3 if shape.gated else 2) * shape.hidden * shape.intermediate
-
-
-def _gpt2_vectors(shape: Shape) -> int:
-    """Biases of the four matrices, and the weight and bias of two LayerNorms."""
-    biases = shape.queries + 2 * shape.keys + shape.hidden + shape.intermediate + shape.hidden
-    return biases + 4 * shape.hidden
-
-
-def _llama_vectors(shape: Shape) -> int:
-    """Two RMSNorms; Qwen2 has biases on query, key and value, Qwen3 an RMSNorm on query and key heads."""
-    norms = 2 * shape.hidden
-    if shape.model_type == "qwen2":
-        return norms + shape.queries + 2 * shape.keys
-    if shape.model_type == "qwen3":
-        return norms + 2 * shape.head_size
-    return norms
+    """Elements of one layer's weight matrices."""
+    return sum(one.elements * one.count for one in layer_tensors(shape) if one.matrix)
 
 
 def flops_per_token(shape: Shape, block_size: int) -> float:

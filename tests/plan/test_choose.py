@@ -21,6 +21,7 @@ from launcher.plan.memory import estimate
 from launcher.plan.search import FILL
 from launcher.plan.shape import Shape, shape_of
 from launcher.plan.speed import Wires, step_speed
+from launcher.plan.states import Sharding
 from launcher.plan.traffic import stack_of
 
 SMALL = st.integers(1, 12)
@@ -125,11 +126,11 @@ def test_nothing_better_would_have_fitted(
     def fits(micro: int, checkpointing: bool) -> bool:
         needed = estimate(
             model,
+            Sharding("ddp", ranks),
             micro_batch=micro,
             block_size=block_size,
             precision=precision,
             gradient_checkpointing=checkpointing,
-            world_size=ranks,
         )
         return needed.total <= FILL * (place.gpu.memory or 0)
 

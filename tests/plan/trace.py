@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from launcher.config.presets import PRESETS
 from launcher.plan.memory import estimate
 from launcher.plan.shape import shape_of
+from launcher.plan.states import Sharding
 from launcher.worker.fast import use_tanh_gelu_kernel
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm"})
@@ -131,10 +132,12 @@ def _dropout(
     return torch.ops.aten.native_dropout(input, p, training)[0] if training and p > 0 else input
 
 
-def build(fields: Mapping[str, Any], checkpointing: bool) -> PreTrainedModel:
+def build(
+    fields: Mapping[str, Any], checkpointing: bool, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     rest = {key: value for key, value in fields.items() if key != "model_type"}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(fields["model_type"], **rest)
+        AutoConfig.for_model(fields["model_type"], **rest), dtype=dtype
     )
     model.loss_type = "ForCausalLM"
     model.train()
@@ -205,13 +208,13 @@ def peaks(model: str, checkpointing: bool) -> Iterator[Peak]:
     for micro_batch, traced in zip(SIZES, traces, strict=True):
         memory = estimate(
             shape,
+            Sharding("ddp", 1),
             micro_batch=micro_batch,
             block_size=1024,
             precision="bf16",
             gradient_checkpointing=checkpointing,
-            world_size=1,
         )
-        passing = memory.autocast_copies + memory.activations + memory.logits_and_loss
+        passing = memory.weight_copies + memory.activations + memory.logits_and_loss
         yield Peak(model, checkpointing, micro_batch, traced.peak, passing)
 
 

@@ -1,0 +1,162 @@
+"""What comes and goes within a step, in bytes on one rank: activations, logits, and autocast's copies.
+
+The peak is at one of three moments, and the largest counts: where the loss is computed, with autocast still
+holding a copy of every weight matrix; where the backward pass begins, with the logits' gradient being made;
+or later, inside a layer. Left out: the allocator's fragmentation, and dense attention masks (padded or
+isolated documents).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from launcher.plan.shape import Shape, weights_per_layer
+
+FP32: Final = 4
+"""Bytes of a weight, a gradient, a moment, and of everything autocast keeps in fp32."""
+
+HALF: Final = 2
+"""Bytes of bf16 and of fp16."""
+
+BYTES_PER_LOGIT: Final = 12
+"""Where backward begins: the loss's fp32 log-probabilities, their gradient, and the one it is made into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What a model computes in, in bytes: its matrix products, and its residual stream and weights.
+
+    `compute` below `stream` is autocast, which casts weights and inputs for each product. Both half: the
+    model itself is in half precision, as under DeepSpeed and FSDP, and nothing is cast.
+    """
+
+    compute: int
+    stream: int
+
+    @property
+    def cast(self) -> bool:
+        return self.compute < self.stream
+
+
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """Bytes of what comes and goes within a step, at one moment of it."""
+
+    weight_copies: int
+    activations: int
+    logits_and_loss: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """The three moments that may be the peak."""
+
+    loss: Passing
+    backward: Passing
+    layer: Passing
+
+
+def moments(
+    shape: Shape,
+    numbers: Numbers,
+    *,
+    micro_batch: int,
+    block_size: int,
+    gradient_checkpointing: bool,
+    on_cpu: bool,
+) -> Moments:
+    """The loss, the start of backward, and inside the last layer, for `micro_batch` blocks of `block_size`.
+
+    Autocast casts each weight matrix once a forward pass and holds the copies until the pass is over;
+    backward needs them too, except under checkpointing, where each layer casts its own again.
+    """
+    tokens = micro_batch * block_size
+    layer = tokens * _layer(shape, numbers, block_size, on_cpu=on_cpu)
+    inside = tokens * _gradients_inside(shape, numbers)
+    ends = tokens * _ends(shape, numbers, on_cpu=on_cpu)
+    each, head = (
+        HALF * size if numbers.cast else 0 for size in (weights_per_layer(shape), shape.vocab * shape.hidden)
+    )
+    casts = shape.layers * each
+    # A checkpointed layer keeps its input alone, and all of it is computed again on the way back.
+    kept = shape.layers * (tokens * numbers.stream * shape.hidden if gradient_checkpointing else layer)
+    logits = tokens * shape.vocab
+    halves = numbers.compute if numbers.compute == HALF else 0
+    # By the time the layers' own gradients are made, the logits and what led to them are gone.
+    again = layer if gradient_checkpointing else 0
+    return Moments(
+        loss=Passing(casts + head, kept + ends, (2 * FP32 + halves) * logits),
+        backward=Passing(
+            (0 if gradient_checkpointing else casts) + head, kept + ends, BYTES_PER_LOGIT * logits
+        ),
+        layer=Passing((each if gradient_checkpointing else casts) + head, kept + again + inside, 0),
+    )
+
+
+def _layer(shape: Shape, numbers: Numbers, block_size: int, *, on_cpu: bool) -> int:
+    """Bytes that one layer keeps for backward, for each token.
+
+    After Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models",
+    section 4.1, with three changes. The residual stream stays fp32 under autocast. Attention does not
+    keep its T x T weights but, for each head and token, their log-sum-exp (Dao et al. 2022,
+    "FlashAttention"). What a kernel can derive from its output is not kept, as with a fused tanh GELU.
+    """
+    compute = numbers.compute
+    attention = _attention(shape, numbers, block_size, on_cpu=on_cpu)
+    if shape.gated:
+        return attention + _rms_norms(shape, numbers) + _gated_projections(shape, numbers)
+    masks = 2 * _mask(numbers, on_cpu=on_cpu) * shape.hidden if shape.dropout else 0
+    layer_norms = 2 * (numbers.stream * shape.hidden + 2 * FP32)  # the input; mean and deviation
+    inputs = 2 * compute * shape.hidden  # of the attention's and the MLP's first projection
+    return attention + layer_norms + inputs + 2 * compute * shape.intermediate + masks
+
+
+def _attention(shape: Shape, numbers: Numbers, block_size: int, *, on_cpu: bool) -> int:
+    """Query, key, value and output; and what stands in for the attention weights."""
+    compute = numbers.compute
+    output = compute * shape.queries + _head_norms(shape, compute)
+    inputs = shape.queries + 2 * shape.keys
+    if on_cpu and shape.attention_dropout:
+        # PyTorch has no fused kernel for this: fp32 weights, their mask and the product are kept.
+        return output + FP32 * inputs + 3 * FP32 * shape.heads * block_size
+    return output + compute * inputs + FP32 * shape.heads
+
+
+def _head_norms(shape: Shape, compute: int) -> int:
+    """Qwen3 normalises each query and key head: the input in fp32, the normalised input, and the scale."""
+    if shape.model_type != "qwen3":
+        return 0
+    return (FP32 + compute) * (shape.queries + shape.keys) + FP32 * (shape.heads + shape.kv_heads)
+
+
+def _rms_norms(shape: Shape, numbers: Numbers) -> int:
+    """Two of them, as transformers computes them: the fp32 input, its scale, the normalised input."""
+    return 2 * ((FP32 + numbers.stream) * shape.hidden + FP32)
+
+
+def _gated_projections(shape: Shape, numbers: Numbers) -> int:
+    """The projections' inputs, and the gate, its activation, the up projection and their product.
+
+    Query, key and value share an input, and so do gate and up; but autocast casts it for each of them.
+    """
+    inputs = 5 if numbers.cast else 2
+    return numbers.compute * (inputs * shape.hidden + 4 * shape.intermediate)
+
+
+def _gradients_inside(shape: Shape, numbers: Numbers) -> int:
+    """Bytes for each token at most alive inside one layer's backward: the MLP's and the residual stream's."""
+    mlp = (2 if shape.gated else 1) * numbers.compute * shape.intermediate
+    return mlp + numbers.stream * shape.hidden
+
+
+def _ends(shape: Shape, numbers: Numbers, *, on_cpu: bool) -> int:
+    """Bytes for each token outside the layers: the embedding's dropout, the last norm, the head's input."""
+    mask = _mask(numbers, on_cpu=on_cpu) * shape.hidden if shape.dropout else 0
+    norm = (FP32 if shape.gated else 0) + numbers.stream
+    return mask + (norm + numbers.compute) * shape.hidden
+
+
+def _mask(numbers: Numbers, *, on_cpu: bool) -> int:
+    """Bytes of one element of a dropout mask: a bool on a GPU, a number on a CPU."""
+    return numbers.compute if on_cpu else 1
