@@ -423,12 +423,13 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
         console.section("what it becomes", becomes_rows(planned)),
     ]
     if planned.memory is not None:
-        total = sum(planned.memory.values())
+        held = {name: size for name, size in planned.memory.items() if size}
+        total = sum(held.values())
         room = (
             "" if planned.memory_available is None else f" of {console.gibibytes(planned.memory_available)}"
         )
         title = f"memory per rank: about {console.gibibytes(total)}{room} (an estimate, not yet measured)"
-        blocks.append(console.section(title, console.bars(planned.memory, planned.memory_available)))
+        blocks.append(console.section(title, console.bars(held, planned.memory_available)))
     blocks.append(console.section("speed: a prediction, not measured on this GPU", speed_rows(planned)))
     (console.answer if stream_of_answer else console.say)("\n".join(blocks))
 

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from launcher.plan.activations import FP32, HALF, Numbers
 from launcher.plan.batch import Batch
+from launcher.plan.collectives import Wires
 from launcher.plan.hardware import GIGA, GPU, find_gpu
 from launcher.plan.shape import Shape, shape_of
-from launcher.plan.speed import Wires, step_speed
+from launcher.plan.speed import step_speed
+from launcher.plan.states import Sharding
 from launcher.plan.traffic import BANDWIDTH_SHARE, Layer, Stack, stack_of
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
@@ -67,17 +70,16 @@ does. What is shown is that one set of formulas, with five fitted shares, agrees
 The rows, in `published_speeds.csv`:
 
 - **llm-foundry**, `scripts/train/benchmarking/README.md`: MPT (GPT-2's layers) from 125 million to 7 billion
-  parameters, blocks of 512 to 8192 tokens, 8 to 512 GPUs, bf16, without rows in fp8. They ran FSDP; the model
-  replays them as DDP, whose gradients travel about as many bytes. Three rows are far below their own
-  neighbours in the published table (760m at 512 and 1024 tokens on A100 80GB, 1b on 32 A100 40GB) and
-  stand here as they are.
+  parameters, blocks of 512 to 8192 tokens, 8 to 512 GPUs, bf16, without rows in fp8; FSDP, and
+  replayed as fsdp. Three rows are far below their own neighbours in the published table (760m at 512 and
+  1024 tokens on A100 80GB, 1b on 32 A100 40GB) and stand here as they are.
 - **llm.c**: hand-written CUDA. The seconds of a step are those in its `scripts/run_gpt2_*.sh`, but for 124M.
 - **nanoGPT**: torch.compile; the middle of the 107 to 138 thousand tokens/s that were reported.
 
 Three ways to run, each with its own count of bytes: eager PyTorch, torch.compile, and kernels by hand. Fitted
 on every second row of llm-foundry, by least squares of the logarithm: the share of the peak that matrix
-products reach (A100 0.89, H100 0.76) and that attention reaches (0.31 and 0.166; FlashAttention 1), and
-the share of the memory's bandwidth that PyTorch's other kernels reach (0.51). llm.c's share of it, 0.85,
+products reach (A100 0.867, H100 0.702) and that attention reaches (0.312 and 0.174; FlashAttention 1), and
+the share of the memory's bandwidth that PyTorch's other kernels reach (0.5). llm.c's share of it, 0.85,
 is assumed.
 
 A prediction for a GPU of another generation takes A100's shares, for which there is no row. The host's time
@@ -119,7 +121,7 @@ class Row:
     def stack(self) -> Stack:
         if self.source == "llm-foundry":
             return PURE_HALF
-        return BY_HAND if self.source == "llm.c" else stack_of(self.shape, "bf16", compiled=True)
+        return BY_HAND if self.source == "llm.c" else stack_of(self.shape, Numbers(HALF, FP32), compiled=True)
 
 
 def published() -> list[Row]:
@@ -150,6 +152,7 @@ def predicted(row: Row, stack: Stack | None = None) -> float:
         row.batch,
         Wires(min(8, row.batch.world_size), row.gpu.link, NETWORK[row.gpu.name[:4]]),
         stack or row.stack,
+        Sharding("fsdp" if row.source == "llm-foundry" else "ddp", row.batch.world_size),
         block_size=row.block_size,
         precision="bf16",
         gradient_checkpointing=row.checkpointing,
@@ -204,12 +207,14 @@ def scaling() -> Iterator[str]:
     for name, compiled, eight, many in (("eager", False, 5762, 5605), ("compiled", True, 6667, 6514)):
         seconds = []
         for world_size in (8, 128):
+            sharding = Sharding("fsdp", world_size)
             speed = step_speed(
                 shape,
                 gpu,
                 Batch(2 * world_size, 2, 1, world_size),
                 Wires(8, gpu.link, NETWORK["h100"]),
-                stack_of(shape, "bf16", compiled=compiled),
+                stack_of(shape, sharding.numbers("bf16"), compiled=compiled),
+                sharding,
                 block_size=8192,
                 precision="bf16",
                 gradient_checkpointing=False,

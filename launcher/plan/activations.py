@@ -47,6 +47,10 @@ class Passing:
     activations: int
     logits_and_loss: int
 
+    @property
+    def total(self) -> int:
+        return self.weight_copies + self.activations + self.logits_and_loss
+
 
 @dataclass(frozen=True, slots=True)
 class Moments:

@@ -11,6 +11,8 @@ from launcher.errors import MachineError, RequestError
 from launcher.plan.batch import NOTHING_DONE, Batch, Done, count_steps, splits, warmup_steps
 from launcher.plan.hardware import GPU
 from launcher.plan.search import (
+    FILL,
+    STRATEGIES,
     Candidate,
     Forecast,
     Job,
@@ -19,14 +21,26 @@ from launcher.plan.search import (
     fastest,
     forecast,
     remedies,
+    states_on_host,
 )
 from launcher.plan.shape import Shape, parameters
+from launcher.plan.states import Sharding
 
 CPU_TOKENS = 8192
 """Tokens in a forward pass on a CPU beyond which a larger micro-batch only costs memory."""
 
 GPU_TOKENS = 65536
 """The same on a GPU: kernels are full well below it."""
+
+OFFLOADS: Mapping[str, tuple[str, ...]] = {
+    "auto": ("none", "optimizer", "parameters"),
+    "ddp": ("none",),
+    "zero1": ("none", "optimizer"),
+    "zero2": ("none", "optimizer"),
+    "zero3": ("none", "optimizer", "parameters"),
+    "fsdp": ("none", "parameters"),
+}
+"""What each strategy can offload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +93,8 @@ class Plan:
     `samples` are those in the whole run. They, `steps` and `warmup_steps` are None only where training is
     measured in epochs and the text is not prepared yet. `parameters` and `memory` (bytes per rank, by
     category) are None for a model whose architecture the memory model does not know. `forecast` is None
-    there too, on a CPU, and in a plan of an earlier version.
+    there too, on a CPU, and in a plan of an earlier version. `host_memory` is what offload takes of a node's
+    own memory, in bytes.
     """
 
     name: str
@@ -106,6 +121,7 @@ class Plan:
     memory: dict[str, int] | None
     memory_available: int | None
     forecast: Forecast | None = None
+    host_memory: int = 0
 
     @property
     def tokens(self) -> int | None:
@@ -194,8 +210,8 @@ def make_plan(
         nodes=place.nodes,
         ranks_per_node=place.ranks_per_node,
         threads_per_rank=_threads(place),
-        strategy="ddp" if train.strategy == "auto" else train.strategy,
-        offload=train.offload,
+        strategy=chosen.sharding.strategy,
+        offload=chosen.sharding.offload,
         precision=precision,
         gradient_checkpointing=chosen.gradient_checkpointing,
         compile=job.compiled,
@@ -210,6 +226,7 @@ def make_plan(
         parameters=None if shape is None else parameters(shape),
         memory=None if chosen.memory is None else dict(chosen.memory.items()),
         memory_available=job.available,
+        host_memory=states_on_host(job, chosen.sharding),
         forecast=forecast(job, chosen, found, steps=steps, price_per_gpu_hour=place.price_per_gpu_hour),
     )
 
@@ -257,7 +274,7 @@ def _job(run: RunConfig, place: Place, shape: Shape | None, precision: str) -> J
 
 
 def _fit(run: RunConfig, job: Job) -> tuple[Candidate, list[Candidate]]:
-    """Gradient checkpointing and the batch's split, chosen, and everything it was chosen from.
+    """Strategy, gradient checkpointing and the batch's split, chosen, and everything it was chosen from.
 
     What the user fixed is taken as given, and not refused for memory: the estimate may be wrong.
     """
@@ -266,18 +283,50 @@ def _fit(run: RunConfig, job: Job) -> tuple[Candidate, list[Candidate]]:
     largest = max(1, (CPU_TOKENS if job.gpu.name == "cpu" else GPU_TOKENS) // job.block_size)
     asked = train.gradient_checkpointing
     batches = splits(train.batch_size, job.world_size, fixed, largest)
-    found = candidates(job, batches, (False, True) if asked == "auto" else (asked,))
+    shardings = _shardings(run, job)
+    found = candidates(job, batches, (False, True) if asked == "auto" else (asked,), shardings)
     chosen = fastest(found)
     if chosen is None and fixed is not None:
-        chosen = found[-1]
+        chosen = min(found, key=lambda one: one.memory.total if one.memory else 0)
     if chosen is not None:
         return chosen, found
     least = min(one.memory.total for one in found if one.memory is not None)
     raise RequestError(
         f"{run.model.name} does not fit on {job.gpu.name}: about {least / 2**30:.1f} GiB at micro-batch 1, "
-        f"and there are {(job.available or 0) / 2**30:.1f} GiB",
+        f"and of {(job.available or 0) / 2**30:.1f} GiB {FILL:.0%} is to be used",
         hint=", or ".join([*remedies(job, found), "set train.micro_batch=1 to try all the same"]),
     )
+
+
+def _shardings(run: RunConfig, job: Job) -> list[Sharding]:
+    """The strategies to choose from, the simpler first; one that is asked for is taken as given.
+
+    With one rank there is nothing to share, and on a CPU nothing to gain. Without a closed form for the
+    model nobody knows what would fit. Raises RequestError for offload without ZeRO, MachineError for FSDP on
+    a CPU.
+    """
+    strategy, offload = run.train.strategy, run.train.offload
+    if strategy == "fsdp" and job.gpu.name == "cpu":
+        raise MachineError(
+            "train.strategy=fsdp needs a GPU: accelerate trains with plain DDP on a CPU",
+            hint="use train.strategy=auto, or zero3",
+            key="train.strategy",
+        )
+    if offload not in OFFLOADS.get(strategy, OFFLOADS["auto"]):
+        raise RequestError(
+            f"train.offload={offload} is not possible with train.strategy={strategy}",
+            hint="use train.strategy=zero3" if strategy != "auto" else None,
+            key="train.offload",
+        )
+    if strategy != "auto":
+        names: tuple[str, ...] = (strategy,)
+    elif offload != "none":
+        names = ("zero3",) if offload == "parameters" else ("zero1", "zero2", "zero3")
+    elif job.world_size == 1 or job.gpu.name == "cpu" or job.shape is None:
+        names = ("ddp",)
+    else:
+        names = STRATEGIES
+    return [Sharding(name, job.world_size, offload) for name in names]
 
 
 def _memory_per_rank(place: Place) -> int | None:

@@ -208,6 +208,50 @@ def find_gpu(name: str) -> GPU:
     )
 
 
+def from_figures(
+    name: str,
+    *,
+    memory_gb: float,
+    bf16_tflops: float | None = None,
+    bandwidth_gbs: float | None = None,
+    link_gbs: float | None = None,
+) -> GPU:
+    """A GPU that the catalogue lacks, by its maker's figures, all in the datasheet's units (10^9, 10^12).
+
+    `link_gbs` is what one GPU sends to others of its node. Memory alone is enough to plan what fits; speed
+    needs the others too. It is taken for Ampere, as every generation is that no measurement was fitted on.
+    Raises RequestError for a name that the catalogue has, or a figure that is not above zero.
+    """
+    if name in CATALOGUE:
+        raise RequestError(
+            f"gpu: {name!r} is in the catalogue, with its figures",
+            hint=f"write gpu: {name}, or describe yours under another name",
+        )
+    figures = {
+        "memory_gb": memory_gb,
+        "bf16_tflops": bf16_tflops,
+        "bandwidth_gbs": bandwidth_gbs,
+        "link_gbs": link_gbs,
+    }
+    for figure, value in figures.items():
+        if value is not None and value <= 0:
+            raise RequestError(
+                f"gpu.{figure}: expected a number above zero, got {value:g}",
+                hint="write the datasheet's figure" + ("" if figure == "memory_gb" else ", or leave it out"),
+            )
+    peak = None if bf16_tflops is None else bf16_tflops * TERA
+    return GPU(
+        name,
+        round(memory_gb * GIGA),
+        None if bandwidth_gbs is None else bandwidth_gbs * GIGA,
+        None if link_gbs is None else link_gbs * GIGA,
+        Rates(bf16=peak, fp16=peak, tf32=None, fp32=None),
+        (8, 0),
+        None,
+        "cluster.yaml",
+    )
+
+
 def from_nvml(name: str, memory: int) -> GPU | None:
     """The catalogue's entry for the GPU that NVML calls `name` and gives `memory` bytes, or None.
 

@@ -1,16 +1,17 @@
-"""Which micro-batch, and whether to checkpoint: the fastest that fits, and why the others lost."""
+"""Which strategy and micro-batch, and whether to checkpoint: the fastest that fits, and why others lost."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.plan.batch import Batch
+from launcher.plan.collectives import Wires
 from launcher.plan.hardware import CATALOGUE, GPU
 from launcher.plan.memory import Memory, estimate
 from launcher.plan.shape import Shape
-from launcher.plan.speed import Speed, Wires, step_speed, utilisation
-from launcher.plan.states import Sharding
+from launcher.plan.speed import Speed, step_speed, utilisation
+from launcher.plan.states import Sharding, states
 from launcher.plan.traffic import stack_of
 
 FILL = 0.9
@@ -19,13 +20,19 @@ FILL = 0.9
 RUNNERS_UP = 3
 """How many a plan names."""
 
+TIE = 0.05
+"""Strategies predicted this close are equally fast: about twice the speed model's median error."""
+
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+"""What `auto` searches, the simpler first; fsdp only where asked (`docs/decisions/`)."""
+
 SHORTEST_BLOCK = 128
 """Tokens; a shorter block is not worth proposing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Everything that memory and speed depend on, but for the batch's split and checkpointing.
+    """Everything that memory and speed depend on, but for the strategy, the batch's split and checkpointing.
 
     `shape` is None for an architecture without a closed form, `available` (bytes for each rank) and
     `network` (bytes/s for each GPU, between nodes) where they are not known.
@@ -46,6 +53,7 @@ class Job:
 class Candidate:
     """One way to do a job: the memory it is estimated to take, and how long a step is predicted to be."""
 
+    sharding: Sharding
     gradient_checkpointing: bool
     batch: Batch
     memory: Memory | None
@@ -65,6 +73,8 @@ class RunnerUp:
     micro_batch: int
     gradient_checkpointing: bool
     why: str
+    strategy: str = "ddp"
+    offload: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +94,24 @@ class Forecast:
     runners_up: list[RunnerUp]
 
 
-def candidates(job: Job, batches: Sequence[Batch], checkpointing: Sequence[bool]) -> list[Candidate]:
-    """Every way to do `job`, in the order preferred between equals: by `checkpointing`, then by `batches`."""
-    return [_candidate(job, batch, on) for on in checkpointing for batch in batches]
+def candidates(
+    job: Job, batches: Sequence[Batch], checkpointing: Sequence[bool], shardings: Sequence[Sharding]
+) -> list[Candidate]:
+    """Every way to do `job`, the preferred first: by `shardings`, by `checkpointing`, then by `batches`."""
+    return [
+        _candidate(job, batch, on, sharding)
+        for sharding in shardings
+        for on in checkpointing
+        for batch in batches
+    ]
 
 
-def _candidate(job: Job, batch: Batch, checkpointing: bool) -> Candidate:
+def _candidate(job: Job, batch: Batch, checkpointing: bool, sharding: Sharding) -> Candidate:
     if job.shape is None:
-        return Candidate(checkpointing, batch, None, None, fits=True)
+        return Candidate(sharding, checkpointing, batch, None, None, fits=True)
     memory = estimate(
         job.shape,
-        Sharding("ddp", job.world_size),
+        sharding,
         micro_batch=batch.micro_batch,
         block_size=job.block_size,
         precision=job.precision,
@@ -102,10 +119,11 @@ def _candidate(job: Job, batch: Batch, checkpointing: bool) -> Candidate:
         on_cpu=job.gpu.name == "cpu",
     )
     fits = job.available is None or memory.total <= FILL * job.available
-    return Candidate(checkpointing, batch, memory, _speed(job, job.shape, batch, checkpointing), fits)
+    speed = _speed(job, job.shape, batch, checkpointing, sharding)
+    return Candidate(sharding, checkpointing, batch, memory, speed, fits)
 
 
-def _speed(job: Job, shape: Shape, batch: Batch, checkpointing: bool) -> Speed | None:
+def _speed(job: Job, shape: Shape, batch: Batch, checkpointing: bool, sharding: Sharding) -> Speed | None:
     if job.gpu.link is None:
         return None
     return step_speed(
@@ -113,7 +131,8 @@ def _speed(job: Job, shape: Shape, batch: Batch, checkpointing: bool) -> Speed |
         job.gpu,
         batch,
         Wires(job.ranks_per_node, job.gpu.link, job.network),
-        stack_of(shape, job.precision, compiled=job.compiled),
+        stack_of(shape, sharding.numbers(job.precision), compiled=job.compiled),
+        sharding,
         block_size=job.block_size,
         precision=job.precision,
         gradient_checkpointing=checkpointing,
@@ -121,8 +140,22 @@ def _speed(job: Job, shape: Shape, batch: Batch, checkpointing: bool) -> Speed |
 
 
 def fastest(found: Sequence[Candidate]) -> Candidate | None:
-    """The fastest that fits, the first of equals; None where none fits."""
-    return min((one for one in found if one.fits), key=lambda one: one.seconds, default=None)
+    """The fastest that fits, of strategies that are as good as equally fast the simplest; None if none fits.
+
+    `found` has the simpler strategies first, and the preferred of equals.
+    """
+    best = _best_of_each([one for one in found if one.fits])
+    least = min((one.seconds for one in best), default=0.0)
+    return next((one for one in best if one.seconds <= (1 + TIE) * least), None)
+
+
+def _best_of_each(found: Iterable[Candidate]) -> list[Candidate]:
+    """The fastest candidate of each strategy, in the order of `found`."""
+    best: dict[Sharding, Candidate] = {}
+    for one in found:
+        if one.sharding not in best or one.seconds < best[one.sharding].seconds:
+            best[one.sharding] = one
+    return list(best.values())
 
 
 def forecast(
@@ -157,19 +190,32 @@ def _four_digits(number: float) -> float:
 
 
 def _runners_up(job: Job, chosen: Candidate, found: Sequence[Candidate]) -> Iterator[RunnerUp]:
-    """Of the faster ones that do not fit the one that nearly does, and then the next that fit."""
+    """Of the faster ones that do not fit the one that nearly does, then the best of each other strategy, and
+    then the next that fit."""
     faster = [one for one in found if not one.fits and one.seconds < chosen.seconds]
     fitting = [one for one in found if one.fits and one is not chosen]
     nearest = sorted(faster, key=lambda one: one.memory.total if one.memory else 0)[:1]
-    for one in [*nearest, *sorted(fitting, key=lambda one: one.seconds)][:RUNNERS_UP]:
-        change = abs(one.seconds / chosen.seconds - 1)
-        if one.fits:
-            why = f"{change:.1%} slower"
-        else:
-            assert one.memory is not None
-            room = FILL * (job.available or 0)
-            why = f"{change:.1%} faster, but needs {_gib(one.memory.total)} and {_gib(room)} is to be used"
-        yield RunnerUp(one.batch.micro_batch, one.gradient_checkpointing, why)
+    rivals = _best_of_each(one for one in fitting if one.sharding != chosen.sharding)
+    slowest_last = [sorted(some, key=lambda one: one.seconds) for some in (rivals, fitting)]
+    for one in list(dict.fromkeys([*nearest, *slowest_last[0], *slowest_last[1]]))[:RUNNERS_UP]:
+        yield RunnerUp(
+            one.batch.micro_batch,
+            one.gradient_checkpointing,
+            _why(job, chosen, one),
+            one.sharding.strategy,
+            one.sharding.offload,
+        )
+
+
+def _why(job: Job, chosen: Candidate, one: Candidate) -> str:
+    change = one.seconds / chosen.seconds - 1
+    if not one.fits:
+        assert one.memory is not None
+        room = FILL * (job.available or 0)
+        return f"{-change:.1%} faster, but needs {_gib(one.memory.total)} and {_gib(room)} is to be used"
+    if change < 0:
+        return f"only {-change:.1%} faster, and less simple"
+    return f"{change:.1%} slower"
 
 
 def _gib(size: float) -> str:
@@ -178,16 +224,53 @@ def _gib(size: float) -> str:
 
 def remedies(job: Job, found: Sequence[Candidate]) -> Iterator[str]:
     """What would make a job fit that does not, each alone, the cheapest change first."""
-    smallest = min(found, key=lambda one: one.memory.total if one.memory else 0).batch
-    if not any(one.gradient_checkpointing for one in found) and _candidate(job, smallest, True).fits:
+    least = min(found, key=lambda one: one.memory.total if one.memory else 0)
+    smallest, sharding = least.batch, least.sharding
+
+    def fits(asked: Job, sharding: Sharding = sharding) -> bool:
+        return _candidate(asked, smallest, True, sharding).fits
+
+    if not any(one.gradient_checkpointing for one in found) and fits(job):
         yield "set train.gradient_checkpointing: auto"
+    if job.gpu.name != "cpu":
+        yield from _more_sharing(job, sharding, fits)
+    elif job.available and fits(replace(job, available=job.available * job.ranks_per_node)):
+        yield "start one rank (gpus_per_node: 1), as ranks on a CPU share its memory"
     block = job.block_size // 2
-    while block >= SHORTEST_BLOCK and not _candidate(replace(job, block_size=block), smallest, True).fits:
+    while block >= SHORTEST_BLOCK and not fits(replace(job, block_size=block)):
         block //= 2
     if block >= SHORTEST_BLOCK:
         yield f"set data.block_size to {block}"
     for gpu in sorted(CATALOGUE.values(), key=lambda gpu: gpu.memory or 0):
-        if gpu.memory and _candidate(replace(job, gpu=gpu, available=gpu.memory), smallest, True).fits:
+        if gpu.memory and fits(replace(job, gpu=gpu, available=gpu.memory)):
             yield f"use a GPU with more memory, such as {gpu.name}"
             return
     yield "use a smaller model"
+
+
+def _more_sharing(job: Job, used: Sharding, fits: Callable[[Job, Sharding], bool]) -> Iterator[str]:
+    """The first strategy that shares enough, and the least offload that moves enough to the host."""
+    world = job.world_size
+    if used.offload == "none" and world > 1:
+        for strategy in (
+            STRATEGIES[STRATEGIES.index(used.strategy) + 1 :] if used.strategy in STRATEGIES else ()
+        ):
+            if fits(job, Sharding(strategy, world)):
+                yield f"set train.strategy: {strategy}"
+                return
+    for strategy, offload in (("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "parameters")):
+        sharding = Sharding(strategy, world, offload)
+        if sharding != used and fits(job, sharding):
+            host = states_on_host(job, sharding)
+            yield (
+                f"set train.strategy: {strategy} and train.offload: {offload} "
+                f"(slow, and {_gib(host)} of a node's own memory)"
+            )
+            return
+
+
+def states_on_host(job: Job, sharding: Sharding) -> int:
+    """Bytes of one node's memory that offload takes, for all its ranks."""
+    if job.shape is None:
+        return 0
+    return job.ranks_per_node * states(job.shape, sharding, job.precision).host

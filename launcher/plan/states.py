@@ -206,7 +206,9 @@ def _stage_3(shape: Shape, sharding: Sharding, *, half: bool) -> States:
     element = HALF if half else FP32
     own = partitions(shape, sharding.world_size)
     sizes = buckets(shape)
-    vectors = partitions(shape, sharding.world_size, only_vectors=True) * sharding.world_size
+    # One rank's partition is the whole, and nothing is gathered.
+    shared = sharding.world_size > 1
+    vectors = partitions(shape, sharding.world_size, only_vectors=True) * sharding.world_size if shared else 0
     table = shape.vocab * shape.hidden
     on_gpu = sharding.offload == "none"
     return States(
@@ -214,7 +216,7 @@ def _stage_3(shape: Shape, sharding: Sharding, *, half: bool) -> States:
         master_weights=FP32 * own if on_gpu else 0,
         gradients=FP32 * own if on_gpu else 0,
         optimizer=2 * FP32 * own if on_gpu else 0,
-        gathered=element * (table + sizes.prefetch_bucket_size),
+        gathered=element * (table + sizes.prefetch_bucket_size) if shared or not on_gpu else 0,
         transient=element * table,
         buffers=2 * element * sizes.reduce_bucket_size,
         reduction=FP32 * min(own, sizes.sub_group_size) if on_gpu else 0,

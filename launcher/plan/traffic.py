@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from launcher.plan.activations import FP32, Numbers
 from launcher.plan.shape import Shape
 
 
@@ -45,7 +46,7 @@ class Stack:
     bandwidth_share: float
 
 
-BANDWIDTH_SHARE: Final = 0.51
+BANDWIDTH_SHARE: Final = 0.5
 """PyTorch's element-wise kernels, launches included. Fitted: `docs/benchmarks/speed.md`."""
 
 _EAGER_HALF: Final[Mapping[str, Stack]] = {
@@ -54,6 +55,15 @@ _EAGER_HALF: Final[Mapping[str, Stack]] = {
     "qwen2": Stack(Layer(400, 97, 28, 0, 156), Layer(96, 36, 10, 0, 49), 42, 24, BANDWIDTH_SHARE),
     "qwen3": Stack(Layer(400, 263, 28, 0, 192), Layer(96, 84, 10, 0, 62), 42, 24, BANDWIDTH_SHARE),
 }
+_EAGER_PURE_HALF: Final[Mapping[str, Stack]] = {
+    "gpt2": Stack(Layer(66, 0, 12, 20, 45), Layer(14, 0, 4, 10, 11), 36, 14, BANDWIDTH_SHARE),
+    "llama": Stack(Layer(306, 52, 28, 0, 118), Layer(78, 20, 10, 0, 36), 36, 14, BANDWIDTH_SHARE),
+    "qwen2": Stack(Layer(306, 54, 28, 0, 124), Layer(78, 20, 10, 0, 36), 36, 14, BANDWIDTH_SHARE),
+    "qwen3": Stack(Layer(306, 184, 28, 0, 168), Layer(78, 56, 10, 0, 52), 36, 14, BANDWIDTH_SHARE),
+}
+"""The model itself in half precision, as under DeepSpeed and FSDP. A weight's 14 bytes: its gradient copied
+to a bucket (2 + 2), and the sum added to what is accumulated in fp32 (2 + 4 + 4)."""
+
 _EAGER_FP32: Final[Mapping[str, Stack]] = {
     "gpt2": Stack(Layer(132, 0, 24, 36, 45), Layer(28, 0, 8, 18, 11), 24, 12, BANDWIDTH_SHARE),
     "llama": Stack(Layer(332, 104, 56, 0, 110), Layer(68, 40, 20, 0, 32), 24, 12, BANDWIDTH_SHARE),
@@ -75,10 +85,14 @@ _COMPILED_FP32: Final[Mapping[str, Stack]] = {
 its inputs and writes its outputs once. The biases' gradients stay kernels of their own."""
 
 
-def stack_of(shape: Shape, precision: str, *, compiled: bool) -> Stack:
-    """How launcher runs `shape` under `precision` (bf16, fp16 or fp32), eagerly or compiled."""
+def stack_of(shape: Shape, numbers: Numbers, *, compiled: bool) -> Stack:
+    """How launcher runs `shape` in `numbers`, eagerly or compiled.
+
+    Compiled and in half precision throughout, it is taken for autocast, which moves a little more.
+    """
+    whole = numbers.compute == FP32
     if compiled:
-        stacks = _COMPILED_FP32 if precision == "fp32" else _COMPILED_HALF
+        stacks = _COMPILED_FP32 if whole else _COMPILED_HALF
         return stacks["llama" if shape.gated else "gpt2"]
-    stacks = _EAGER_FP32 if precision == "fp32" else _EAGER_HALF
+    stacks = _EAGER_FP32 if whole else _EAGER_HALF if numbers.cast else _EAGER_PURE_HALF
     return stacks["llama" if shape.model_type == "mistral" else shape.model_type]

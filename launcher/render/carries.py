@@ -21,7 +21,11 @@ SPLIT: tuple[Path, ...] = tuple(
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 )
 SHARDS: tuple[Path, ...] = ((DEEPSPEED, "zero_optimization"),)
-FIT = (*_plan("strategy", "batch", "gradient_checkpointing", "memory", "forecast"), *SPLIT, *SHARDS)
+FIT = (
+    *_plan("strategy", "offload", "batch", "gradient_checkpointing", "memory", "host_memory", "forecast"),
+    *SPLIT,
+    *SHARDS,
+)
 """What is chosen together, so that the run fits and is fast."""
 
 LENGTH = _plan("steps", "samples", "warmup_steps", "forecast.hours", "forecast.price")

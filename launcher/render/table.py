@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from launcher.config.schema import RunConfig
 from launcher.plan.choose import Every, Plan
 
@@ -34,7 +36,7 @@ def becomes_rows(plan: Plan) -> Rows:
     )
     rows = [
         ("on", f"{plan.cluster}: {where}"),
-        ("strategy", f"{plan.strategy}, {plan.precision}" + (", compiled" if plan.compile else "")),
+        ("strategy", ", ".join(_strategy(plan))),
         (
             "batch",
             f"{batch.batch_size} = micro-batch {batch.micro_batch} x accumulation {batch.accumulation}"
@@ -42,6 +44,10 @@ def becomes_rows(plan: Plan) -> Rows:
         ),
         ("gradient checkpointing", "on" if plan.gradient_checkpointing else "off"),
     ]
+    if plan.host_memory:
+        rows.append(
+            ("host memory", f"{plan.host_memory / 2**30:,.1f} GiB of each node, for what is offloaded")
+        )
     if plan.parameters is not None:
         rows.append(("parameters", f"{plan.parameters:,}"))
     if plan.steps is None:
@@ -78,8 +84,19 @@ def speed_rows(plan: Plan) -> Rows:
         rows.append(("price", f"{found.price:,.2f}"))
     for other in found.runners_up:
         checkpointing = "with gradient checkpointing, " if other.gradient_checkpointing else ""
-        rows.append((f"or micro-batch {other.micro_batch}", f"{checkpointing}{other.why}"))
+        rows.append((f"or {other.strategy}, micro-batch {other.micro_batch}", f"{checkpointing}{other.why}"))
     return rows
+
+
+def _strategy(plan: Plan) -> Iterator[str]:
+    yield plan.strategy
+    if plan.offload == "optimizer":
+        yield "optimizer offloaded to the host"
+    elif plan.offload == "parameters":
+        yield "optimizer and parameters offloaded to the host"
+    yield plan.precision
+    if plan.compile:
+        yield "compiled"
 
 
 def _every(every: Every) -> str:

@@ -79,7 +79,7 @@ def deepspeed_json(stage: int, precision: str, world_size: int) -> dict[str, Any
 
 def deepspeed_step(stage: int, precision: str, world_size: int) -> dict[str, int]:
     """Bytes alive in the second step: between its two backward passes, after them, and at its end."""
-    import deepspeed
+    import deepspeed  # type: ignore[import-untyped]
 
     ids = torch.zeros(1, FIELDS["n_positions"], dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -107,11 +107,11 @@ def fsdp_step(precision: str) -> dict[str, int]:
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
     ids = torch.zeros(1, FIELDS["n_positions"], dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model = build(FIELDS, False)
+        model: Any = build(FIELDS, False)
         for layer in model.transformer.h:
             fully_shard(layer, mp_policy=policy, reshard_after_forward=True)
         tail = [model.transformer.ln_f, model.transformer.wte, model.lm_head]
-        fully_shard(tail, mp_policy=policy, reshard_after_forward=False)  # type: ignore[arg-type]
+        fully_shard(tail, mp_policy=policy, reshard_after_forward=False)
         fully_shard(model, mp_policy=policy)
         optimizer = optimizer_of(model)
         for _ in range(2):

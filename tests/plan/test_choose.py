@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +19,12 @@ from launcher.config.schema import RunConfig
 from launcher.errors import MachineError, RequestError
 from launcher.plan.batch import Batch
 from launcher.plan.choose import CPU_TOKENS, GPU_TOKENS, Blocks, Every, Place, Plan, make_plan
+from launcher.plan.collectives import Wires
 from launcher.plan.hardware import CATALOGUE, find_gpu
 from launcher.plan.memory import estimate
-from launcher.plan.search import FILL
+from launcher.plan.search import FILL, STRATEGIES, TIE
 from launcher.plan.shape import Shape, shape_of
-from launcher.plan.speed import Wires, step_speed
+from launcher.plan.speed import step_speed
 from launcher.plan.states import Sharding
 from launcher.plan.traffic import stack_of
 
@@ -123,10 +127,10 @@ def test_nothing_better_would_have_fitted(
 
     precision = "fp16" if gpu[0] in "tv" else "bf16"
 
-    def fits(micro: int, checkpointing: bool) -> bool:
+    def fits(strategy: str, micro: int, checkpointing: bool) -> bool:
         needed = estimate(
             model,
-            Sharding("ddp", ranks),
+            Sharding(strategy, ranks),
             micro_batch=micro,
             block_size=block_size,
             precision=precision,
@@ -134,14 +138,16 @@ def test_nothing_better_would_have_fitted(
         )
         return needed.total <= FILL * (place.gpu.memory or 0)
 
-    def seconds(micro: int, checkpointing: bool) -> float:
+    def seconds(strategy: str, micro: int, checkpointing: bool) -> float:
         assert place.gpu.link is not None
+        sharding = Sharding(strategy, ranks)
         speed = step_speed(
             model,
             place.gpu,
             Batch(share * ranks, micro, share // micro, ranks),
             Wires(ranks, place.gpu.link, None),
-            stack_of(model, precision, compiled=False),
+            stack_of(model, sharding.numbers(precision), compiled=False),
+            sharding,
             block_size=block_size,
             precision=precision,
             gradient_checkpointing=checkpointing,
@@ -151,19 +157,25 @@ def test_nothing_better_would_have_fitted(
 
     sizes = [n for n in range(1, share + 1) if share % n == 0 and n * block_size <= GPU_TOKENS]
     fitting = [
-        (micro, on)
+        (strategy, micro, on)
+        for strategy in (STRATEGIES if ranks > 1 else ("ddp",))
         for micro in sizes
         for on in (False, True)
-        if checkpointing in ("auto", on) and fits(micro, on)
+        if checkpointing in ("auto", on) and fits(strategy, micro, on)
     ]
     try:
         plan = planned(run, place, shape=model)
     except RequestError:
         assert not fitting
         return
-    chosen = (plan.batch.micro_batch, plan.gradient_checkpointing)
+    chosen = (plan.strategy, plan.batch.micro_batch, plan.gradient_checkpointing)
     assert chosen in fitting
-    assert seconds(*chosen) == min(seconds(*one) for one in fitting)
+    least = min(seconds(*one) for one in fitting)
+    assert seconds(*chosen) == min(seconds(*one) for one in fitting if one[0] == plan.strategy)
+    assert seconds(*chosen) <= (1 + TIE) * least
+    simpler = STRATEGIES[: STRATEGIES.index(plan.strategy)]
+    assert all(seconds(*one) > (1 + TIE) * least for one in fitting if one[0] in simpler)
+    assert plan.offload == "none", "which is slow, and is for the user to choose"
     assert plan.memory is not None
     assert plan.memory_available == place.gpu.memory
     assert sum(plan.memory.values()) <= FILL * (place.gpu.memory or 0)
@@ -304,3 +316,96 @@ def test_what_is_not_a_plan_is_not_taken_for_one() -> None:
         Plan.from_dict({**fields, "unheard_of": 1})
     with pytest.raises(KeyError):
         Plan.from_dict({name: value for name, value in fields.items() if name != "batch"})
+
+
+GB200 = 50e9
+"""400 Gbit/s a GPU between nodes, in bytes/s."""
+
+
+def at(gpu: str, ranks: int, nodes: int = 1) -> Place:
+    return Place("there", nodes, ranks, find_gpu(gpu), memory=64 << 30, network=GB200)
+
+
+@pytest.mark.parametrize(
+    ("place", "strategy"),
+    [
+        (at("a100-sxm-40gb", 8), {"zero2", "zero3"}),
+        (at("h100-sxm-80gb", 8), {"zero1", "zero2", "zero3"}),
+        (at("h100-sxm-80gb", 8, nodes=4), {"zero1", "zero2", "zero3"}),
+        (at("h200-sxm-141gb", 1), {"ddp"}),
+    ],
+    ids=["8x-a100", "8x-h100", "4x8x-h100", "h200"],
+)
+def test_gpt2_xl_is_planned_on_each_cluster(place: Place, strategy: set[str]) -> None:
+    plan = planned(asked(batch_size=1024), place, shape=shape("gpt2-xl"))
+    assert plan.strategy in strategy
+    assert plan.forecast is not None
+    assert plan.forecast.mfu is not None
+    assert 0.2 < plan.forecast.mfu < 0.6
+    assert plan.host_memory == 0
+
+
+def test_gpt2_xl_needs_offload_on_a_desktop_gpu_and_one_rank_on_a_cpu() -> None:
+    with pytest.raises(RequestError) as refused:
+        planned(asked(batch_size=1024), on("rtx-4090-24gb"), shape=shape("gpt2-xl"))
+    assert (refused.value.hint or "").startswith("set train.strategy: zero2 and train.offload: optimizer")
+    taken = planned(
+        asked(batch_size=1024, strategy="zero2", offload="optimizer"),
+        on("rtx-4090-24gb"),
+        shape=shape("gpt2-xl"),
+    )
+    assert (taken.strategy, taken.offload) == ("zero2", "optimizer")
+    assert taken.host_memory > 12 * 1_557_611_200, "the master weights and two moments, at least"
+    with pytest.raises(RequestError) as crowded:
+        planned(asked(), on(ranks=2, memory=64 << 30), shape=shape("gpt2-xl"))
+    assert (crowded.value.hint or "").startswith("start one rank")
+
+
+def test_the_strategy_asked_for_is_taken_as_given() -> None:
+    for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp"):
+        plan = planned(asked(strategy=strategy), on("a100-sxm-80gb", 8), shape=shape())
+        assert plan.strategy == strategy
+    assert planned(asked(strategy="zero3"), on(ranks=2), shape=shape()).strategy == "zero3"
+    assert planned(asked(), on(ranks=2), shape=shape()).strategy == "ddp", "a CPU has nothing to gain"
+    assert planned(asked(), on("a100-sxm-80gb", 8)).strategy == "ddp", "nobody knows what would fit"
+
+
+def test_what_cannot_be_done_is_refused() -> None:
+    with pytest.raises(MachineError, match="fsdp needs a GPU"):
+        planned(asked(strategy="fsdp"), on(ranks=2), shape=shape())
+    for strategy, offload in (("ddp", "optimizer"), ("fsdp", "optimizer"), ("zero2", "parameters")):
+        with pytest.raises(RequestError, match=f"offload={offload} is not possible"):
+            planned(asked(strategy=strategy, offload=offload), on("a100-sxm-80gb", 8), shape=shape())
+
+
+def test_offload_alone_leaves_the_strategy_open() -> None:
+    for offload, strategies in (("optimizer", {"zero1", "zero2", "zero3"}), ("parameters", {"zero3"})):
+        plan = planned(asked(offload=offload), on("rtx-4090-24gb", 8), shape=shape())
+        assert plan.strategy in strategies
+        assert plan.offload == offload
+        assert plan.host_memory > 0
+
+
+def test_4096_gpus_are_planned_in_half_a_second() -> None:
+    program = """
+from launcher.config.presets import PRESETS
+from launcher.config.schema import RunConfig
+from launcher.plan.choose import Place, make_plan
+from launcher.plan.hardware import find_gpu
+from launcher.plan.shape import shape_of
+
+run = RunConfig.model_validate({
+    "name": "run", "model": {"name": "gpt2-xl"}, "data": {"train": ["text"]},
+    "train": {"batch_size": 4096 * 16, "steps": 100},
+})
+place = Place("there", 512, 8, find_gpu("h100-sxm-80gb"), network=50e9)
+plan = make_plan(run, place, shape=shape_of(PRESETS["gpt2-xl"].config()), positions=1024, blocks=None)
+assert plan.batch.world_size == 4096
+"""
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", program], check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) < 0.5, "seconds of processor time, which a busy machine does not lengthen much"

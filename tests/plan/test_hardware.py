@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.errors import RequestError
-from launcher.plan.hardware import CATALOGUE, GPU, find_gpu, from_nvml
+from launcher.plan.hardware import CATALOGUE, GPU, find_gpu, from_figures, from_nvml
 
 MIB = 2**20
 
@@ -115,3 +115,21 @@ def test_peak_flops_by_precision() -> None:
     assert find_gpu("cpu").peak_flops("fp32") is None
     with pytest.raises(ValueError, match="fp8"):
         a100.peak_flops("fp8")
+
+
+def test_a_gpu_that_the_catalogue_lacks_is_described_by_its_figures() -> None:
+    known = find_gpu("a100-sxm-80gb")
+    mine = from_figures("mine", memory_gb=80, bf16_tflops=312, bandwidth_gbs=2039, link_gbs=300)
+    for figure in ("memory", "bandwidth", "link", "supports_bf16"):
+        assert getattr(mine, figure) == getattr(known, figure)
+    assert mine.peak_flops("bf16") == mine.peak_flops("fp16") == known.peak_flops("bf16")
+    bare = from_figures("mine", memory_gb=24.5)
+    assert bare.memory == 24_500_000_000
+    assert (bare.bandwidth, bare.link, bare.peak_flops("bf16")) == (None, None, None)
+
+
+def test_figures_that_cannot_be_are_refused() -> None:
+    with pytest.raises(RequestError, match="'t4-16gb' is in the catalogue"):
+        from_figures("t4-16gb", memory_gb=16)
+    with pytest.raises(RequestError, match=r"gpu\.bandwidth_gbs: expected a number above zero, got 0"):
+        from_figures("mine", memory_gb=16, bandwidth_gbs=0)

@@ -12,6 +12,8 @@ from launcher.plan.hardware import find_gpu
 from launcher.plan.search import (
     FILL,
     RUNNERS_UP,
+    STRATEGIES,
+    TIE,
     Candidate,
     Job,
     candidates,
@@ -20,6 +22,9 @@ from launcher.plan.search import (
     remedies,
 )
 from launcher.plan.shape import shape_of
+from launcher.plan.states import Sharding
+
+DDP = [Sharding("ddp", 1)]
 
 
 def job(preset: str, gpu: str, *, world_size: int = 1, block_size: int = 1024) -> Job:
@@ -40,7 +45,7 @@ def job(preset: str, gpu: str, *, world_size: int = 1, block_size: int = 1024) -
 def ways(asked: Job) -> list[Candidate]:
     sizes = (16, 8, 4, 2, 1)
     batches = [Batch(16 * asked.world_size, size, 16 // size, asked.world_size) for size in sizes]
-    return candidates(asked, batches, (False, True))
+    return candidates(asked, batches, (False, True), [Sharding("ddp", asked.world_size)])
 
 
 def test_the_others_are_told_with_why_they_lost() -> None:
@@ -82,11 +87,17 @@ def test_a_forecast_is_of_the_whole_world_and_the_whole_run() -> None:
 
 def test_the_cheapest_change_comes_first() -> None:
     asked = job("gpt2-xl", "rtx-4090-24gb")
-    found = candidates(asked, [Batch(16, 1, 16, 1)], (False,))
-    assert list(remedies(asked, found)) == ["use a GPU with more memory, such as a100-sxm-40gb"]
+    found = candidates(asked, [Batch(16, 1, 16, 1)], (False,), DDP)
+    host = "(slow, and 32.1 GiB of a node's own memory)"
+    offload = f"set train.strategy: zero2 and train.offload: optimizer {host}"
+    assert list(remedies(asked, found)) == [
+        offload,
+        "use a GPU with more memory, such as a100-sxm-40gb",
+    ]
     with_room = replace(asked, available=35 * 10**9)
-    assert list(remedies(with_room, candidates(with_room, [Batch(16, 1, 16, 1)], (False,)))) == [
+    assert list(remedies(with_room, candidates(with_room, [Batch(16, 1, 16, 1)], (False,), DDP))) == [
         "set train.gradient_checkpointing: auto",
+        offload,
         "set data.block_size to 512",
         "use a GPU with more memory, such as a100-sxm-40gb",
     ]
@@ -94,20 +105,63 @@ def test_the_cheapest_change_comes_first() -> None:
 
 def test_a_block_is_proposed_that_fits() -> None:
     asked = replace(job("gpt2-large", "t4-16gb", block_size=1024), precision="fp16", available=None)
-    (whole,) = candidates(asked, [Batch(1, 1, 1, 1)], (True,))
-    (half,) = candidates(replace(asked, block_size=512), [Batch(1, 1, 1, 1)], (True,))
+    (whole,) = candidates(asked, [Batch(1, 1, 1, 1)], (True,), DDP)
+    (half,) = candidates(replace(asked, block_size=512), [Batch(1, 1, 1, 1)], (True,), DDP)
     assert whole.memory is not None
     assert half.memory is not None
     between = int((whole.memory.total + half.memory.total) / 2 / FILL)
     tight = replace(asked, available=between)
-    first, *_ = remedies(tight, candidates(tight, [Batch(1, 1, 1, 1)], (False, True)))
-    assert first == "set data.block_size to 512"
+    offload, block, *_ = remedies(tight, candidates(tight, [Batch(1, 1, 1, 1)], (False, True), DDP))
+    assert offload.startswith("set train.strategy: zero2 and train.offload: optimizer")
+    assert block == "set data.block_size to 512"
 
 
 def test_where_no_gpu_is_large_enough_the_model_must_shrink() -> None:
     asked = job("gpt2-xl", "t4-16gb")
     assert asked.shape is not None
-    asked = replace(asked, shape=replace(asked.shape, layers=400))
-    found = candidates(asked, [Batch(1, 1, 1, 1)], (False, True))
+    # Without its layers' weights it would fit: one token's vector is 4 million numbers.
+    asked = replace(asked, shape=replace(asked.shape, hidden=1 << 22, heads=1 << 16, layers=1))
+    found = candidates(asked, [Batch(1, 1, 1, 1)], (False, True), DDP)
     assert fastest(found) is None
     assert list(remedies(asked, found)) == ["use a smaller model"]
+
+
+def test_sharing_is_proposed_before_offload_and_offload_never_chosen() -> None:
+    asked = job("gpt2-xl", "rtx-4090-24gb", world_size=8)
+    found = ways(asked)
+    assert fastest(found) is None, "under DDP alone"
+    assert next(remedies(asked, found)) == "set train.strategy: zero1"
+    shared = [Sharding("zero3", 8)]
+    deep = replace(asked, available=6 * 10**9)
+    tried = candidates(deep, [Batch(128, 1, 16, 8)], (True,), shared)
+    assert fastest(tried) is None
+    assert next(remedies(deep, tried)).startswith("set train.strategy: zero3 and train.offload: ")
+    for strategy in STRATEGIES:
+        tried = candidates(asked, [Batch(128, 1, 16, 8)], (True,), [Sharding(strategy, 8)])
+        assert tried[0].fits == (strategy in ("zero1", "zero2", "zero3"))
+
+
+def test_on_a_cpu_fewer_ranks_have_more_memory_each() -> None:
+    asked = replace(job("gpt2-xl", "cpu", world_size=2), precision="fp32", available=20 * 2**30)
+    found = ways(asked)
+    assert fastest(found) is None
+    assert next(remedies(asked, found)).startswith("start one rank (gpus_per_node: 1)")
+
+
+def test_the_simplest_of_equally_fast_strategies_is_taken() -> None:
+    asked = job("gpt2", "h100-sxm-80gb", world_size=8)
+    batches = [Batch(128, 16, 1, 8)]
+    found = candidates(asked, batches, (False,), [Sharding(name, 8) for name in STRATEGIES])
+    ddp, *zero = found
+    for slowdown, expected in ((1 + 0.9 * TIE, ddp), (1 + 1.1 * TIE, zero[0])):
+        assert zero[0].speed is not None
+        slower = replace(zero[0].speed, host=0.0, optimizer=slowdown * zero[0].seconds)
+        exact = replace(slower, matrices=0.0, attention=0.0, elementwise=0.0, communication=0.0)
+        assert exact.total == pytest.approx(slowdown * zero[0].seconds)
+        some = [replace(ddp, speed=exact), zero[0]]
+        chosen = fastest(some)
+        assert chosen is not None
+        assert chosen.sharding == expected.sharding
+    told = forecast(asked, zero[0], found, steps=None, price_per_gpu_hour=None)
+    assert told is not None
+    assert {one.strategy for one in told.runners_up} == {"ddp", "zero2", "zero3"}

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from launcher.config.presets import PRESETS
 from launcher.plan import speed
 from launcher.plan.batch import Batch
+from launcher.plan.collectives import Wires
 from launcher.plan.hardware import CATALOGUE, GPU, find_gpu
 from launcher.plan.shape import Shape, flops_per_token, shape_of
-from launcher.plan.speed import Speed, Wires, all_reduce, step_speed, utilisation
+from launcher.plan.speed import Speed, step_speed, utilisation
+from launcher.plan.states import Sharding
 from launcher.plan.traffic import stack_of
 from scripts.replay_speeds import DOCS, document, error, fitted_and_held_out, predicted, published, table
 
@@ -43,15 +45,18 @@ def step(
     checkpointing: bool = False,
     compiled: bool = False,
     block_size: int = 1024,
+    strategy: str = "ddp",
+    offload: str = "none",
 ) -> Speed:
-    model = shape(preset)
+    model, sharding = shape(preset), Sharding(strategy, world_size, offload)
     assert gpu.link is not None
     found = step_speed(
         model,
         gpu,
         Batch(micro_batch * accumulation * world_size, micro_batch, accumulation, world_size),
         Wires(min(8, world_size), gpu.link, network),
-        stack_of(model, precision, compiled=compiled),
+        stack_of(model, sharding.numbers(precision), compiled=compiled),
+        sharding,
         block_size=block_size,
         precision=precision,
         gradient_checkpointing=checkpointing,
@@ -154,33 +159,6 @@ def test_small_shapes_wait_for_the_host() -> None:
     assert large.host == 0
 
 
-def test_an_all_reduce_takes_what_a_ring_takes() -> None:
-    wires = Wires(8, 300e9, None)
-    # NCCL's own measure is the bus bandwidth, size x 2 (n - 1) / n over the time: 8 A100 reach about 230 GB/s
-    # with large sizes (NVIDIA/nccl-tests), and less with one bucket at a time.
-    seconds = all_reduce(2**30, 8, wires)
-    assert seconds is not None
-    assert 150e9 < 2**30 * 2 * 7 / 8 / seconds < 235e9
-    assert all_reduce(2**30, 1, wires) == 0
-    assert all_reduce(2**30, 16, wires) is None, "the network is not known"
-    assert all_reduce(2**30, 16, replace(wires, network=25e9)) == pytest.approx(
-        2**30 * 2 * 15 / 16 / (0.8 * 200e9), rel=0.4
-    )
-
-
-@given(size=st.integers(1, 10**10), nodes=st.integers(1, 512), ranks=st.integers(1, 8))
-def test_an_all_reduce_is_slower_over_more_ranks_and_a_slower_network(
-    size: int, nodes: int, ranks: int
-) -> None:
-    def over(nodes: int, network: float) -> float:
-        found = all_reduce(size, nodes * ranks, Wires(ranks, 450e9, network))
-        assert found is not None
-        return found
-
-    assert over(nodes, 50e9) <= over(nodes + 1, 50e9)
-    assert over(nodes, 50e9) <= over(nodes, 12.5e9)
-
-
 def test_what_is_hidden_behind_backward_is_not_counted() -> None:
     gpu = find_gpu("a100-sxm-80gb")
     fast, slow = (step(gpu, world_size=64, accumulation=1, network=rate) for rate in (25e9, 0.05e9))
@@ -200,7 +178,8 @@ def test_where_a_rate_is_missing_nothing_is_predicted() -> None:
                 t4,
                 Batch(world_size, 1, 1, world_size),
                 Wires(8, t4.link, network),
-                stack_of(model, precision, compiled=False),
+                stack_of(model, Sharding("ddp", 1).numbers(precision), compiled=False),
+                Sharding("ddp", world_size),
                 block_size=64,
                 precision=precision,
                 gradient_checkpointing=False,

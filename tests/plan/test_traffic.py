@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from launcher.plan.activations import Numbers
 from launcher.plan.shape import shape_of
 from launcher.plan.traffic import stack_of
 from tests.plan.trace import Trace, trace
@@ -36,7 +37,12 @@ each_model = pytest.mark.parametrize(
     [GPT2, {**GPT2, **STILL}, LLAMA, {**LLAMA, "model_type": "qwen2"}, {**LLAMA, "model_type": "qwen3"}],
     ids=["gpt2", "gpt2-no-dropout", "llama", "qwen2", "qwen3"],
 )
-each_precision = pytest.mark.parametrize("precision", ["bf16", "fp32"])
+NUMBERS: Mapping[str, Numbers] = {
+    "bf16": Numbers(2, 4),
+    "pure bf16": Numbers(2, 2),
+    "fp32": Numbers(4, 4),
+}
+each_precision = pytest.mark.parametrize("precision", NUMBERS)
 
 
 def traces(fields: Mapping[str, Any], layers: int, precision: str, checkpointing: bool) -> list[Trace]:
@@ -57,7 +63,7 @@ def per_token(few: Trace, many: Trace) -> float:
 def test_a_layer_moves_what_is_counted(fields: Mapping[str, Any], precision: str) -> None:
     shape = shape_of(fields)
     assert shape is not None
-    stack = stack_of(shape, precision, compiled=False)
+    stack = stack_of(shape, NUMBERS[precision], compiled=False)
     once = stack.layer.bytes_per_token(shape)
     for checkpointing, counted, kernels in (
         (False, once, stack.layer.kernels),
@@ -74,7 +80,7 @@ def test_a_layer_moves_what_is_counted(fields: Mapping[str, Any], precision: str
 def test_logits_and_weights_move_what_is_counted(fields: Mapping[str, Any], precision: str) -> None:
     shape = shape_of(fields)
     assert shape is not None
-    stack = stack_of(shape, precision, compiled=False)
+    stack = stack_of(shape, NUMBERS[precision], compiled=False)
     few, many = traces(fields, 2, precision, False)
     smaller = traces({**fields, "vocab_size": 1000}, 2, precision, False)
     vocabulary = shape.vocab - 1000
@@ -85,6 +91,8 @@ def test_logits_and_weights_move_what_is_counted(fields: Mapping[str, Any], prec
     fixed = [one[0].elementwise - per_token(*one) * 2 * BLOCK_SIZE for one in ([few, many], deeper)]
     weights = 2 * (shape.hidden * (2 * shape.queries + 2 * shape.keys))
     weights += 2 * (3 if shape.gated else 2) * shape.hidden * shape.intermediate
+    if precision == "pure bf16":
+        return  # A gradient goes into DeepSpeed's buckets then, which no trace of the model alone has.
     # The biases, norms and rotary tables are not counted.
     assert stack.weight == pytest.approx((fixed[1] - fixed[0]) / weights, rel=0.03)
 
@@ -93,8 +101,8 @@ def test_compiling_moves_less() -> None:
     for fields in (GPT2, LLAMA):
         shape = shape_of(fields)
         assert shape is not None
-        for precision in ("bf16", "fp16", "fp32"):
-            eager, compiled = (stack_of(shape, precision, compiled=on) for on in (False, True))
+        for numbers in (NUMBERS["bf16"], NUMBERS["fp32"]):
+            eager, compiled = (stack_of(shape, numbers, compiled=on) for on in (False, True))
             assert compiled.layer.bytes_per_token(shape) < eager.layer.bytes_per_token(shape)
             assert compiled.again.bytes_per_token(shape) < eager.again.bytes_per_token(shape)
             assert compiled.logit < eager.logit

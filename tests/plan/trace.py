@@ -24,9 +24,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from launcher.config.presets import PRESETS
-from launcher.plan.memory import estimate
+from launcher.plan.activations import FP32, HALF, Numbers, moments
 from launcher.plan.shape import shape_of
-from launcher.plan.states import Sharding
 from launcher.worker.fast import use_tanh_gelu_kernel
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm"})
@@ -52,6 +51,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     **{name: preset.config() for name, preset in PRESETS.items()},
     "llama": LLAMA_1B,
 }
+PRECISIONS = ("bf16", "pure bf16")
 SIZES = (1, 4, 16)
 """Micro-batches that the memory of each model is traced with."""
 
@@ -155,7 +155,10 @@ def trace(
     checkpointing: bool,
     precision: str = "bf16",
 ) -> Iterator[Trace]:
-    """A pass with each of `micro_batches` through the model of these config `fields`."""
+    """A pass with each of `micro_batches` through the model of these config `fields`.
+
+    `precision` is fp32, bf16 (autocast), or pure bf16, where the model itself is in half precision.
+    """
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         for name, instead in (
@@ -166,7 +169,7 @@ def trace(
             ("transformers.masking_utils.find_packed_sequence_indices", lambda _: None),
         ):
             stack.enter_context(patch(name, instead))
-        model = build(fields, checkpointing)
+        model = build(fields, checkpointing, torch.bfloat16 if precision == "pure bf16" else torch.float32)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         for micro_batch in micro_batches:
@@ -184,6 +187,7 @@ class Peak:
     """Bytes at most allocated beside weights and gradients: traced, and as the memory model has it."""
 
     model: str
+    precision: str
     checkpointing: bool
     micro_batch: int
     traced: int
@@ -193,32 +197,34 @@ class Peak:
     def line(self) -> str:
         """Its row in docs/concepts/memory.md."""
         return (
-            f"| {self.model} | {'on' if self.checkpointing else 'off'} | {self.micro_batch}"
-            f" | {self.traced / 2**30:.2f} | {self.planned / 2**30:.2f}"
+            f"| {self.model} | {self.precision} | {'on' if self.checkpointing else 'off'}"
+            f" | {self.micro_batch} | {self.traced / 2**30:.2f} | {self.planned / 2**30:.2f}"
             f" | {self.planned / self.traced - 1:+.1%} |"
         )
 
 
-def peaks(model: str, checkpointing: bool) -> Iterator[Peak]:
-    """For each of SIZES, in blocks of 1024 tokens under bf16."""
+def peaks(model: str, precision: str, checkpointing: bool) -> Iterator[Peak]:
+    """For each of SIZES, in blocks of 1024 tokens, under autocast (bf16) or with a model in pure bf16."""
     fields = MODELS[model]
     shape = shape_of(fields)
     assert shape is not None
-    traces = trace(fields, SIZES, block_size=1024, checkpointing=checkpointing)
+    traces = trace(fields, SIZES, block_size=1024, checkpointing=checkpointing, precision=precision)
+    numbers = Numbers(HALF, FP32 if precision == "bf16" else HALF)
     for micro_batch, traced in zip(SIZES, traces, strict=True):
-        memory = estimate(
+        found = moments(
             shape,
-            Sharding("ddp", 1),
+            numbers,
             micro_batch=micro_batch,
             block_size=1024,
-            precision="bf16",
             gradient_checkpointing=checkpointing,
+            on_cpu=False,
         )
-        passing = memory.weight_copies + memory.activations + memory.logits_and_loss
-        yield Peak(model, checkpointing, micro_batch, traced.peak, passing)
+        passing = max(moment.total for moment in (found.loss, found.backward, found.layer))
+        yield Peak(model, precision, checkpointing, micro_batch, traced.peak, passing)
 
 
 if __name__ == "__main__":
     for name in MODELS:
-        for on in (False, True):
-            sys.stdout.writelines(f"{peak.line}\n" for peak in peaks(name, on))
+        for precision in PRECISIONS:
+            for on in (False, True):
+                sys.stdout.writelines(f"{peak.line}\n" for peak in peaks(name, precision, on))

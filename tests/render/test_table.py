@@ -90,9 +90,23 @@ def test_the_speed_is_said_with_what_it_is_made_of() -> None:
     assert "matrices" in rows["step"]
     assert rows["time"].endswith("hours, without evaluation and checkpoints")
     assert rows["price"] == f"{found.price:,.2f}"
-    others = [name for name in rows if name.startswith("or micro-batch ")]
+    others = [name for name in rows if name.startswith("or ")]
     assert len(others) == len(found.runners_up) == 3
-    assert all("slower" in rows[name] or "faster, but needs" in rows[name] for name in others)
+    assert {name.split()[1].rstrip(",") for name in others} <= {"ddp", "zero1", "zero2", "zero3"}
+    reasons = ("slower", "faster, but needs", "faster, and less simple")
+    assert all(any(reason in rows[name] for reason in reasons) for name in others)
+
+
+def test_what_is_offloaded_is_said_with_what_it_takes_of_the_node() -> None:
+    place = Place("desk", 1, 1, find_gpu("rtx-4090-24gb"))
+    run = asked(steps=1, strategy="zero3", offload="parameters")
+    plan = make_plan(run, place, shape=shape_of(PRESETS["gpt2-xl"].config()), positions=None, blocks=None)
+    rows = dict(becomes_rows(plan))
+    assert rows["strategy"] == "zero3, optimizer and parameters offloaded to the host, bf16"
+    assert rows["host memory"] == f"{plan.host_memory / 2**30:,.1f} GiB of each node, for what is offloaded"
+    moved = becomes_rows(replace(plan, offload="optimizer"))
+    assert dict(moved)["strategy"] == "zero3, optimizer offloaded to the host, bf16"
+    assert "host memory" not in dict(becomes_rows(replace(plan, host_memory=0)))
 
 
 def test_what_is_not_predicted_is_said() -> None:
