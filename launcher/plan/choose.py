@@ -32,6 +32,16 @@ CPU_TOKENS = 8192
 GPU_TOKENS = 65536
 """The same on a GPU: kernels are full well below it."""
 
+OFFLOADS: Mapping[str, tuple[str, ...]] = {
+    "auto": ("none", "optimizer", "parameters"),
+    "ddp": ("none",),
+    "zero1": ("none", "optimizer"),
+    "zero2": ("none", "optimizer"),
+    "zero3": ("none", "optimizer", "parameters"),
+    "fsdp": ("none", "parameters"),
+}
+"""What each strategy can offload."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
