@@ -87,6 +87,9 @@ def _with_collectives(
 ) -> Iterator[tuple[Passing, int, int, int]]:
     """Each moment, with the weights gathered, the gradients in flight, and the collectives' buffers then."""
     always = lasting.buffers if sharding.strategy in ("ddp", "zero3") else 0
+    if sharding.strategy == "zero1":
+        # Its two buckets are there from one micro-batch to the next, and only the third copy is not.
+        always = 2 * lasting.buffers // 3
     yield passing.loss, lasting.gathered, 0, always
     yield passing.backward, lasting.gathered, 0, always
     yield passing.layer, lasting.gathered, lasting.transient, lasting.buffers

@@ -217,7 +217,8 @@ def _stage_3(shape: Shape, sharding: Sharding, *, half: bool) -> States:
         gradients=FP32 * own if on_gpu else 0,
         optimizer=2 * FP32 * own if on_gpu else 0,
         gathered=element * (table + sizes.prefetch_bucket_size) if shared or not on_gpu else 0,
-        transient=element * table,
+        # The table's gradient as elsewhere, and a matrix's before it is in the bucket.
+        transient=element * (table + shape.hidden * shape.intermediate),
         buffers=2 * element * sizes.reduce_bucket_size,
         reduction=FP32 * min(own, sizes.sub_group_size) if on_gpu else 0,
         host=0

@@ -3,7 +3,7 @@
 torch's `fake` process group answers every collective at once, so one process stands for a rank of any world.
 The tensors are real, on the CPU, and PyTorch's profiler counts their bytes. In a process of its own:
 
-    DS_ACCELERATOR=cpu python -m tests.plan.engines WORLD STRATEGY:PRECISION ...
+    DS_ACCELERATOR=cpu python -m tests.plan.engines WORLD STRATEGY:PRECISION[:wide] ...
 
 writes one line of JSON for each.
 """
@@ -39,6 +39,15 @@ FIELDS: Final[Mapping[str, Any]] = {
 }
 """Sizes that few worlds divide, so that every padding shows."""
 
+WIDE: Final[Mapping[str, Any]] = {
+    **FIELDS,
+    "n_layer": 3,
+    "n_embd": 640,
+    "vocab_size": 2500,
+    "n_positions": 256,
+}
+"""A layer of 4.9 million weights, so that buckets and gathered layers are most of what comes and goes."""
+
 MARK: Final = "reached "
 
 
@@ -51,9 +60,9 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def deepspeed_json(stage: int, precision: str, world_size: int) -> dict[str, Any]:
+def deepspeed_json(fields: Mapping[str, Any], stage: int, precision: str, world_size: int) -> dict[str, Any]:
     """What render/deepspeed.py writes, as far as memory goes."""
-    shape = shape_of(FIELDS)
+    shape = shape_of(fields)
     assert shape is not None
     sizes = asdict(buckets(shape))
     plain = ("reduce_bucket_size", "allgather_bucket_size", "sub_group_size")
@@ -77,37 +86,37 @@ def deepspeed_json(stage: int, precision: str, world_size: int) -> dict[str, Any
     }
 
 
-def deepspeed_step(stage: int, precision: str, world_size: int) -> dict[str, int]:
+def deepspeed_step(fields: Mapping[str, Any], stage: int, precision: str, world_size: int) -> dict[str, int]:
     """Bytes alive in the second step: between its two backward passes, after them, and at its end."""
     import deepspeed  # type: ignore[import-untyped]
 
-    ids = torch.zeros(1, FIELDS["n_positions"], dtype=torch.long)
+    ids = torch.zeros(1, fields["n_positions"], dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model = build(FIELDS, False)
+        model = build(fields, False)
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer_of(model),
-            config=deepspeed_json(stage, precision, world_size),
+            config=deepspeed_json(fields, stage, precision, world_size),
             dist_init_required=False,
         )
         for _ in range(2):
             for mark in ("accumulating", "backward"):
-                engine.backward(engine(input_ids=ids, labels=ids).loss)
+                engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
                 _mark(mark)
                 engine.step()
             _mark("stepped")
     return dict(_reached(profiler))
 
 
-def fsdp_step(precision: str) -> dict[str, int]:
+def fsdp_step(fields: Mapping[str, Any], precision: str) -> dict[str, int]:
     """The same for FSDP2, wrapped as accelerate 1.15 does it."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     half = torch.bfloat16 if precision == "bf16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
-    ids = torch.zeros(1, FIELDS["n_positions"], dtype=torch.long)
+    ids = torch.zeros(1, fields["n_positions"], dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model: Any = build(FIELDS, False)
+        model: Any = build(fields, False)
         for layer in model.transformer.h:
             fully_shard(layer, mp_policy=policy, reshard_after_forward=True)
         tail = [model.transformer.ln_f, model.transformer.wte, model.lm_head]
@@ -116,7 +125,7 @@ def fsdp_step(precision: str) -> dict[str, int]:
         optimizer = optimizer_of(model)
         for _ in range(2):
             for mark in ("accumulating", "backward"):
-                model(input_ids=ids, labels=ids).loss.backward()
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
                 _mark(mark)
             optimizer.step()
             optimizer.zero_grad()
@@ -130,15 +139,19 @@ def _mark(name: str) -> None:
 
 
 def _reached(profiler: Any) -> Iterator[tuple[str, int]]:
-    """Bytes alive at each mark, the last of a name counting."""
+    """Bytes alive at each mark, and at most in a step; the last of a name counts."""
     events = profiler.profiler.kineto_results.events()
     wanted = [event for event in events if event.name() == "[memory]" or event.name().startswith(MARK)]
-    now = 0
+    now = peak = 0
     for event in sorted(wanted, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             now += event.nbytes()
+            peak = max(peak, now)
         else:
             yield event.name().removeprefix(MARK), now
+            if event.name() == MARK + "stepped":
+                yield "peak", peak
+                peak = now
 
 
 def _one(world_size: int, wanted: str) -> None:
@@ -146,11 +159,12 @@ def _one(world_size: int, wanted: str) -> None:
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    strategy, _, precision = wanted.partition(":")
+    strategy, precision, *wide = wanted.split(":")
+    fields = WIDE if wide else FIELDS
     if strategy == "fsdp":
-        found = fsdp_step(precision)
+        found = fsdp_step(fields, precision)
     else:
-        found = deepspeed_step(int(strategy.removeprefix("zero")), precision, world_size)
+        found = deepspeed_step(fields, int(strategy.removeprefix("zero")), precision, world_size)
     sys.stdout.write(json.dumps({"of": wanted, **found}) + "\n")
 
 

@@ -13,9 +13,10 @@ import pytest
 
 from launcher.config.presets import PRESETS
 from launcher.plan.buckets import LARGEST, SMALLEST, buckets
+from launcher.plan.memory import estimate
 from launcher.plan.shape import Shape, parameters, shape_of, weights_per_layer
 from launcher.plan.states import Sharding, partitions, states
-from tests.plan.engines import FIELDS
+from tests.plan.engines import FIELDS, WIDE
 
 WORLDS = (1, 2, 8, 64, 512)
 STRATEGIES = ("zero1", "zero2", "zero3", "fsdp")
@@ -67,6 +68,27 @@ def test_the_state_is_what_the_engines_hold(world_size: int) -> None:
         assert 0 <= bytes_at["stepped"] - always - _kept(strategy, precision, gradients, model) < flags, way
         between = always + gradients + (2 * bucket if way == "zero1:fp32" else 0)
         assert 0 <= bytes_at["accumulating"] - between < flags, way
+
+
+def test_a_step_s_peak_is_near_what_the_engines_reach() -> None:
+    model = shape_of(WIDE)
+    assert model is not None
+    ways = [f"{strategy}:{precision}" for precision in ("bf16", "fp32") for strategy in STRATEGIES]
+    found = allocated(8, *(f"{way}:wide" for way in ways))
+    for way in ways:
+        strategy, _, precision = way.partition(":")
+        planned = estimate(
+            model,
+            Sharding(strategy, 8),
+            micro_batch=1,
+            block_size=WIDE["n_positions"],
+            precision=precision,
+            gradient_checkpointing=False,
+            on_cpu=True,
+        )
+        reached = found[f"{way}:wide"]["peak"]
+        sys.stdout.write(f"{way} {reached} {(planned.total - planned.framework) / reached - 1:+.1%}\n")
+        assert planned.total - planned.framework == pytest.approx(reached, rel=0.15), way
 
 
 def _kept(strategy: str, precision: str, gradients: int, model: Shape) -> int:
