@@ -83,8 +83,9 @@ def speed_rows(plan: Plan) -> Rows:
     if found.price is not None:
         rows.append(("price", f"{found.price:,.2f}"))
     for other in found.runners_up:
-        checkpointing = "with gradient checkpointing, " if other.gradient_checkpointing else ""
-        rows.append((f"or {other.strategy}, micro-batch {other.micro_batch}", f"{checkpointing}{other.why}"))
+        checkpointing = ", gradient checkpointing" if other.gradient_checkpointing else ""
+        how = f"micro-batch {other.micro_batch}{checkpointing}"
+        rows.append((f"or {other.strategy}", f"{how}: {other.why}"))
     return rows
 
 

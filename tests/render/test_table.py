@@ -90,11 +90,14 @@ def test_the_speed_is_said_with_what_it_is_made_of() -> None:
     assert "matrices" in rows["step"]
     assert rows["time"].endswith("hours, without evaluation and checkpoints")
     assert rows["price"] == f"{found.price:,.2f}"
-    others = [name for name in rows if name.startswith("or ")]
+    others = [(name, said) for name, said in speed_rows(plan) if name.startswith("or ")]
     assert len(others) == len(found.runners_up) == 3
-    assert {name.split()[1].rstrip(",") for name in others} <= {"ddp", "zero1", "zero2", "zero3"}
+    for (name, said), other in zip(others, found.runners_up, strict=True):
+        assert name == f"or {other.strategy}"
+        assert said.startswith(f"micro-batch {other.micro_batch}")
+        assert said.endswith(f": {other.why}")
     reasons = ("slower", "faster, but needs", "faster, and less simple")
-    assert all(any(reason in rows[name] for reason in reasons) for name in others)
+    assert all(any(reason in other.why for reason in reasons) for other in found.runners_up)
 
 
 def test_what_is_offloaded_is_said_with_what_it_takes_of_the_node() -> None:
