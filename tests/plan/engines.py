@@ -88,7 +88,7 @@ def deepspeed_json(fields: Mapping[str, Any], stage: int, precision: str, world_
 
 def deepspeed_step(fields: Mapping[str, Any], stage: int, precision: str, world_size: int) -> dict[str, int]:
     """Bytes alive in the second step: between its two backward passes, after them, and at its end."""
-    import deepspeed  # type: ignore[import-untyped]
+    import deepspeed
 
     ids = torch.zeros(1, fields["n_positions"], dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
