@@ -94,11 +94,12 @@ def duration(seconds: float) -> str:
 
 
 def bars(parts: Mapping[str, int], available: int | None, width: int = 40) -> list[tuple[str, str]]:
-    """Sizes in bytes as bars, all to one scale: the memory available, or else their sum."""
+    """Sizes in bytes as bars, all to one scale: the memory available, or else their sum. Without zeros."""
     whole = max(available or 0, sum(parts.values()), 1)
     return [
         (name, f"{'#' * round(width * size / whole):<{width}} {gibibytes(size):>10}")
         for name, size in parts.items()
+        if size
     ]
 
 
