@@ -39,7 +39,13 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
 ENGINES: Final = frozenset({"torch", "transformers", "accelerate", "deepspeed", "datasets"})
 SLOW_TO_LOAD: Final = ENGINES | {"numpy", "fsspec"}
 LISTS_DATA_SETS: Final = "data/data_sets.py"  # asks `datasets` what a data set of the Hub consists of
-MAY_READ_ENVIRONMENT: Final = ("config/load.py", "run/", "worker/__main__.py", "console.py", "cli.py")
+MAY_READ_ENVIRONMENT: Final = (
+    "config/load.py",
+    "run/",
+    "worker/__main__.py",
+    "console.py",
+    "cli/__init__.py",
+)
 MOST_LINES: Final = 450
 
 

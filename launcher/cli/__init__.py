@@ -1,0 +1,60 @@
+"""The commands: parse, call, print. Whatever they need is imported where it is needed, so that
+help is quick."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated
+
+# pydantic would look through every installed package for plugins at each start; launcher uses none.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
+import typer
+
+from launcher import __version__, console
+from launcher.cli import checkpoint, data, run
+from launcher.errors import Interrupted, LauncherError
+
+app = typer.Typer(
+    name="launcher",
+    help="Train GPT-2-family and other Hugging Face causal language models out of one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(run.app)
+app.add_typer(data.app, name="data")
+app.add_typer(checkpoint.app, name="checkpoint")
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train GPT-2-family and other Hugging Face causal language models out of one YAML file."""
+    if version:
+        console.answer(__version__)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise Interrupted("interrupted")
+
+
+def main() -> None:
+    """Run one command and exit with its code."""
+    signal.signal(signal.SIGINT, _interrupt)
+    debug = "--debug" in sys.argv[1:]
+    try:
+        app(prog_name="launcher")
+    except LauncherError as error:
+        if debug:
+            traceback.print_exception(error)
+        console.show_error(error)
+        sys.exit(error.exit_code)

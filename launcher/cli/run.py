@@ -1,0 +1,207 @@
+"""The commands on a run: start one, plan it, train it, look into it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher import console
+from launcher.cli.arguments import AsJson, ClusterFile, Overrides, RunFile, Workers, assembled
+from launcher.errors import RequestError
+
+if TYPE_CHECKING:
+    from launcher.run.assemble import Assembly
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: launcher init run.yaml --preset gpt2-medium")
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = Path("run.yaml"),
+    preset: Annotated[str, typer.Option("--preset", help="The model to start from.")] = "gpt2",
+    cluster: Annotated[bool, typer.Option("--cluster", help="Write a starter cluster.yaml instead.")] = False,
+) -> None:
+    """Write a starter run.yaml, or cluster.yaml."""
+    from launcher.config.presets import starter_cluster, starter_run
+
+    text = starter_cluster() if cluster else starter_run(preset, file.stem)
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError as error:
+        raise RequestError(f"{file} exists", hint="name another file: nothing is overwritten") from error
+    except OSError as error:
+        raise RequestError(f"{file} cannot be written: {error.strerror}") from error
+    console.say(f"wrote {file}; next: launcher plan {'RUN --cluster ' if cluster else ''}{file}")
+
+
+@app.command(epilog="Example: launcher plan run.yaml --cluster cluster.yaml train.batch_size=256")
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    cluster: ClusterFile = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="DIR", help="Write the rendered files here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what will happen, without doing it."""
+    from launcher.run.assemble import going_on, rendered_files
+    from launcher.run.directory import RunDirectory, write_files
+
+    assembly = going_on(assembled(run, overrides, cluster), console.say)
+    if write is not None:
+        files = rendered_files(assembly, RunDirectory(write.absolute()), None)
+        try:
+            write_files(files.items())
+        except OSError as error:
+            raise RequestError(
+                f"--write: {error.filename or write} cannot be written: {error.strerror}"
+            ) from error
+    if as_json:
+        console.answer_json({"plan": assembly.plan.as_dict(), "tokens": assembly.plan.tokens})
+    else:
+        _show_plan(assembly)
+
+
+@app.command(epilog="Example: launcher train run.yaml train.learning_rate=3e-4")
+def train(
+    run: RunFile, overrides: Overrides = None, cluster: ClusterFile = None, workers: Workers = None
+) -> None:
+    """Prepare the text if needed, then train here; the same command again resumes."""
+    from launcher.run.assemble import assemble, write_run
+    from launcher.run.directory import check_goes_on, check_same_run, run_directory
+    from launcher.run.environment import describe_environment
+    from launcher.run.preflight import check_launch
+    from launcher.run.samples import check_skip
+    from launcher.run.supervise import is_finished, only_supervisor, supervise
+    from launcher.run.text import ready_text
+
+    draft = assembled(run, overrides, cluster)
+    directory = run_directory(draft.run.config)
+    check_launch(draft.run.config, draft.place, draft.machine, draft.plan.strategy)
+    check_same_run(directory, draft.run.config)
+    text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
+    final = assemble(draft.run, draft.cluster, draft.machine, text)
+    _show_plan(final, stream_of_answer=False)
+    with only_supervisor(directory):
+        check_same_run(directory, final.run.config)
+        check_goes_on(directory, final.plan, text.store)
+        if text.store and (said := check_skip(final.run.config, final.plan, text.store, directory)):
+            console.say(said)
+        if is_finished(directory, final.plan.steps):
+            console.say(f"run {final.plan.name} is finished; its model is in {directory.model}")
+            return
+        write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
+        if final.plan.nodes > 1:
+            console.say(
+                f"ready; on each of the {final.plan.nodes} nodes: sh {directory.launch} NODE HOST PORT"
+            )
+            return
+        step = supervise(
+            directory,
+            world_size=final.plan.batch.world_size,
+            steps=final.plan.steps,
+            environment=final.cluster.config.env,
+        )
+    console.say(f"finished at step {step}; the model is in {directory.model}")
+    console.say(f"next: launcher generate {directory.root}")
+
+
+@app.command(epilog="Example: launcher generate runs/gpt2-shakespeare --prompt 'To be'")
+def generate(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_DIR_OR_MODEL", help="A run's folder, a model's folder or a Hub id.")
+    ],
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="The text to go on from; without it, from nothing.")
+    ] = "",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many tokens at most.")] = 100,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, help="Draw from so many likeliest tokens; 0: from all.")
+    ] = 50,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same text.")] = 1337,
+    as_json: AsJson = False,
+) -> None:
+    """Sample text from a trained model."""
+    import subprocess
+
+    from launcher.run.directory import find_model_folder
+
+    command = [sys.executable, "-m", "launcher.worker.generate", str(find_model_folder(source)), prompt]
+    command += [str(tokens), str(temperature), str(top_k), str(seed)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    if as_json:
+        console.answer_json({"model": source, "prompt": prompt, "text": done.stdout})
+    else:
+        console.answer(done.stdout)
+
+
+@app.command(epilog="Example: launcher explain run.yaml train.micro_batch")
+def explain(
+    run: RunFile,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A key such as train.batch_size or cluster.gpu.")],
+    overrides: Overrides = None,
+    cluster: ClusterFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell who set a value and every file it ends up in."""
+    from launcher.run.explain import explain_key
+
+    explained = explain_key(assembled(run, overrides, cluster), key)
+    if as_json:
+        console.answer_json(explained)
+        return
+    for each in explained:
+        rows = [("set by", each["set_by"]), ("means", each["meaning"])]
+        rows += [(place["file"] + f":{place['line']}", place["text"]) for place in each["places"]]
+        console.answer(console.section(f"{each['key']} = {each['value']}", rows))
+
+
+@app.command(epilog="Example: launcher doctor --cluster cluster.yaml")
+def doctor(cluster: ClusterFile = None, as_json: AsJson = False) -> None:
+    """Check that this machine is ready to train."""
+    from launcher.config.load import load_cluster
+    from launcher.run.doctor import examine
+    from launcher.run.machine import find_machine
+
+    checks = examine(find_machine(), load_cluster(cluster).config)
+    if as_json:
+        console.answer_json(
+            [{"check": c.name, "state": c.state, "found": c.found, "remedy": c.remedy} for c in checks]
+        )
+    else:
+        for check in checks:
+            console.answer(f"{check.state:<8}{check.name:<18}{check.found}")
+            if check.remedy:
+                console.answer(f"{'':<8}{'':<18}hint: {check.remedy}")
+    if any(check.state == "missing" for check in checks):
+        raise SystemExit(3)
+
+
+def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
+    from launcher.render.table import asked_rows, becomes_rows, speed_rows
+
+    planned = assembly.plan
+    blocks = [
+        console.section(f"what you asked: {planned.name}", asked_rows(assembly.run.config)),
+        console.section("what it becomes", becomes_rows(planned)),
+    ]
+    if planned.memory is not None:
+        held = {name: size for name, size in planned.memory.items() if size}
+        total = sum(held.values())
+        room = (
+            "" if planned.memory_available is None else f" of {console.gibibytes(planned.memory_available)}"
+        )
+        title = f"memory per rank: about {console.gibibytes(total)}{room} (an estimate, not yet measured)"
+        blocks.append(console.section(title, console.bars(held, planned.memory_available)))
+    blocks.append(console.section("speed: a prediction, not measured on this GPU", speed_rows(planned)))
+    (console.answer if stream_of_answer else console.say)("\n".join(blocks))
