@@ -7,6 +7,7 @@ A test renders them again and compares bytes, so a change in them is seen where 
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from launcher.config.load import load_cluster, load_run
@@ -36,6 +37,7 @@ def rendered(run: str, cluster: str) -> dict[str, str]:
 
 
 def main() -> None:
+    shutil.rmtree(CONFIGS / "rendered", ignore_errors=True)  # with files that are not rendered any more
     for run, cluster in EXAMPLES:
         folder = CONFIGS / "rendered" / f"{run}-on-{cluster}"
         write_files((folder / name, text) for name, text in rendered(run, cluster).items())

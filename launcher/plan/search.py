@@ -23,6 +23,11 @@ RUNNERS_UP = 3
 TIE = 0.05
 """Strategies predicted this close are equally fast: about twice the speed model's median error."""
 
+LEAVE_DDP = 0.25
+"""What another strategy must be predicted to gain before ddp, where it fits, is left. DeepSpeed holds the
+model in half precision throughout, where DDP keeps norms and the residual stream in fp32: how a run trains
+should not hang on its machine for a gain that nobody has measured."""
+
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 """What `auto` searches, the simpler first; fsdp only where asked (`docs/decisions/`)."""
 
@@ -146,7 +151,12 @@ def fastest(found: Sequence[Candidate]) -> Candidate | None:
     """
     best = _best_of_each([one for one in found if one.fits])
     least = min((one.seconds for one in best), default=0.0)
-    return next((one for one in best if one.seconds <= (1 + TIE) * least), None)
+
+    def is_near(one: Candidate) -> bool:
+        margin = LEAVE_DDP if one.sharding.strategy == "ddp" else TIE
+        return one.seconds <= (1 + margin) * least
+
+    return next((one for one in best if is_near(one)), None)
 
 
 def _best_of_each(found: Iterable[Candidate]) -> list[Candidate]:

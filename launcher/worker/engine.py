@@ -53,10 +53,12 @@ def engine_arguments(plan: Plan, deepspeed: Path) -> dict[str, Any]:
     """What TrainingArguments is told. FSDP's settings are in the environment, from `accelerate.yaml`."""
     if not is_sharded(plan):
         return {}
-    kept = {"accelerator_config": {"use_configured_state": True}}
-    if zero_stage(plan.strategy) is None:
-        return kept
-    return {**kept, "deepspeed": str(deepspeed)}
+    kept: dict[str, Any] = {"use_configured_state": True}
+    if zero_stage(plan.strategy) is not None:
+        return {"accelerator_config": kept, "deepspeed": str(deepspeed)}
+    # Or FSDP would gather up the whole gradient of every micro-batch but the last, unsharded.
+    kept["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
+    return {"accelerator_config": kept}
 
 
 def fsdp_policy(plan: Plan) -> MixedPrecisionPolicy:

@@ -22,7 +22,7 @@ from launcher.plan.choose import CPU_TOKENS, GPU_TOKENS, Blocks, Every, Place, P
 from launcher.plan.collectives import Wires
 from launcher.plan.hardware import CATALOGUE, find_gpu
 from launcher.plan.memory import estimate
-from launcher.plan.search import FILL, STRATEGIES, TIE
+from launcher.plan.search import FILL, LEAVE_DDP, STRATEGIES, TIE
 from launcher.plan.shape import Shape, shape_of
 from launcher.plan.speed import step_speed
 from launcher.plan.states import Sharding
@@ -172,9 +172,13 @@ def test_nothing_better_would_have_fitted(
     assert chosen in fitting
     least = min(seconds(*one) for one in fitting)
     assert seconds(*chosen) == min(seconds(*one) for one in fitting if one[0] == plan.strategy)
-    assert seconds(*chosen) <= (1 + TIE) * least
+
+    def is_near(one: Any) -> bool:
+        return seconds(*one) <= (1 + (LEAVE_DDP if one[0] == "ddp" else TIE)) * least
+
+    assert is_near(chosen)
     simpler = STRATEGIES[: STRATEGIES.index(plan.strategy)]
-    assert all(seconds(*one) > (1 + TIE) * least for one in fitting if one[0] in simpler)
+    assert not any(is_near(one) for one in fitting if one[0] in simpler)
     assert plan.offload == "none", "which is slow, and is for the user to choose"
     assert plan.memory is not None
     assert plan.memory_available == place.gpu.memory
@@ -330,8 +334,8 @@ def at(gpu: str, ranks: int, nodes: int = 1) -> Place:
     ("place", "strategy"),
     [
         (at("a100-sxm-40gb", 8), {"zero2", "zero3"}),
-        (at("h100-sxm-80gb", 8), {"zero1", "zero2", "zero3"}),
-        (at("h100-sxm-80gb", 8, nodes=4), {"zero1", "zero2", "zero3"}),
+        (at("h100-sxm-80gb", 8), {"ddp"}),
+        (at("h100-sxm-80gb", 8, nodes=4), {"ddp"}),
         (at("h200-sxm-141gb", 1), {"ddp"}),
     ],
     ids=["8x-a100", "8x-h100", "4x8x-h100", "h200"],

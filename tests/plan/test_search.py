@@ -11,9 +11,9 @@ from launcher.plan.batch import Batch
 from launcher.plan.hardware import find_gpu
 from launcher.plan.search import (
     FILL,
+    LEAVE_DDP,
     RUNNERS_UP,
     STRATEGIES,
-    TIE,
     Candidate,
     Job,
     candidates,
@@ -153,7 +153,7 @@ def test_the_simplest_of_equally_fast_strategies_is_taken() -> None:
     batches = [Batch(128, 16, 1, 8)]
     found = candidates(asked, batches, (False,), [Sharding(name, 8) for name in STRATEGIES])
     ddp, *zero = found
-    for slowdown, expected in ((1 + 0.9 * TIE, ddp), (1 + 1.1 * TIE, zero[0])):
+    for slowdown, expected in ((1 + 0.9 * LEAVE_DDP, ddp), (1 + 1.1 * LEAVE_DDP, zero[0])):
         assert zero[0].speed is not None
         slower = replace(zero[0].speed, host=0.0, optimizer=slowdown * zero[0].seconds)
         exact = replace(slower, matrices=0.0, attention=0.0, elementwise=0.0, communication=0.0)
