@@ -27,12 +27,14 @@ class Batch:
 class Done:
     """How far a run has come that goes on: steps, and the samples in them, whatever their sizes were.
 
-    `warmup_steps` is the warmup that its learning rate began with; None where nothing is done yet.
+    `warmup_steps` is the warmup that its learning rate began with, `strategy` the one that its checkpoint is
+    of; None where nothing is done yet.
     """
 
     steps: int = 0
     samples: int = 0
     warmup_steps: int | None = None
+    strategy: str | None = None
 
 
 NOTHING_DONE = Done()

@@ -185,7 +185,7 @@ def make_plan(
         )
     precision = _precision(run, place)
     job = _job(run, place, shape, precision)
-    chosen, found = _fit(run, job)
+    chosen, found = _fit(run, job, done)
     steps = count_steps(
         batch_size=train.batch_size,
         block_size=data.block_size,
@@ -273,7 +273,7 @@ def _job(run: RunConfig, place: Place, shape: Shape | None, precision: str) -> J
     )
 
 
-def _fit(run: RunConfig, job: Job) -> tuple[Candidate, list[Candidate]]:
+def _fit(run: RunConfig, job: Job, done: Done) -> tuple[Candidate, list[Candidate]]:
     """Strategy, gradient checkpointing and the batch's split, chosen, and everything it was chosen from.
 
     What the user fixed is taken as given, and not refused for memory: the estimate may be wrong.
@@ -283,7 +283,7 @@ def _fit(run: RunConfig, job: Job) -> tuple[Candidate, list[Candidate]]:
     largest = max(1, (CPU_TOKENS if job.gpu.name == "cpu" else GPU_TOKENS) // job.block_size)
     asked = train.gradient_checkpointing
     batches = splits(train.batch_size, job.world_size, fixed, largest)
-    shardings = _shardings(run, job)
+    shardings = _shardings(run, job, done)
     found = candidates(job, batches, (False, True) if asked == "auto" else (asked,), shardings)
     chosen = fastest(found)
     if chosen is None and fixed is not None:
@@ -298,7 +298,7 @@ def _fit(run: RunConfig, job: Job) -> tuple[Candidate, list[Candidate]]:
     )
 
 
-def _shardings(run: RunConfig, job: Job) -> list[Sharding]:
+def _shardings(run: RunConfig, job: Job, done: Done) -> list[Sharding]:
     """The strategies to choose from, the simpler first; one that is asked for is taken as given.
 
     With one rank there is nothing to share, and on a CPU nothing to gain. Without a closed form for the
@@ -311,8 +311,9 @@ def _shardings(run: RunConfig, job: Job) -> list[Sharding]:
             hint="set train.offload: none, or train.strategy: zero3",
             key="train.offload",
         )
-    if strategy != "auto":
-        names: tuple[str, ...] = (strategy,)
+    if strategy != "auto" or done.strategy is not None:
+        # One engine does not read another's checkpoint, wherever the run goes on.
+        names: tuple[str, ...] = (done.strategy or strategy,)
     elif offload != "none":
         names = ("zero3",) if offload == "parameters" else ("zero1", "zero2", "zero3")
     elif job.world_size == 1 or job.gpu.name == "cpu" or job.shape is None:

@@ -100,7 +100,7 @@ def exposed(
 ) -> float | None:
     """Seconds of one step that ranks talk and do not compute; None without the network's rate.
 
-    Weights and gradients travel in the model's own `element` bytes, DDP's gradients in fp32.
+    Weights and gradients travel in the model's own `element` bytes, DDP's and FSDP's gradients in fp32.
     """
     world = sharding.world_size
     if _slowest(world, wires) is None:
@@ -109,7 +109,8 @@ def exposed(
         return _behind(FP32 * parameters(shape), world, wires, DDP_BUCKET, one.backward)
     if sharding.strategy in ("zero3", "fsdp"):
         again = gradient_checkpointing and sharding.strategy == "zero3"
-        return accumulation * _sharded_weights(shape, world, wires, one, element, again=again)
+        reduced = FP32 if sharding.strategy == "fsdp" else element
+        return accumulation * _sharded_weights(shape, world, wires, one, element, reduced, again=again)
     size, sizes = element * parameters(shape), buckets(shape)
     bucket = element * sizes.reduce_bucket_size
     weights = _certain(gather(size, world, wires, element * sizes.allgather_bucket_size))
@@ -129,18 +130,19 @@ def _behind(size: float, world_size: int, wires: Wires, bucket: float, backward:
 
 
 def _sharded_weights(
-    shape: Shape, world_size: int, wires: Wires, one: Pass, element: int, *, again: bool
+    shape: Shape, world_size: int, wires: Wires, one: Pass, element: int, reduced: int, *, again: bool
 ) -> float:
     """One micro-batch of ZeRO-3 or FSDP: weights gathered for each pass, and gradients scattered.
 
-    ZeRO-3 gathers a checkpointed layer `again` to compute it once more. The first layer's weights and the
+    ZeRO-3 gathers a checkpointed layer `again` to compute it once more. Gradients travel in `reduced` bytes
+    an element. The first layer's weights and the
     last one's gradients are waited for.
     """
     size = element * parameters(shape)
     layer = element * sum(tensors.elements * tensors.count for tensors in layer_tensors(shape))
     whole = _certain(gather(size, world_size, wires, layer))
     ends = whole * min(1.0, layer / size)
-    back = (3 if again else 2) * whole
+    back = (2 if again else 1) * whole + reduced / element * whole
     return max(ends, whole - one.forward) + max(ends, back - one.backward)
 
 

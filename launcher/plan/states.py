@@ -245,6 +245,6 @@ def _fsdp(shape: Shape, sharding: Sharding, *, half: bool) -> States:
         optimizer=2 * FP32 * own if on_gpu else 0,
         gathered=element * (table + 2 * layer),
         transient=element * table,
-        buffers=2 * element * layer,
+        buffers=(element + FP32) * layer,
         host=0 if on_gpu else 4 * FP32 * own,
     )

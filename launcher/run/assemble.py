@@ -123,7 +123,8 @@ def how_far(directory: RunDirectory) -> Done:
     if not checkpoints:
         return NOTHING_DONE
     newest = checkpoints[-1]
-    return Done(newest.step, newest.samples, directory.read_orders().plan.warmup_steps)
+    plan = directory.read_orders().plan
+    return Done(newest.step, newest.samples, plan.warmup_steps, plan.strategy)
 
 
 def _with_vocabulary(config: Mapping[str, Any], vocabulary: int | None, init: str) -> Mapping[str, Any]:

@@ -109,11 +109,11 @@ def deepspeed_step(fields: Mapping[str, Any], stage: int, precision: str, world_
 
 
 def fsdp_step(fields: Mapping[str, Any], precision: str) -> dict[str, int]:
-    """The same for FSDP2, wrapped as accelerate 1.15 does it."""
+    """The same for FSDP2, wrapped as accelerate 1.15 does it, with launcher's policy."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     half = torch.bfloat16 if precision == "bf16" else torch.float32
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, output_dtype=half)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     ids = torch.zeros(1, fields["n_positions"], dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model: Any = build(fields, False)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from launcher.config.presets import PRESETS
 from launcher.config.schema import RunConfig
 from launcher.errors import MachineError, RequestError
-from launcher.plan.batch import Batch
+from launcher.plan.batch import NOTHING_DONE, Batch, Done
 from launcher.plan.choose import CPU_TOKENS, GPU_TOKENS, Blocks, Every, Place, Plan, make_plan
 from launcher.plan.collectives import Wires
 from launcher.plan.hardware import CATALOGUE, find_gpu
@@ -68,8 +68,9 @@ def planned(
     shape: Shape | None = None,
     positions: int | None = None,
     blocks: Blocks | None = None,
+    done: Done = NOTHING_DONE,
 ) -> Plan:
-    return make_plan(run, place, shape=shape, positions=positions, blocks=blocks)
+    return make_plan(run, place, shape=shape, positions=positions, blocks=blocks, done=done)
 
 
 @given(
@@ -372,6 +373,15 @@ def test_the_strategy_asked_for_is_taken_as_given() -> None:
     assert planned(asked(strategy="zero3"), on(ranks=2), shape=shape()).strategy == "zero3"
     assert planned(asked(), on(ranks=2), shape=shape()).strategy == "ddp", "a CPU has nothing to gain"
     assert planned(asked(), on("a100-sxm-80gb", 8)).strategy == "ddp", "nobody knows what would fit"
+
+
+def test_a_run_goes_on_with_the_strategy_of_its_checkpoint() -> None:
+    fresh = planned(asked(), on("a100-sxm-80gb", 8), shape=shape())
+    assert fresh.strategy != "zero2"
+    begun = planned(asked(), on("a100-sxm-80gb", 8), shape=shape(), done=Done(10, 5120, 2, "zero2"))
+    assert begun.strategy == "zero2"
+    alone = planned(asked(), on("a100-sxm-80gb", 1), shape=shape(), done=Done(10, 5120, 2, "zero2"))
+    assert alone.strategy == "zero2"
 
 
 def test_what_cannot_be_done_is_refused() -> None:

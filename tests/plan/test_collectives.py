@@ -92,7 +92,7 @@ def test_a_gather_takes_half_of_what_an_all_reduce_takes() -> None:
         ("zero2", "bf16", 4, False, 4 * 2 * 2 + 2),  # an all-reduce for each micro-batch
         ("zero3", "bf16", 4, False, 4 * (2 + 2 + 2)),  # gathered forward and backward, gradients scattered
         ("zero3", "bf16", 4, True, 4 * (2 + 2 + 2 + 2)),  # and gathered to compute a layer again
-        ("fsdp", "bf16", 4, True, 4 * (2 + 2 + 2)),
+        ("fsdp", "bf16", 4, True, 4 * (2 + 2 + 4)),
         ("zero2", "fp32", 1, False, 2 * 4 + 4),
     ],
 )
