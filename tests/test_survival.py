@@ -153,3 +153,28 @@ def test_a_cache_that_cannot_be_written(workplace: Workplace, folder: str) -> No
     assert done.returncode == 2
     assert "data.cache_dir" in done.stderr
     assert not Path(workplace.folder, "runs").exists()
+
+
+def test_out_of_memory_is_told_with_what_held_it_and_what_to_change(workplace: Workplace) -> None:
+    (workplace.folder / "mine.py").write_text(
+        "import resource\n"
+        "import psutil\n"
+        "from transformers import TrainerCallback\n"
+        "class Limit(TrainerCallback):\n"
+        "    def on_step_begin(self, args, state, control, **_):\n"
+        "        if state.global_step == 0:\n"
+        "            most = psutil.Process().memory_info().vms + (48 << 20)\n"
+        "            resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+    )
+    large = ("train.batch_size=1024", "train.micro_batch=256", "train.steps=4", "train.eval_every=4")
+    done = workplace.run("train", "run.yaml", *large, "train.callbacks=[mine:Limit]")
+    assert done.returncode == 1, done.stderr
+    assert "out of memory in step 1: this rank held parameters" in done.stderr
+    assert "optimizer" in done.stderr
+    assert "were planned" in done.stderr
+    assert "the most effective first: train." in done.stderr
+    assert "train.micro_batch=128 (about 0.06 GiB less)" in done.stderr
+    last = journal.read(workplace.folder / "runs" / "small" / "journal.jsonl")[-1]
+    assert last["outcome"] == "OUT_OF_MEMORY"
+    # And with what it said, under the same name, it goes on.
+    workplace.train(*large, "train.micro_batch=128", "train.gradient_checkpointing=true")

@@ -12,6 +12,7 @@ from typing import Any
 
 from launcher.errors import RequestError
 from launcher.plan.choose import Plan
+from launcher.plan.shape import Shape, shape_of, with_vocabulary
 
 VERSION = 3
 
@@ -32,6 +33,11 @@ class Orders:
     weights: str | None
     store: str | None
     vocabulary: int | None
+
+    @property
+    def shape(self) -> Shape | None:
+        """The shape of the model that is trained; None for an architecture that is not known."""
+        return shape_of(with_vocabulary(self.model, self.vocabulary, scratch=self.weights is None))
 
 
 def format_orders(orders: Orders) -> str:

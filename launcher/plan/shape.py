@@ -108,6 +108,16 @@ def shape_of(config: Mapping[str, Any]) -> Shape | None:
     return _gpt2(fields) if model_type == "gpt2" else _llama(model_type, fields)
 
 
+def with_vocabulary(config: Mapping[str, Any], vocabulary: int | None, *, scratch: bool) -> Mapping[str, Any]:
+    """The config of a model with a row for each of the tokenizer's ids; None: as many as it has.
+
+    From `scratch` it has exactly those; a pretrained model grows and never shrinks.
+    """
+    if vocabulary is None or (not scratch and config.get("vocab_size", 0) >= vocabulary):
+        return config
+    return {**config, "vocab_size": vocabulary}
+
+
 def _gpt2(fields: Mapping[str, Any]) -> Shape | None:
     if fields["add_cross_attention"]:
         return None

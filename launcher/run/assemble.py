@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from launcher import __version__
 from launcher.config.load import Loaded, dump
@@ -17,7 +17,7 @@ from launcher.plan.batch import NOTHING_DONE, Done
 from launcher.plan.choose import Blocks, Place, Plan, make_plan
 from launcher.plan.hardware import GIGA, find_gpu
 from launcher.plan.orders import Orders, format_orders
-from launcher.plan.shape import Shape, shape_of
+from launcher.plan.shape import Shape, shape_of, with_vocabulary
 from launcher.plan.sharding import zero_stage
 from launcher.render.accelerate import render_accelerate
 from launcher.render.command import render_launch
@@ -104,7 +104,7 @@ def _assemble(
     model = find_model(run.config.model)
     place = find_place(cluster.config, machine)
     vocabulary = text.vocabulary if text else _announced_vocabulary(model)
-    shape = shape_of(_with_vocabulary(model.config, vocabulary, run.config.model.init))
+    shape = shape_of(with_vocabulary(model.config, vocabulary, scratch=run.config.model.init == "scratch"))
     plan = make_plan(
         run.config,
         place,
@@ -125,13 +125,6 @@ def how_far(directory: RunDirectory) -> Done:
     newest = checkpoints[-1]
     plan = directory.read_orders().plan
     return Done(newest.step, newest.samples, plan.warmup_steps, plan.strategy)
-
-
-def _with_vocabulary(config: Mapping[str, Any], vocabulary: int | None, init: str) -> Mapping[str, Any]:
-    """From scratch, a row for each of the tokenizer's ids; a pretrained model grows and never shrinks."""
-    if vocabulary is None or (init == "pretrained" and config.get("vocab_size", 0) >= vocabulary):
-        return config
-    return {**config, "vocab_size": vocabulary}
 
 
 def _announced_vocabulary(model: ModelSource) -> int | None:

@@ -21,6 +21,7 @@ from launcher.plan.orders import Orders, parse_orders
 MAY_CHANGE = frozenset(
     {
         *("train.steps", "train.tokens", "train.epochs", "train.batch_size", "train.micro_batch"),
+        "train.gradient_checkpointing",
         *("data.skip.steps", "data.skip.documents", "output_dir"),
     }
 )

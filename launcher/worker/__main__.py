@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from launcher.data.store import SPLITS, TOKENIZER_FOLDER, open_store
 from launcher.errors import LauncherError, RequestError
 from launcher.plan.hardware import find_gpu
 from launcher.plan.orders import Orders
-from launcher.plan.shape import flops_per_token, shape_of
+from launcher.plan.shape import flops_per_token
 from launcher.run import checkpoints as ledger
 from launcher.run.directory import RunDirectory, write_text
 from launcher.run.outcome import Outcome, RankEnd
@@ -42,6 +43,7 @@ from launcher.worker.dataset import (
 from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import build_model, load_tokenizer
+from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
 from launcher.worker.rank import Rank, join, last_word
 from launcher.worker.report import Report
 from launcher.worker.resume import check_length, go_on
@@ -92,10 +94,11 @@ class Verify(TrainerCallback):
 
 
 class Reached(TrainerCallback):
-    """The last step that was done."""
+    """The last step that was done, and by whom."""
 
     def __init__(self) -> None:
         self.step = 0
+        self.trainer: LauncherTrainer | None = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -128,7 +131,12 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt as interrupt:
         end = last_word(rank.number, reached.step, interrupt)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this rank's last word
+        held = held_memory(reached.trainer, orders.plan.device) if is_out_of_memory(error) else None
         end = last_word(rank.number, reached.step, error)
+        if held is not None:
+            begun = bool(ledger.committed(directory.checkpoints))
+            message, hint = explain(error, orders, held, step=reached.step, begun=begun)
+            end = replace(end, outcome=Outcome.OUT_OF_MEMORY, error=message, hint=hint)
     end.write(directory.record(rank.attempt, rank.number))
     if end.outcome in (Outcome.CRASHED, Outcome.OUT_OF_MEMORY):
         # The others wait for this rank in a collective: leave without the clean-up that would join them.
@@ -190,7 +198,7 @@ def train(
         best=best,
         callbacks=callbacks,
     )
-    checks.trainer = trainer
+    checks.trainer = reached.trainer = trainer
     # Ranks draw unlike dropout masks; the weights were drawn alike before.
     set_seed((run.seed + rank.number) % 2**32)
 
@@ -268,7 +276,7 @@ def reports(
     """Rank 0's record of the run, and what the user looks at."""
     plan, gpu = orders.plan, find_gpu(orders.plan.gpu)
     assert plan.steps is not None
-    shape = shape_of(orders.model)
+    shape = orders.shape
     found: list[TrainerCallback] = [
         Report(
             plan,

@@ -73,9 +73,6 @@ def last_word(rank: int, step: int, error: BaseException) -> RankEnd:
     """The record of a failure. Prints the traceback to the rank's log."""
     traceback.print_exception(error)
     now = time.time()
-    if isinstance(error, torch.OutOfMemoryError):
-        hint = "lower train.micro_batch, or set train.gradient_checkpointing=true"
-        return RankEnd(rank, Outcome.OUT_OF_MEMORY, step, now, f"out of memory: {error}", hint)
     if isinstance(error, LauncherError):
         return RankEnd(rank, Outcome.CRASHED, step, now, error.message, error.hint, error.exit_code)
     return RankEnd(rank, Outcome.CRASHED, step, now, f"{type(error).__name__}: {error}")
