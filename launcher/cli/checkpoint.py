@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from launcher import console
 from launcher.cli.arguments import AsJson, RunFolder
+from launcher.errors import RequestError
 
 app = typer.Typer(help="The ledger of a run's checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -58,3 +60,40 @@ def checkpoint_list(
     console.answer(
         console.table(("step", "samples", "size", "saved", "state"), rows) if rows else "no checkpoint yet"
     )
+
+
+@app.command("export", epilog="Example: launcher checkpoint export runs/gpt2-shakespeare --step 500")
+def checkpoint_export(
+    run_dir: RunFolder,
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="The checkpoint's step; without it, the newest.")
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="DIR", help="Where to; without it, RUN_DIR/exports/step-NNNNNNNN."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make one Hugging Face model of a checkpoint, whichever engine saved it and however many ranks."""
+    import subprocess
+    import sys
+
+    from launcher.run.checkpoints import good_at
+    from launcher.run.directory import RunDirectory
+
+    directory = RunDirectory(run_dir.absolute())
+    directory.read_orders()
+    found = good_at(directory.checkpoints, step)
+    target = (to or directory.exports / found.folder.name).absolute()
+    if target.exists():
+        raise RequestError(f"{target} exists", hint="name another folder with --to: nothing is overwritten")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "launcher.worker.export"]
+    command += [str(directory.root), str(found.folder), str(target)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL)  # what DeepSpeed tells of its files
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    if as_json:
+        console.answer_json({"step": found.step, "model": str(target)})
+    else:
+        console.answer(str(target))

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.errors import RequestError, TrainingError
+
 MANIFEST = "MANIFEST.json"
 STATE = "launcher.json"
 """In a checkpoint: what launcher itself must know to go on."""
@@ -106,6 +108,25 @@ def committed(checkpoints: Path) -> list[Checkpoint]:
 def latest_good(checkpoints: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None."""
     return next((each for each in reversed(committed(checkpoints)) if not each.damage()), None)
+
+
+def good_at(checkpoints: Path, step: int | None) -> Checkpoint:
+    """The checkpoint of `step`, or the newest that verifies. Raises RequestError where there is none, and
+    TrainingError for one that is damaged."""
+    if step is None:
+        newest = latest_good(checkpoints)
+        if newest is None:
+            raise RequestError(f"{checkpoints} has no good checkpoint", hint="`launcher train` makes them")
+        return newest
+    found = {each.step: each for each in committed(checkpoints)}
+    if step not in found:
+        there = ", ".join(map(str, found)) or "none"
+        raise RequestError(f"there is no checkpoint of step {step}", hint=f"there are: {there}")
+    if damage := found[step].damage():
+        raise TrainingError(
+            f"the checkpoint of step {step} is damaged: {'; '.join(damage)}", hint="name another step"
+        )
+    return found[step]
 
 
 def set_aside_damaged(checkpoints: Path, newer_than: int) -> list[tuple[str, str]]:

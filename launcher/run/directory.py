@@ -114,6 +114,11 @@ class RunDirectory:
         return self.root / "model"
 
     @property
+    def exports(self) -> Path:
+        """Models made of single checkpoints, each in a folder of the checkpoint's name."""
+        return self.root / "exports"
+
+    @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 
