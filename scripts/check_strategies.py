@@ -47,7 +47,7 @@ class Watch(TrainerCallback):
     def on_train_end(self, args, state, control, model, **_):
         with torch.no_grad():
             model.eval()
-            logits = model(input_ids=torch.arange(64).reshape(1, 64)).logits
+            logits = model(input_ids=torch.arange(1, 65).reshape(1, 64)).logits
         if state.is_world_process_zero:
             torch.save(logits.float(), os.path.join(args.output_dir, "logits.pt"))
 """
@@ -171,7 +171,7 @@ def _logits_apart(directory: Path, cell: Cell) -> float:
         model.to(torch.bfloat16)  # DeepSpeed computes in it throughout; the others cast on the way
     casts = half and model.dtype == torch.float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=casts):
-        logits = model(input_ids=torch.arange(64).reshape(1, 64)).logits
+        logits = model(input_ids=torch.arange(1, 65).reshape(1, 64)).logits
     return float((logits.float() - live).abs().max())
 
 
