@@ -18,16 +18,27 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command(epilog="Example: launcher init run.yaml --preset gpt2-medium")
+@app.command(epilog="Example: launcher init run.yaml --preset gpt2-medium --from ds_config.json")
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")] = Path("run.yaml"),
     preset: Annotated[str, typer.Option("--preset", help="The model to start from.")] = "gpt2",
     cluster: Annotated[bool, typer.Option("--cluster", help="Write a starter cluster.yaml instead.")] = False,
+    old: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            metavar="OLD",
+            help="A DeepSpeed JSON or an accelerate YAML to convert; give it twice for one of each.",
+        ),
+    ] = None,
 ) -> None:
     """Write a starter run.yaml, or cluster.yaml."""
     from launcher.config.presets import starter_cluster, starter_run
 
-    text = starter_cluster() if cluster else starter_run(preset, file.stem)
+    if old:
+        text = _converted(old, file, preset, cluster)
+    else:
+        text = starter_cluster() if cluster else starter_run(preset, file.stem)
     try:
         with file.open("x", encoding="utf-8") as stream:
             stream.write(text)
@@ -36,6 +47,33 @@ def init(
     except OSError as error:
         raise RequestError(f"{file} cannot be written: {error.strerror}") from error
     console.say(f"wrote {file}; next: launcher plan {'RUN --cluster ' if cluster else ''}{file}")
+
+
+def _converted(old: list[Path], file: Path, preset: str, cluster: bool) -> str:
+    """The text of the file to write. What it leaves out of the old files is told, with the reason."""
+    from launcher.config.convert import convert
+    from launcher.config.load import read_mappings
+    from launcher.config.presets import starter_cluster
+
+    conversion = convert(read_mappings(old, hint="--from takes a DeepSpeed JSON or an accelerate YAML"))
+    ours, other = ("cluster", "train") if cluster else ("train", "cluster")
+    if cluster and not conversion.of(ours):
+        raise RequestError(
+            f"--from: {' and '.join(path.name for path in old)} says nothing of a cluster",
+            hint="leave --from out; or name the accelerate YAML that has num_processes",
+        )
+    text = starter_cluster(conversion.of("cluster")) if cluster else conversion.run(preset, file.stem)
+    taken = {said.key for said in conversion.origins.values()}
+    told: dict[tuple[str, str], list[str]] = {}
+    for each in conversion.left:
+        how = "taken over, but" if each.key in taken else "not taken over"
+        told.setdefault((how, each.why), []).append(f"{each.key} ({each.place})")
+    if belongs := [f"{key} from {setting.comment}" for key, setting in conversion.of(other).items()]:
+        command = f"launcher init {'run.yaml' if cluster else 'cluster.yaml --cluster'} --from ..."
+        told["not taken over", f"it belongs in the other file: {command}"] = belongs
+    for (how, why), keys in told.items():
+        console.say(f"{how}: {', '.join(keys)}\n  {why}")
+    return text
 
 
 @app.command(epilog="Example: launcher plan run.yaml --cluster cluster.yaml train.batch_size=256")

@@ -57,7 +57,7 @@ class _Override:
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Loaded[RunConfig]:
     """Read a run file and lay `overrides` (KEY=VALUE) over it. Raises ConfigError with every fault."""
-    document = _read(path)
+    document = read_mapping(path)
     laid_over, faults = _overrides(overrides)
     cleared = _lengths_cleared(laid_over)
     return _load(RunConfig, document, [*cleared, *laid_over], faults, RUN_RULES, ())
@@ -65,8 +65,17 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Loaded[RunConfig]:
 
 def load_cluster(path: Path | None) -> Loaded[ClusterConfig]:
     """Read a cluster file; None: all defaults, this machine as found. Raises ConfigError with every fault."""
-    document = Document({}, (), "cluster", False, None) if path is None else _read(path)
+    document = Document({}, (), "cluster", False, None) if path is None else read_mapping(path)
     return _load(ClusterConfig, document, [], [], CLUSTER_RULES, CLUSTER_NOT_YET)
+
+
+def faults_in_run(text: str) -> tuple[Fault, ...]:
+    """Every fault that `load_run` would find in a file that holds `text`."""
+    try:
+        _load(RunConfig, _mapping(parse(text, label="run.yaml")), [], [], RUN_RULES, ())
+    except ConfigError as error:
+        return error.faults
+    return ()
 
 
 def dump(config: Section) -> str:
@@ -94,12 +103,12 @@ def _flat(values: Value, at: KeyPath = ()) -> Iterator[tuple[KeyPath, Value]]:
         yield at, values
 
 
-def _read(path: Path) -> Document:
+def read_mapping(path: Path, hint: str = "`launcher init` writes a starter file") -> Document:
+    """The mapping in a YAML or JSON file; `hint` is for one that is not there. Raises ConfigError."""
     name = path.name
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        hint = "`launcher init` writes a starter file"
         raise ConfigError([Fault(str(path), "no such file", hint=hint)]) from error
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
@@ -108,11 +117,29 @@ def _read(path: Path) -> Document:
         raise ConfigError([Fault(str(path), f"cannot be read: {error.strerror}")]) from error
     document = parse(text, label=name)
     if document.value is None:
-        hint = "`launcher init` writes a starter file"
         raise ConfigError([Fault(name, "the file is empty", name, hint)])
+    return _mapping(document)
+
+
+def read_mappings(paths: Sequence[Path], hint: str) -> list[Document]:
+    """The mappings in several files. Raises ConfigError with the faults of all of them."""
+    documents: list[Document] = []
+    faults: list[Fault] = []
+    for path in paths:
+        try:
+            documents.append(read_mapping(path, hint))
+        except ConfigError as error:
+            faults.extend(error.faults)
+    if faults:
+        raise ConfigError(faults)
+    return documents
+
+
+def _mapping(document: Document) -> Document:
     if not isinstance(document.value, dict):
         reason = f"expected a mapping of keys, got {shown(document.value)}"
-        raise ConfigError([Fault(name, reason, name, "write one `key: value` a line")])
+        hint = "write one `key: value` a line"
+        raise ConfigError([Fault(document.label, reason, document.label, hint)])
     return document
 
 

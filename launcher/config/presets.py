@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
+from launcher.config.document import Value
 from launcher.config.keys import did_you_mean, nearest
+from launcher.config.schema import TrainSection
 from launcher.errors import RequestError
 
 
@@ -101,17 +104,40 @@ def preset_named(name: str) -> Preset:
     return PRESETS[name]
 
 
+_NONE: Mapping[str, Setting] = MappingProxyType({})
 _PLAIN_NAME = re.compile(r"(?!(?:true|false|null)\Z)[a-z][a-z0-9_.-]*", re.IGNORECASE)
 
 
-def starter_run(preset: str, name: str) -> str:
-    """A commented run file that trains `preset` from scratch. Raises RequestError for an unknown preset."""
+@dataclass(frozen=True)
+class Setting:
+    """A value for a starter file, and what the comment beside it says."""
+
+    value: Value
+    comment: str
+
+
+def starter_run(preset: str, name: str, settings: Mapping[str, Setting] = _NONE) -> str:
+    """A commented run file that trains `preset` from scratch, with `settings` (by dotted key of train) in it.
+
+    Raises RequestError for an unknown preset.
+    """
     shape = preset_named(preset)
-    written_name = name if _PLAIN_NAME.fullmatch(name) else json.dumps(name, ensure_ascii=False)
     batch_tokens = f"{shape.batch_size * 1024:,}"
+    train = {
+        "batch_size": (f"{shape.batch_size}", f"sequences per optimizer step: {batch_tokens} tokens"),
+        "tokens": (shape.tokens, "20 for each parameter (Hoffmann et al. 2022); or steps, or epochs"),
+        "learning_rate": (shape.learning_rate, "the peak, after warmup"),
+        "schedule": ("cosine", ""),
+        "warmup": ("0.02", "a fraction of the steps"),
+        "eval_every": ("500", "steps, or a duration such as 30min"),
+    }
+    if "train.steps" in settings:
+        del train["tokens"]
+    train |= {key.removeprefix("train."): (_written(s.value), s.comment) for key, s in settings.items()}
+    size = f"# {shape.size} parameters from scratch."
     lines = [
-        (f"# {shape.size} parameters from scratch. Learning rate and batch size: {_SOURCE}.", ""),
-        (f"name: {written_name}", ""),
+        (f"{size} Learning rate and batch size: {_SOURCE}{_OR_CONVERTED if settings else ''}.", ""),
+        (f"name: {_written(name)}", ""),
         ("model:", ""),
         (f"  name: {shape.name}", ""),
         ("  init: scratch", "pretrained: start from the published weights"),
@@ -120,32 +146,40 @@ def starter_run(preset: str, name: str) -> str:
         ("  validation: 0.01", "hold out one document in a hundred, or name files"),
         ("  block_size: 1024", "tokens in one sequence"),
         ("train:", ""),
-        (f"  batch_size: {shape.batch_size}", f"sequences per optimizer step: {batch_tokens} tokens"),
-        (f"  tokens: {shape.tokens}", "20 for each parameter (Hoffmann et al. 2022); or steps, or epochs"),
-        (f"  learning_rate: {shape.learning_rate}", "the peak, after warmup"),
-        ("  schedule: cosine", ""),
-        ("  warmup: 0.02", "a fraction of the steps"),
-        ("  eval_every: 500", "steps, or a duration such as 30min"),
+        *((f"  {key}: {train[key][0]}", train[key][1]) for key in TrainSection.model_fields if key in train),
         ("checkpoint:", ""),
         ("  every: 15min", ""),
         ("  keep: 2", ""),
     ]
-    return "".join(f"{key:<34}# {comment}\n" if comment else f"{key}\n" for key, comment in lines)
+    return _aligned(lines)
 
 
-def starter_cluster() -> str:
-    """A commented cluster file for the machine it is used on."""
-    return _CLUSTER
+def starter_cluster(settings: Mapping[str, Setting] = _NONE) -> str:
+    """A commented cluster file for the machine it is used on, with `settings` (by dotted key) in it."""
+    cluster = {
+        "name": ("my-machine", ""),
+        "launch": ("local", ""),
+        "nodes": ("1", ""),
+        "gpus_per_node": ("auto", "those found here, or a number"),
+        "gpu": ("auto", "what is found here; a name such as a100-sxm-80gb; or cpu"),
+        "env": ("{}", "variables set for every rank; no secrets"),
+    }
+    cluster |= {key.removeprefix("cluster."): (_written(s.value), s.comment) for key, s in settings.items()}
+    return _CLUSTER + _aligned(
+        [(f"{key}: {value}", comment) for key, (value, comment) in cluster.items()], 25
+    )
+
+
+def _aligned(lines: Sequence[tuple[str, str]], width: int = 34) -> str:
+    return "".join(f"{key:<{width}}# {comment}\n" if comment else f"{key}\n" for key, comment in lines)
+
+
+def _written(value: Value) -> str:
+    plain = isinstance(value, str) and _PLAIN_NAME.fullmatch(value)
+    return str(value) if plain else json.dumps(value, ensure_ascii=False)
 
 
 _SOURCE = "Brown et al. 2020, table 2.1"
+_OR_CONVERTED = ", where no comment names a file"
 
-_CLUSTER = """\
-# Where runs run. Without --cluster, launcher takes this machine as it finds it.
-name: my-machine
-launch: local
-nodes: 1
-gpus_per_node: auto      # those found here, or a number
-gpu: auto                # what is found here; a name such as a100-sxm-80gb; or cpu
-env: {}                  # variables set for every rank; no secrets
-"""
+_CLUSTER = "# Where runs run. Without --cluster, launcher takes this machine as it finds it.\n"
