@@ -88,6 +88,7 @@ _PREFIXED: Mapping[str, str] = {
 def read_accelerate(document: Document) -> OldFile:
     """What an accelerate YAML says."""
     old = OldFile(document, _canonical)
+    old.sections("deepspeed_config", "fsdp_config", "dynamo_config", "parallelism_config")
     _ranks(old)
     _engine(old)
     _precision(old)
@@ -164,7 +165,7 @@ def _deepspeed(old: OldFile, distributed_type: str) -> None:
         old.say("train.strategy", "zero2", distributed_type)  # accelerate's default
     else:
         old.leave(distributed_type, "train.strategy follows from the ZeRO stage")
-    if isinstance(stage, int) and stage in ZERO_STAGES:
+    if isinstance(stage, int) and not isinstance(stage, bool) and stage in ZERO_STAGES:
         old.say("train.strategy", ZERO_STAGES[stage], key)
     elif stage is not None:
         hint = "set 1, 2 or 3; or distributed_type: MULTI_GPU, which is launcher's ddp"
@@ -174,9 +175,13 @@ def _deepspeed(old: OldFile, distributed_type: str) -> None:
         for name in ("offload_optimizer_device", "offload_param_device")
     ]
     say_offload(old, *devices)
-    steps = old.count(f"{section}.gradient_accumulation_steps", "launcher works it out")
+    key = f"{section}.gradient_accumulation_steps"
+    asked = old.has(key)
+    steps = old.count(key, "launcher works it out")
     if steps is not None:
-        old.say("accumulation", steps, f"{section}.gradient_accumulation_steps")
+        old.say("accumulation", steps, key)
+    elif asked:
+        old.say("unknown.accumulation", True, key)
     clip = old.number(f"{section}.gradient_clipping", "set train.max_grad_norm")
     if clip is not None:
         old.say("train.max_grad_norm", clip, f"{section}.gradient_clipping")

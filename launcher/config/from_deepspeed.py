@@ -131,6 +131,8 @@ KNOWN: Final[Known] = {
 def read_deepspeed(document: Document) -> OldFile:
     """What a DeepSpeed JSON says."""
     old = OldFile(document)
+    old.sections("zero_optimization", "bf16", "fp16", "optimizer", "optimizer.params")
+    old.sections("scheduler", "scheduler.params")
     _batch(old)
     _zero(old)
     _precision(old)
@@ -163,7 +165,7 @@ def _zero(old: OldFile) -> None:
         return
     key = "zero_optimization.stage"
     stage = old.take(key)
-    if stage in ZERO_STAGES and isinstance(stage, int) and not isinstance(stage, bool):
+    if isinstance(stage, int) and not isinstance(stage, bool) and stage in ZERO_STAGES:
         old.say("train.strategy", ZERO_STAGES[stage], key)
     elif stage in (None, 0) and not isinstance(stage, bool):
         said = "is DeepSpeed's default" if stage is None else "shares nothing among the ranks"

@@ -66,6 +66,15 @@ class OldFile:
         """Whether `key`, or a key under it, has not been read yet."""
         return any(name == key or name.startswith(f"{key}.") for name in self._values)
 
+    def sections(self, *names: str) -> None:
+        """Refuse what is written in place of a mapping of keys."""
+        for name in names:
+            value = self.take(name)
+            if value is not None:
+                self.refuse(
+                    name, f"expected a mapping of keys, got {shown(value)}", "write its keys, or take it out"
+                )
+
     def asks(self, section: str) -> bool:
         """Whether a key of `section` that has not been read yet holds anything."""
         return any(key.startswith(f"{section}.") and value for key, value in self._values.items())

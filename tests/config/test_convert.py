@@ -283,6 +283,8 @@ def test_a_batch_that_is_not_its_product() -> None:
         ({"pipeline": {"stages": 4}}, "pipeline.stages", "pipeline parallelism"),
         ({"moe": {"enabled": True}, "bf16": {}}, "moe.enabled", "mixture-of-experts"),
         ({"curriculum_learning": {"enabled": True}}, "curriculum_learning.enabled", "curriculum"),
+        ({"bf16": True}, "bf16", "expected a mapping of keys"),
+        ({"zero_optimization": True}, "zero_optimization", "expected a mapping of keys"),
         ({"train_batch_size": 1.5}, "train_batch_size", "whole number from 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -342,6 +344,7 @@ def test_what_launcher_does_not_do_of_deepspeed(content: dict[str, Any], key: st
             "compute_environment",
             "SageMaker",
         ),
+        ({"distributed_type": "NO", "fsdp_config": "full"}, "fsdp_config", "expected a mapping of keys"),
         ({"distributed_type": "NO", "use_cpu": "perhaps"}, "use_cpu", "true or false"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -392,6 +395,20 @@ def test_without_the_ranks_a_micro_batch_alone_says_no_batch() -> None:
     assert {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} == {
         e.key for e in conversion.left
     }
+
+
+def test_an_accumulation_that_is_auto_is_not_taken_for_one() -> None:
+    steps = {"gradient_accumulation_steps": "auto"}
+    micro = {"train_micro_batch_size_per_gpu": 4}
+    ranks = {"distributed_type": "DEEPSPEED", "num_processes": 2}
+    assert said(of(micro, ranks))["train.batch_size"] == 8
+    assert "train.batch_size" not in said(of(micro | steps, ranks))
+    assert "train.batch_size" not in said(of(micro, ranks | {"deepspeed_config": steps}))
+
+
+def test_json_indented_with_tabs() -> None:
+    text = json.dumps(json.loads(old_files.ZERO2_WITH_OFFLOAD), indent="\t")
+    assert said(of(text)) == said(of(old_files.ZERO2_WITH_OFFLOAD))
 
 
 # Against the libraries themselves
