@@ -518,6 +518,7 @@ def test_yaml_of_1_1_is_read_as_accelerate_reads_it() -> None:
         "use_cpu": True,
         "num_processes": 1,
     }
+    assert said(of(accelerate=text.replace(" no\n", " false\n"))) == said(of(accelerate=text))
     assert said(of(accelerate=text)) == {
         "train.precision": "fp32",
         "cluster.gpu": "cpu",
