@@ -1,8 +1,15 @@
-"""Files as people have them: DeepSpeed JSON and accelerate YAML of the usual kinds."""
+"""Files as people have them, of DeepSpeed and of accelerate, and what they convert to."""
 
 from __future__ import annotations
 
-from typing import Final
+import json
+from typing import Any, Final
+
+import pytest
+
+from launcher.config.convert import Conversion, convert
+from launcher.config.document import Document, Value, parse
+from launcher.errors import ConfigError
 
 TRAINER_ZERO3: Final = """\
 {
@@ -159,3 +166,46 @@ num_machines: 2
 num_processes: 16
 """
 )
+
+
+JSON, YAML = "ds.json", "accelerate.yaml"
+
+
+def said(conversion: Conversion) -> dict[str, Value]:
+    return {key: setting.value for key, setting in conversion.settings.items()}
+
+
+def of(
+    deepspeed: str | dict[str, Any] | None = None, accelerate: str | dict[str, Any] | None = None
+) -> Conversion:
+    return convert(documents(deepspeed, accelerate))
+
+
+def documents(*contents: str | dict[str, Any] | None) -> list[Document]:
+    texts = [
+        each if isinstance(each, str) or each is None else json.dumps(each, indent=1) for each in contents
+    ]
+    return [
+        parse(text, label=label) for text, label in zip(texts, (JSON, YAML), strict=False) if text is not None
+    ]
+
+
+def conflicts(
+    deepspeed: str | dict[str, Any] | None = None, accelerate: str | dict[str, Any] | None = None
+) -> dict[str, str]:
+    """Dotted key to message of every conflict, each with its place."""
+    with pytest.raises(ConfigError) as raised:
+        of(deepspeed, accelerate).run("gpt2", "run")
+    assert all(fault.place and fault.place.split(":")[0] in (JSON, YAML) for fault in raised.value.faults)
+    assert all(fault.hint for fault in raised.value.faults)
+    return {fault.path: f"{fault.message} ({fault.place})" for fault in raised.value.faults}
+
+
+SAMPLES: dict[str, tuple[str | None, str | None]] = {
+    "trainer": (TRAINER_ZERO3, None),
+    "zero2": (ZERO2_WITH_OFFLOAD, None),
+    "fsdp": (None, FSDP2_ON_FOUR_NODES),
+    "multi_gpu": (None, MULTI_GPU),
+    "deepspeed": (None, DEEPSPEED_WITHOUT_A_JSON),
+    "both": (ZERO2_WITH_OFFLOAD, DEEPSPEED_WITH_A_JSON),
+}
