@@ -167,6 +167,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         run_of({"name": "gpt2-medium"}, {}, {"batch_size": 32, "tokens": 10**9}),
         {"gpu": "t4-16gb", "gpus_per_node": 1},
         prepared=False,
+        another={"cluster.gpu": {"name": "mine", "memory_gb": 24, "bf16_tflops": 100}},
         keys=TAKE_MEMORY - {"model.name"} | {"train.tokens", "train.compile", "cluster.price_per_gpu_hour"},
     ),
     "no room": Scenario(
