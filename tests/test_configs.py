@@ -10,25 +10,25 @@ import pytest
 from launcher.config.load import load_cluster, load_run
 from launcher.config.presets import PRESETS, starter_run
 from launcher.plan.orders import parse_orders
-from scripts.render_examples import CONFIGS, EXAMPLES, rendered
+from scripts.render_examples import CONFIGS, EXAMPLES, Example, rendered
 
 RENDERED = CONFIGS / "rendered"
 REFRESH = "run ./scripts/render_examples, and look at what changed"
 
 
-@pytest.mark.parametrize(("run", "cluster"), EXAMPLES, ids=[f"{run}-on-{where}" for run, where in EXAMPLES])
+@pytest.mark.parametrize("example", EXAMPLES, ids=[example.name for example in EXAMPLES])
 def test_an_example_renders_to_the_bytes_that_are_kept(
-    run: str, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = RENDERED / f"{run}-on-{cluster}"
+    folder = RENDERED / example.name
     kept = {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert {name: text.encode() for name, text in rendered(run, cluster).items()} == kept, REFRESH
+    assert {name: text.encode() for name, text in rendered(example).items()} == kept, REFRESH
     assert os.access(folder / "launch.sh", os.X_OK)
 
 
 def test_no_example_is_left_over() -> None:
-    assert {folder.name for folder in RENDERED.iterdir()} == {f"{run}-on-{where}" for run, where in EXAMPLES}
+    assert {folder.name for folder in RENDERED.iterdir()} == {example.name for example in EXAMPLES}
 
 
 @pytest.mark.parametrize(
