@@ -14,7 +14,6 @@ import json
 import re
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,16 +119,16 @@ def render(choice: Choice) -> Rendered | Refused:
 
 def differences(found: Sequence[Rendered]) -> list[Difference]:
     """Whatever accelerate or DeepSpeed reads otherwise than it was planned."""
-    wrong = [difference for one in found for difference in _apart(one, _by_accelerate(one))]
-    worlds: dict[int, list[Rendered]] = defaultdict(list)
-    for one in found:
-        if "deepspeed.json" in one.files:
-            worlds[one.plan.batch.world_size].append(one)
-    for world, those in worlds.items():
-        read = deepspeed_reads([one.files["deepspeed.json"] for one in those], world)
-        for one, fields in zip(those, read, strict=True):
-            wrong += _apart(one, _by_deepspeed(one.plan, fields))
-    return wrong
+    sharded = [one for one in found if "deepspeed.json" in one.files]
+    read = deepspeed_reads([(one.files["deepspeed.json"], one.plan.batch.world_size) for one in sharded])
+    return [
+        *(difference for one in found for difference in _apart(one, _by_accelerate(one))),
+        *(
+            difference
+            for one, fields in zip(sharded, read, strict=True)
+            for difference in _apart(one, _by_deepspeed(one.plan, fields))
+        ),
+    ]
 
 
 Compared = Iterator[tuple[str, object, object]]
@@ -173,6 +172,9 @@ def _file_name(section: Mapping[str, str]) -> str:
 
 
 def _by_deepspeed(plan: Plan, read: Mapping[str, Any]) -> Compared:
+    if "refused" in read:
+        yield "deepspeed.json", "read", read["refused"]
+        return
     batch = plan.batch
     yield "stage", STAGES.get(plan.strategy), read["stage"]
     yield "offload", ON_HOST[plan.offload], read["offload"]

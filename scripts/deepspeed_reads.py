@@ -1,6 +1,6 @@
 """What DeepSpeed itself makes of `deepspeed.json`, as one rank of any world, without a GPU.
 
-python -m scripts.deepspeed_reads WORLD: a JSON list of the files' texts in, a JSON list of what was read out.
+python -m scripts.deepspeed_reads: a JSON list of [text, world] in, a JSON list of what was read out.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 120  # seconds
 
 
-def deepspeed_reads(texts: Sequence[str], world: int) -> list[dict[str, Any]]:
-    """Each text as `DeepSpeedConfig` has it on a rank of `world`, in a process of its own.
+def deepspeed_reads(files: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Each text as `DeepSpeedConfig` has it on a rank of its world; all in one process of their own.
 
-    Raises RuntimeError with what DeepSpeed said where it refuses one.
+    Of one that DeepSpeed refuses there is only `refused`: what it said. Raises RuntimeError where it fails.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.deepspeed_reads", str(world)],
-        input=json.dumps(list(texts)),
+        [sys.executable, "-m", "scripts.deepspeed_reads"],
+        input=json.dumps(list(files)),
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -38,18 +38,22 @@ def deepspeed_reads(texts: Sequence[str], world: int) -> list[dict[str, Any]]:
     return found
 
 
-def read(texts: Sequence[str], world: int) -> list[dict[str, Any]]:
-    """The same, in this process, whose process group becomes a fake one."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def read(text: str, world: int) -> dict[str, Any]:
+    """One of them in this process, which has no process group and is one for DeepSpeed on a CPU."""
     import deepspeed
-    import torch
+    import torch.distributed as dist
     from deepspeed.runtime.config import DeepSpeedConfig
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled here
     deepspeed.init_distributed("fake")
-    return [_fields(DeepSpeedConfig(json.loads(text))) for text in texts]
+    try:
+        return _fields(DeepSpeedConfig(json.loads(text)))
+    except (AssertionError, ValueError) as error:
+        return {"refused": str(error)}
+    finally:
+        dist.destroy_process_group()
 
 
 def _fields(config: Any) -> dict[str, Any]:
@@ -72,8 +76,9 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 def main() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to standard output
-        found = read(json.load(sys.stdin), int(sys.argv[1]))
+        found = [read(text, world) for text, world in json.load(sys.stdin)]
     json.dump(found, sys.stdout)
 
 

@@ -124,6 +124,14 @@ def test_a_value_that_a_library_reads_otherwise_is_named(auto: Sequence[Rendered
     assert found == {name: what for name, (_, what) in expected.items()}
 
 
+def test_what_deepspeed_refuses_is_said(auto: Sequence[Rendered | Refused]) -> None:
+    one = found_in(auto, "gpt2-xl", "8x-a100-40gb")
+    assert isinstance(one, Rendered)
+    text = one.files["deepspeed.json"].replace('"train_batch_size": 1024', '"train_batch_size": 1000')
+    (refused,) = differences([replace(one, files={**one.files, "deepspeed.json": text})])
+    assert "1000 != 8 * 16 * 8" in str(refused.read)
+
+
 def found_in(found: Sequence[Rendered | Refused], run: str, cluster: str) -> Rendered | Refused:
     return next(one for one in found if one.choice == Choice(run, cluster, "auto", "none"))
 

@@ -56,7 +56,7 @@ def leaves(value: Any) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def read() -> dict[tuple[str, str, str], dict[str, Any]]:
     """Every cell as DeepSpeed's own configuration has it."""
-    return dict(zip(CELLS, deepspeed_reads([rendered(*cell) for cell in CELLS], world=8), strict=True))
+    return dict(zip(CELLS, deepspeed_reads([(rendered(*cell), 8) for cell in CELLS]), strict=True))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
