@@ -8,6 +8,7 @@ A test renders them again and compares bytes, so a change in them is seen where 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.load import load_cluster, load_run
@@ -16,21 +17,41 @@ from launcher.run.directory import RunDirectory, write_files
 from launcher.run.machine import Machine
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A run on a cluster; `strategy`: one that `auto` would not take."""
+
+    run: str
+    cluster: str
+    strategy: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}-on-{self.cluster}" + (f"-{self.strategy}" if self.strategy else "")
+
+
 EXAMPLES = (
-    ("gpt2", "8x-h100-80gb"),
-    ("gpt2-medium", "8x-h100-80gb"),
-    ("gpt2-large", "8x-h100-80gb"),
-    ("gpt2-xl", "8x-h100-80gb"),
-    ("gpt2", "cpu-2-ranks"),
+    Example("gpt2", "8x-h100-80gb"),
+    Example("gpt2-medium", "8x-h100-80gb"),
+    Example("gpt2-large", "8x-h100-80gb"),
+    Example("gpt2-xl", "8x-h100-80gb"),
+    Example("gpt2-xl", "8x-h100-80gb", "fsdp"),
+    Example("gpt2-xl", "8x-a100-40gb"),
+    Example("gpt2-xl", "4x8-h100"),
+    Example("gpt2", "1x-h200"),
+    Example("gpt2", "cpu-2-ranks"),
 )
 MACHINE = Machine(hostname="example", cores=4, memory=16 * 2**30, gpus=(), driver=None)
 """Stands in for the machine that this runs on, which must leave no trace in the files."""
 
 
-def rendered(run: str, cluster: str) -> dict[str, str]:
+def rendered(example: Example) -> dict[str, str]:
     """The files of `runs/RUN`, name to text, before its text is prepared."""
-    asked = load_run(CONFIGS / "runs" / f"{run}.yaml")
-    assembly = assemble(asked, load_cluster(CONFIGS / "clusters" / f"{cluster}.yaml"), MACHINE)
+    overrides = [f"train.strategy={example.strategy}"] if example.strategy else []
+    asked = load_run(CONFIGS / "runs" / f"{example.run}.yaml", overrides)
+    assembly = assemble(asked, load_cluster(CONFIGS / "clusters" / f"{example.cluster}.yaml"), MACHINE)
     directory = RunDirectory(Path(asked.config.output_dir, asked.config.name))
     files = rendered_files(assembly, directory, None)
     return {path.relative_to(directory.root).as_posix(): text for path, text in files.items()}
@@ -38,9 +59,9 @@ def rendered(run: str, cluster: str) -> dict[str, str]:
 
 def main() -> None:
     shutil.rmtree(CONFIGS / "rendered", ignore_errors=True)  # with files that are not rendered any more
-    for run, cluster in EXAMPLES:
-        folder = CONFIGS / "rendered" / f"{run}-on-{cluster}"
-        write_files((folder / name, text) for name, text in rendered(run, cluster).items())
+    for example in EXAMPLES:
+        folder = CONFIGS / "rendered" / example.name
+        write_files((folder / name, text) for name, text in rendered(example).items())
         print(folder.relative_to(CONFIGS.parent))
 
 

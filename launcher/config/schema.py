@@ -318,6 +318,23 @@ class SlurmSection(Section):
     template: str | None = Field(None, description="Your own job template in place of launcher's.")
 
 
+class GPUFigures(Section):
+    """A GPU that the catalogue lacks, by its maker's figures."""
+
+    name: str = Field(min_length=1, description="What to call it: a name that the catalogue does not have.")
+    memory_gb: float = Field(gt=0, description="Its memory in GB of 10^9 bytes.")
+    bf16_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Its peak in bf16 and fp16, dense, in 10^12 FLOP/s. null: speed is not predicted."
+    )
+    bandwidth_gbs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Its memory's bandwidth in GB/s. null: speed is not predicted."
+    )
+    link_gbs: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="What it sends to others of its node, in GB/s each way. null: speed is not predicted.",
+    )
+
+
 class ClusterConfig(Section):
     """`cluster.yaml`: where. The same file serves every run."""
 
@@ -329,8 +346,10 @@ class ClusterConfig(Section):
         description="GPUs, and so ranks, on each node; `auto`: those found here. With `gpu: cpu`, "
         "ranks on the CPU.",
     )
-    gpu: str = Field(
-        "auto", description="The GPU's name in the catalogue; `cpu`; or `auto`: what is found here."
+    gpu: str | GPUFigures = Field(
+        "auto",
+        description="The GPU's name in the catalogue; `cpu`; `auto`: what is found here; or, for one that "
+        "the catalogue lacks, {name, memory_gb} and, for its speed, {bf16_tflops, bandwidth_gbs, link_gbs}.",
     )
     network_gbps: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Network bandwidth between nodes, per GPU, in Gbit/s."

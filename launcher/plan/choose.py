@@ -32,16 +32,6 @@ CPU_TOKENS = 8192
 GPU_TOKENS = 65536
 """The same on a GPU: kernels are full well below it."""
 
-OFFLOADS: Mapping[str, tuple[str, ...]] = {
-    "auto": ("none", "optimizer", "parameters"),
-    "ddp": ("none",),
-    "zero1": ("none", "optimizer"),
-    "zero2": ("none", "optimizer"),
-    "zero3": ("none", "optimizer", "parameters"),
-    "fsdp": ("none", "parameters"),
-}
-"""What each strategy can offload."""
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -94,7 +84,7 @@ class Plan:
     measured in epochs and the text is not prepared yet. `parameters` and `memory` (bytes per rank, by
     category) are None for a model whose architecture the memory model does not know. `forecast` is None
     there too, on a CPU, and in a plan of an earlier version. `host_memory` is what offload takes of a node's
-    own memory, in bytes.
+    own memory, in bytes. `peak_flops` is the GPU's in FLOP/s under `precision`, None where it is not known.
     """
 
     name: str
@@ -122,6 +112,7 @@ class Plan:
     memory_available: int | None
     forecast: Forecast | None = None
     host_memory: int = 0
+    peak_flops: float | None = None
 
     @property
     def tokens(self) -> int | None:
@@ -227,6 +218,7 @@ def make_plan(
         memory=None if chosen.memory is None else dict(chosen.memory.items()),
         memory_available=job.available,
         host_memory=states_on_host(job, chosen.sharding),
+        peak_flops=place.gpu.peak_flops(precision),
         forecast=forecast(job, chosen, found, steps=steps, price_per_gpu_hour=place.price_per_gpu_hour),
     )
 

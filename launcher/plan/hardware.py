@@ -198,13 +198,15 @@ CATALOGUE: Final[Mapping[str, GPU]] = {
 
 
 def find_gpu(name: str) -> GPU:
-    """The catalogue's entry for `name`. Raises RequestError with the nearest names."""
+    """The catalogue's entry for `name`. Raises RequestError with the nearest names and how to describe it."""
     if name in CATALOGUE:
         return CATALOGUE[name]
     close = nearest(name, CATALOGUE) or [known for known in CATALOGUE if known.startswith(f"{name.lower()}-")]
+    known = did_you_mean(close) if close else f"the catalogue has {', '.join(CATALOGUE)};"
     raise RequestError(
         f"gpu: {name!r} is not in the catalogue",
-        hint=did_you_mean(close) if close else f"the catalogue has {', '.join(CATALOGUE)}",
+        hint=f"{known} or describe it by its memory and its peak, as "
+        f"gpu: {{name: {name}, memory_gb: ..., bf16_tflops: ...}}",
     )
 
 

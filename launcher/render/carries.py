@@ -56,7 +56,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "train.epochs": LENGTH,
     "train.warmup": _plan("warmup_steps"),
     "train.max_grad_norm": ((DEEPSPEED, "gradient_clipping"),),
-    "train.precision": (*_plan("precision"), *FIT),
+    "train.precision": (*_plan("precision", "peak_flops"), *FIT),
     "train.gradient_checkpointing": FIT,
     "train.strategy": FIT,
     "train.offload": FIT,
@@ -83,7 +83,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
         (ACCELERATE, "num_processes"),
     ),
     "cluster.gpu": (
-        *_plan("gpu", "device", "precision", "threads_per_rank", "memory_available"),
+        *_plan("gpu", "device", "precision", "peak_flops", "threads_per_rank", "memory_available"),
         *FIT,
         (ACCELERATE, "use_cpu"),
     ),

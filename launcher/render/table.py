@@ -66,7 +66,11 @@ def speed_rows(plan: Plan) -> Rows:
     """What is predicted of its speed, or why nothing is."""
     found = plan.forecast
     if found is None:
-        reason = "on a CPU" if plan.device == "cpu" else "for this architecture or without network_gbps"
+        reason = (
+            "on a CPU"
+            if plan.device == "cpu"
+            else "for this architecture, or without network_gbps or a figure of the GPU"
+        )
         return [("speed", f"not predicted {reason}")]
     step = sum(found.seconds.values())
     parts = ", ".join(

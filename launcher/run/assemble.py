@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 from launcher import __version__
 from launcher.config.load import Loaded, dump
 from launcher.config.models import ModelSource, find_model
-from launcher.config.schema import ClusterConfig, RunConfig, TokenizerFromCorpus
+from launcher.config.schema import ClusterConfig, GPUFigures, RunConfig, TokenizerFromCorpus
 from launcher.errors import LauncherError, MachineError, RequestError, RunDirectoryError
 from launcher.plan.batch import NOTHING_DONE, Done
 from launcher.plan.choose import Blocks, Place, Plan, make_plan
-from launcher.plan.hardware import GIGA, find_gpu
+from launcher.plan.hardware import GIGA, GPU, find_gpu, from_figures
 from launcher.plan.orders import Orders, format_orders
 from launcher.plan.shape import Shape, shape_of, with_vocabulary
 from launcher.plan.sharding import zero_stage
@@ -155,8 +155,7 @@ def _positions(config: Mapping[str, object]) -> int | None:
 
 def find_place(cluster: ClusterConfig, machine: Machine) -> Place:
     """The hardware that `cluster` names, with each `auto` replaced by what `machine` has."""
-    found = machine.gpu() if cluster.gpu == "auto" else None
-    gpu = found or find_gpu("cpu" if cluster.gpu == "auto" else cluster.gpu)
+    gpu = _gpu(cluster.gpu, machine)
     if cluster.gpus_per_node != "auto":
         ranks = cluster.gpus_per_node
     elif gpu.name == "cpu":
@@ -178,6 +177,14 @@ def find_place(cluster: ClusterConfig, machine: Machine) -> Place:
         network=None if cluster.network_gbps is None else cluster.network_gbps * GIGA / 8,
         price_per_gpu_hour=cluster.price_per_gpu_hour,
     )
+
+
+def _gpu(asked: str | GPUFigures, machine: Machine) -> GPU:
+    if isinstance(asked, GPUFigures):
+        return from_figures(**asked.model_dump())
+    if asked == "auto":
+        return machine.gpu() or find_gpu("cpu")
+    return find_gpu(asked)
 
 
 def rendered_files(assembly: Assembly, directory: RunDirectory, text: Text | None) -> dict[Path, str]:

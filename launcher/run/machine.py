@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import MachineError
-from launcher.plan.hardware import GPU, find_gpu, from_nvml
+from launcher.plan.hardware import GIGA, GPU, find_gpu, from_nvml
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 NVML = "libnvidia-ml.so.1"
@@ -59,7 +59,8 @@ class Machine:
         if smallest.catalogue is None:
             raise MachineError(
                 f"the catalogue does not have {smallest.nvml_name} with {smallest.memory / 2**30:.1f} GiB",
-                hint="name the nearest kind in a cluster file: --cluster FILE with gpu: NAME",
+                hint="describe it in a cluster file: --cluster FILE with gpu: {name: ..., memory_gb: "
+                f"{smallest.memory / GIGA:.0f}, bf16_tflops: ...}}",
             )
         return replace(find_gpu(smallest.catalogue), memory=smallest.memory)
 

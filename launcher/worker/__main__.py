@@ -23,7 +23,6 @@ from launcher.data.mixture import training_order
 from launcher.data.phases import Phases, phases_text
 from launcher.data.store import SPLITS, TOKENIZER_FOLDER, open_store
 from launcher.errors import LauncherError, RequestError
-from launcher.plan.hardware import find_gpu
 from launcher.plan.orders import Orders
 from launcher.plan.shape import flops_per_token
 from launcher.run import checkpoints as ledger
@@ -274,7 +273,7 @@ def reports(
     start_step: int,
 ) -> list[TrainerCallback]:
     """Rank 0's record of the run, and what the user looks at."""
-    plan, gpu = orders.plan, find_gpu(orders.plan.gpu)
+    plan = orders.plan
     assert plan.steps is not None
     shape = orders.shape
     found: list[TrainerCallback] = [
@@ -285,7 +284,6 @@ def reports(
             MetricsFile(directory.metrics, start_step),
             Progress(rank.terminal, steps=plan.steps, done=start_step, name=run.name),
             flops_per_token=None if shape is None else flops_per_token(shape, plan.block_size),
-            peak=gpu.peak_flops(plan.precision),
         )
     ]
     if "tensorboard" in run.report_to:

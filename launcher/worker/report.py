@@ -18,7 +18,7 @@ from launcher.worker.metrics import MetricsFile, Progress, Throughput
 class Report(TrainerCallback):
     """Writes one line for each report of training and each evaluation.
 
-    `flops_per_token` (PaLM count) and `peak` (FLOP/s of one GPU) give MFU; None where unknown.
+    `flops_per_token` (PaLM count) and the plan's peak give MFU; None where unknown.
     """
 
     def __init__(
@@ -30,7 +30,6 @@ class Report(TrainerCallback):
         progress: Progress,
         *,
         flops_per_token: float | None,
-        peak: float | None,
     ) -> None:
         self._plan = plan
         self._rows = rows
@@ -39,7 +38,6 @@ class Report(TrainerCallback):
         self._progress = progress
         self._throughput = Throughput()
         self._flops_per_token = flops_per_token
-        self._peak = peak
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -87,10 +85,10 @@ class Report(TrainerCallback):
         return int(self._rows.lengths(self._phases.samples_of_step(step).tolist()).sum())
 
     def _speed(self, state: TrainerState) -> dict[str, float | int | None]:
-        rate = self._throughput.read()
+        rate, peak = self._throughput.read(), self._plan.peak_flops
         mfu = None
-        if self._flops_per_token is not None and self._peak is not None:
-            mfu = rate * self._flops_per_token / (self._peak * self._plan.batch.world_size)
+        if self._flops_per_token is not None and peak is not None:
+            mfu = rate * self._flops_per_token / (peak * self._plan.batch.world_size)
         memory = torch.cuda.max_memory_allocated() if self._plan.device == "cuda" else None
         return {
             "tokens": state.num_input_tokens_seen,

@@ -407,3 +407,47 @@ def test_loading_a_run_is_light(run_file: Path) -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"difflib", "huggingface_hub", "numpy", "torch", "transformers"} & set(done.stdout.split())
+
+
+# A GPU that the catalogue lacks
+
+
+@pytest.mark.parametrize(
+    ("gpu", "path", "message", "hint"),
+    [
+        ("{name: mine}", "gpu.memory_gb", "missing required key", "Its memory in GB"),
+        (
+            "{name: mine, memory_gb: 24GB}",
+            "gpu.memory_gb",
+            'expected a number above 0, got the text "24GB"',
+            "Its memory in GB",
+        ),
+        (
+            "{name: mine, memory_gb: 24, bf16_tflops: 0}",
+            "gpu.bf16_tflops",
+            "expected a number above 0, or null, got 0",
+            "Its peak",
+        ),
+        (
+            "{name: mine, memory_gb: 24, bf16_flops: 1}",
+            "gpu.bf16_flops",
+            "unknown key",
+            "did you mean gpu.bf16_tflops?",
+        ),
+        (
+            "4090",
+            "gpu",
+            "expected text, or {name, memory_gb, bf16_tflops, bandwidth_gbs, link_gbs}, got 4090",
+            'write it in quotes: "4090"',
+        ),
+    ],
+)
+def test_a_fault_in_a_gpu_that_is_described(
+    tmp_path: Path, gpu: str, path: str, message: str, hint: str
+) -> None:
+    file = written(tmp_path / "cluster.yaml", f"name: c\ngpu: {gpu}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_cluster(file)
+    (fault,) = caught.value.faults
+    assert (fault.path, fault.message, fault.place) == (path, message, "cluster.yaml:2")
+    assert (fault.hint or "").startswith(hint)

@@ -92,6 +92,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(written: str, meant: str) 
         find_gpu(written)
     assert refused.value.hint is not None
     assert meant in refused.value.hint
+    assert f"gpu: {{name: {written}, memory_gb: ..., bf16_tflops: ...}}" in refused.value.hint
 
 
 def test_a_name_like_none_is_answered_with_all() -> None:

@@ -167,6 +167,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         run_of({"name": "gpt2-medium"}, {}, {"batch_size": 32, "tokens": 10**9}),
         {"gpu": "t4-16gb", "gpus_per_node": 1},
         prepared=False,
+        another={"cluster.gpu": {"name": "mine", "memory_gb": 24, "bf16_tflops": 100}},
         keys=TAKE_MEMORY - {"model.name"} | {"train.tokens", "train.compile", "cluster.price_per_gpu_hour"},
     ),
     "no room": Scenario(
@@ -266,10 +267,10 @@ def test_whatever_a_key_changes_is_named(
     keys += [f"cluster.{each}" for each in differences(before.cluster.config, after.cluster.config)]
     assert any(each == key or each.startswith(f"{key}.") for each in keys), "nothing was changed"
     unnamed = []
-    for file in before.files:
-        sides = changed_lines(before.files[file], after.files[file])
+    for file in before.files | after.files:  # another engine has another file
+        sides = changed_lines(*(side.files.get(file, "") for side in (before, after)))
         for side, lines in zip((before, after), sides, strict=True):
-            texts, named = side.files[file].splitlines(), named_lines([key, *keys], side.files)
+            texts, named = side.files.get(file, "").splitlines(), named_lines([key, *keys], side.files)
             unnamed += [
                 f"{file}:{line}: {texts[line - 1].strip()}"
                 for line in sorted(lines)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +15,7 @@ from launcher.plan.choose import Place, Plan, make_plan
 from launcher.plan.hardware import find_gpu
 from launcher.plan.shape import shape_of
 from launcher.render.deepspeed import render_deepspeed
+from scripts.deepspeed_reads import deepspeed_reads
 
 ZERO = ("zero1", "zero2", "zero3")
 CELLS = [
@@ -54,50 +53,10 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-READ = """
-import json, os, sys
-os.environ["DS_ACCELERATOR"] = "cpu"
-import deepspeed, torch
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from deepspeed.runtime.config import DeepSpeedConfig
-
-torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled here
-deepspeed.init_distributed("fake")
-
-def at(part):
-    return None if part is None else str(part.device)
-
-found = []
-for text in json.load(sys.stdin):
-    config = DeepSpeedConfig(json.loads(text))
-    zero = config.zero_config
-    off = [at(zero.offload_optimizer), at(zero.offload_param)]
-    found.append({
-        "stage": zero.stage, "offload": off, "batch": config.train_batch_size,
-        "micro": config.train_micro_batch_size_per_gpu, "accumulation": config.gradient_accumulation_steps,
-        "clipping": config.gradient_clipping, "bf16": config.bfloat16_config.enabled,
-        "fp16": config.float16_config.enabled, "power": config.float16_config.initial_scale_power,
-        "scale": config.float16_config.loss_scale, "gradients": config.grad_accum_dtype,
-        "reduce": zero.reduce_bucket_size, "persist": zero.param_persistence_threshold,
-    })
-json.dump(found, sys.stdout)
-"""
-
-
 @pytest.fixture(scope="module")
 def read() -> dict[tuple[str, str, str], dict[str, Any]]:
     """Every cell as DeepSpeed's own configuration has it."""
-    done = subprocess.run(
-        [sys.executable, "-c", READ],
-        input=json.dumps([rendered(*cell) for cell in CELLS]),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(zip(CELLS, json.loads(done.stdout[done.stdout.index("[{") :]), strict=True))
+    return dict(zip(CELLS, deepspeed_reads([(rendered(*cell), 8) for cell in CELLS]), strict=True))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)

@@ -177,8 +177,10 @@ def test_the_kind_has_the_memory_that_was_found() -> None:
 def test_an_unknown_kind_is_refused_only_when_it_is_asked_for() -> None:
     unknown = machine(FoundGPU(0, "GPU-ee", "NVIDIA A10G", 23028 * MIB, None))
     assert len(unknown.gpus) == 1
-    with pytest.raises(MachineError, match=r"A10G with 22\.5 GiB"):
+    with pytest.raises(MachineError, match=r"A10G with 22\.5 GiB") as refused:
         unknown.gpu()
+    assert refused.value.hint is not None
+    assert "gpu: {name: ..., memory_gb: 24, bf16_tflops: ...}" in refused.value.hint
 
 
 def test_gpus_of_two_kinds_are_refused() -> None:

@@ -8,6 +8,7 @@ import pty
 import termios
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -80,13 +81,12 @@ class Full:
 
 def report(file: Path, *, flops: float | None = None, peak: float | None = None) -> Report:
     return Report(
-        PLAN,
+        replace(PLAN, gpu="described", peak_flops=peak),
         cast("TrainingRows", Full()),
         without_changes(PLAN.batch.batch_size),
         MetricsFile(file, 0),
         Progress(io.StringIO(), steps=12, done=0, name="run"),
         flops_per_token=flops,
-        peak=peak,
     )
 
 

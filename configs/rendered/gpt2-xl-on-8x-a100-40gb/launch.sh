@@ -1,0 +1,3 @@
+#!/bin/sh
+set -eu
+exec accelerate launch --config_file runs/gpt2-xl/accelerate.yaml -m launcher.worker runs/gpt2-xl

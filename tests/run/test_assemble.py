@@ -1,0 +1,74 @@
+"""The hardware that a cluster file names, in each way that it can name it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.config.load import load_cluster, load_run
+from launcher.config.presets import starter_run
+from launcher.config.schema import ClusterConfig
+from launcher.errors import RequestError
+from launcher.plan.choose import Plan
+from launcher.run.assemble import assemble, find_place
+from launcher.run.explain import explain_key
+from launcher.run.machine import FoundGPU, Machine
+
+BARE = Machine("node", 8, 2**34, (), None)
+H200 = FoundGPU(0, "GPU-aa", "NVIDIA H200", 143_771 * 2**20, "h200-sxm-141gb")
+A100 = "{name: mine, memory_gb: 80, bf16_tflops: 312, bandwidth_gbs: 2039, link_gbs: 300}"
+"""An A100 80GB (SXM) by its datasheet."""
+
+
+def planned(folder: Path, gpu: str, model: str = "gpt2") -> Plan:
+    (folder / "run.yaml").write_text(starter_run(model, model))
+    (folder / "cluster.yaml").write_text(f"gpus_per_node: 8\ngpu: {gpu}\n")
+    return assemble(load_run(folder / "run.yaml"), load_cluster(folder / "cluster.yaml"), BARE).plan
+
+
+def test_auto_is_what_is_found() -> None:
+    auto = ClusterConfig.model_validate({})
+    assert find_place(auto, BARE).is_cpu
+    found = find_place(auto, replace(BARE, gpus=(H200,)))
+    assert (found.gpu.name, found.gpu.memory) == ("h200-sxm-141gb", H200.memory)
+
+
+def test_a_described_gpu_is_planned_for_as_the_catalogue_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mine, known = planned(tmp_path, A100), planned(tmp_path, "a100-sxm-80gb")
+    assert known.peak_flops == 312e12
+    assert known.forecast is not None
+    assert mine == replace(known, gpu="mine")
+
+
+def test_memory_alone_says_what_fits_and_not_how_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = planned(tmp_path, "{name: mine, memory_gb: 24.5}")
+    assert plan.memory_available == 24_500_000_000
+    assert plan.memory is not None
+    assert 0 < sum(plan.memory.values()) < plan.memory_available
+    assert (plan.peak_flops, plan.forecast) == (None, None)
+
+
+def test_each_figure_is_explained_by_the_line_it_was_written_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(starter_run("gpt2", "gpt2"))
+    (tmp_path / "cluster.yaml").write_text("gpus_per_node: 8\ngpu:\n  name: mine\n  memory_gb: 48\n")
+    run, cluster = load_run(tmp_path / "run.yaml"), load_cluster(tmp_path / "cluster.yaml")
+    (found,) = explain_key(assemble(run, cluster, BARE), "cluster.gpu.memory_gb")
+    assert (found["value"], found["set_by"]) == ("48.0", "cluster.yaml:4")
+    assert any('"memory_available": 48000000000' in place["text"] for place in found["places"])
+
+
+def test_a_description_of_a_known_gpu_is_refused() -> None:
+    cluster = ClusterConfig.model_validate({"gpu": {"name": "t4-16gb", "memory_gb": 32.0}})
+    with pytest.raises(RequestError, match="'t4-16gb' is in the catalogue"):
+        find_place(cluster, BARE)
