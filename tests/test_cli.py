@@ -122,6 +122,14 @@ def test_what_this_machine_lacks_is_code_3(workplace: Workplace) -> None:
     assert "cluster" in [each["check"] for each in json.loads(done.stdout) if each["state"] == "missing"]
 
 
+def test_plan_names_the_files_it_will_write(workplace: Workplace) -> None:
+    plain = workplace.run("plan", "run.yaml").stdout.splitlines()[-1]
+    sharded = workplace.run("plan", "run.yaml", "train.strategy=zero2", "--cluster", "two.yaml")
+    assert plain.endswith("accelerate.yaml, launch.sh in runs/small")
+    assert "deepspeed.json" not in plain
+    assert "deepspeed.json in runs/small" in sharded.stdout.splitlines()[-1]
+
+
 def test_plan_writes_what_it_would_render(workplace: Workplace) -> None:
     done = workplace.run("plan", "run.yaml", "--write", "made", "--json")
     assert done.returncode == 0, done.stderr

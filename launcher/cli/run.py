@@ -227,6 +227,8 @@ def doctor(cluster: ClusterFile = None, as_json: AsJson = False) -> None:
 
 def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
     from launcher.render.table import asked_rows, becomes_rows, speed_rows
+    from launcher.run.assemble import rendered_files
+    from launcher.run.directory import run_directory
 
     planned = assembly.plan
     blocks = [
@@ -242,4 +244,10 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
         title = f"memory per rank: about {console.gibibytes(total)}{room} (an estimate, not yet measured)"
         blocks.append(console.section(title, console.bars(held, planned.memory_available)))
     blocks.append(console.section("speed: a prediction, not measured on this GPU", speed_rows(planned)))
+    config = assembly.run.config
+    files = rendered_files(assembly, run_directory(config), None)
+    names = ", ".join(path.name for path in files)
+    blocks.append(
+        console.section("files", [("it will write", f"{names} in {config.output_dir}/{config.name}")])
+    )
     (console.answer if stream_of_answer else console.say)("\n".join(blocks))
