@@ -21,6 +21,7 @@ BYTE_LEVEL_PATTERN = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's, in encoder.py
 )
 CACHE_BYTES = 96 << 20  # a process grows by so much before gigatoken's memory of words is thrown away
+CACHE_CHARACTERS = 1 << 27  # or it has met so many, so that a larger corpus takes no more than a small one
 LOOK_EVERY = 1 << 20  # characters between two looks at how much it has grown
 
 Encode = Callable[[str], NDArray[np.uint32]]
@@ -95,17 +96,17 @@ def _open_gigatoken(tokenizer: ByteLevelBPE) -> Encode:
 
     memory = psutil.Process().memory_info
     encoder = Tokenizer.from_json(tokenizer.specification)
-    begun, unlooked = memory().rss, 0
+    begun, met, unlooked = memory().rss, 0, 0
 
     def encode(text: str) -> NDArray[np.uint32]:
-        nonlocal encoder, begun, unlooked
+        nonlocal encoder, begun, met, unlooked
         # It remembers every word it has met, without end: a fresh one remembers none.
         if unlooked > LOOK_EVERY:
-            unlooked = 0
-            if memory().rss - begun > CACHE_BYTES:
+            met, unlooked = met + unlooked, 0
+            if met > CACHE_CHARACTERS or memory().rss - begun > CACHE_BYTES:
                 del encoder
                 encoder = Tokenizer.from_json(tokenizer.specification)
-                begun = memory().rss
+                begun, met = memory().rss, 0
         unlooked += len(text)
         ids: NDArray[np.uint32] = encoder.encode(text)
         return ids

@@ -74,8 +74,8 @@ class Verify(TrainerCallback):
             self.trainer,
             self._directory,
             self._orders,
-            max_grad_norm=self._run.train.max_grad_norm,
-            start_step=self._start_step,
+            self._run.train,
+            self._start_step,
         )
         print(said, flush=True)
         if isinstance(collate, Isolate):

@@ -63,6 +63,19 @@ def _convert(state: Path, target: Path) -> None:
         )
 
 
+def mend_zero3(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Undo what DeepSpeed 0.19.8 does to ZeRO-3's inner optimizer where another world saved its state.
+
+    It gives every group what the first one had, so that norms and biases would decay, and all parameters one
+    and the same count of steps, which each of them then raises (`runtime/zero/stage3.py`,
+    `load_hp_checkpoint_state_from_checkpoint_dir_stage3`). Where the same world saved it, nothing changes.
+    """
+    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=True):
+        group["weight_decay"] = decay
+    for state in optimizer.state.values():
+        state["step"] = state["step"].clone()
+
+
 class Remove(TrainerCallback):
     """Removes a resharded folder once every rank has read it."""
 

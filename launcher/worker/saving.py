@@ -83,13 +83,13 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
     if (folder / FSDP_WEIGHTS).is_dir():
         return _read_distributed(folder / FSDP_WEIGHTS)
-    state = next(folder.glob("global_step*"))
-    if list(state.glob("bf16_zero_pp_rank_*")):
-        # ZeRO-1 under bf16 has an optimizer of its own, whose state DeepSpeed's shorter way does not read.
-        return read_universal(state)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    try:
+        weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder))
+    except ValueError:
+        # ZeRO-1 under bf16 has an optimizer of its own, whose state DeepSpeed's shorter way does not read.
+        return read_universal(next(folder.glob("global_step*")))
     return weights
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from launcher.config.schema import TrainSection
 from launcher.data.store import MANIFEST
 from launcher.errors import TrainingError
 from launcher.plan.choose import Plan
@@ -38,8 +39,7 @@ def verify(
     trainer: LauncherTrainer,
     directory: RunDirectory,
     orders: Orders,
-    *,
-    max_grad_norm: float,
+    train: TrainSection,
     start_step: int,
 ) -> str:
     """Compare live objects with the plan, and ranks with each other. Returns the one line that says all hold.
@@ -47,7 +47,7 @@ def verify(
     Raises TrainingError listing every difference with both values.
     """
     plan = orders.plan
-    asked = planned(orders, max_grad_norm) | {
+    asked = planned(orders, train) | {
         "samples of the first step": trainer.phases.samples_of_step(start_step).tolist()
     }
     live = found(trainer) | {"samples of the first step": _live_samples(trainer, plan)}
@@ -67,7 +67,7 @@ def verify(
     return f"verified: {len(asked)} settings of the live run are the plan's, on {ranks}"
 
 
-def planned(orders: Orders, max_grad_norm: float) -> Facts:
+def planned(orders: Orders, train: TrainSection) -> Facts:
     """What the plan says of everything that `found` reads."""
     plan = orders.plan
     stage = zero_stage(plan.strategy)
@@ -81,7 +81,8 @@ def planned(orders: Orders, max_grad_norm: float) -> Facts:
         "optimizer's weights": {torch.float32},
         "micro-batch": plan.batch.micro_batch,
         "accumulation": plan.batch.accumulation,
-        "gradient clipping": max_grad_norm,
+        "gradient clipping": train.max_grad_norm,
+        "weight decay": [train.weight_decay, 0.0],
         "steps": plan.steps,
         "gradient checkpointing": plan.gradient_checkpointing,
         "compile": plan.compile,
@@ -122,6 +123,7 @@ def found(trainer: LauncherTrainer) -> Facts:
         "micro-batch": trainer._train_batch_size,
         "accumulation": arguments.gradient_accumulation_steps,
         "gradient clipping": arguments.max_grad_norm,
+        "weight decay": [group["weight_decay"] for group in _groups(trainer)],
         "steps": trainer.state.max_steps,
         "gradient checkpointing": _recomputes(model),
         "compile": wrapped is not engine or getattr(engine, "is_compiled", False),
@@ -173,8 +175,17 @@ def _optimized(trainer: LauncherTrainer) -> Iterator[torch.Tensor]:
         if hasattr(optimizer, shards):
             yield from getattr(optimizer, shards)
             return
-    for group in optimizer.param_groups:
+    for group in _groups(trainer):
         yield from group["params"]
+
+
+def _groups(trainer: LauncherTrainer) -> list[dict[str, Any]]:
+    """The innermost optimizer's groups: what decays, then biases and norms."""
+    optimizer: Any = getattr(trainer.model_wrapped, "optimizer", trainer.optimizer)
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    return groups
 
 
 def _recomputes(model: torch.nn.Module) -> bool:

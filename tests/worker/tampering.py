@@ -106,7 +106,17 @@ def rounded_gradients(trainer: LauncherTrainer) -> Iterator[None]:
     group.mp_policy = before
 
 
+def all_decay(trainer: LauncherTrainer) -> Iterator[None]:
+    optimizer: Any = getattr(trainer.model_wrapped, "optimizer", trainer.optimizer)
+    last = optimizer.param_groups[-1]
+    before = last["weight_decay"]
+    last["weight_decay"] = 0.1
+    yield
+    last["weight_decay"] = before
+
+
 ANYWHERE: dict[str, Tamper] = {
+    "weight decay": all_decay,
     "weights": a_weight_in_half,
     "optimizer's weights": the_optimizers_in_half,
     "gradient checkpointing": layers_that_recompute,
@@ -182,16 +192,16 @@ def tampered(tamper: Tamper, trainer: LauncherTrainer) -> Iterator[None]:
 def main(run: str) -> int:
     real = verifying.verify
 
-    def verify(trainer: LauncherTrainer, directory: RunDirectory, orders: Orders, **about: Any) -> str:
+    def verify(trainer: LauncherTrainer, directory: RunDirectory, orders: Orders, *about: Any) -> str:
         begun = time.perf_counter()
-        real(trainer, directory, orders, **about)
+        real(trainer, directory, orders, *about)
         said: dict[str, Any] = {"seconds": time.perf_counter() - begun}
         own = {"ddp": DDP, "fsdp": FSDP}.get(orders.plan.strategy, ZERO)
         for name, tamper in {**ANYWHERE, **own}.items():
             said[name] = None
             with tampered(tamper, trainer):
                 try:
-                    real(trainer, directory, orders, **about)
+                    real(trainer, directory, orders, *about)
                 except TrainingError as error:
                     said[name] = error.message
         rank = trainer.accelerator.process_index
@@ -206,7 +216,7 @@ def main(run: str) -> int:
         torch.distributed.barrier()
         os._exit(0)  # nothing can be trained with what was tampered with
 
-    worker.verify = verify  # type: ignore[attr-defined]
+    worker.verify = verify  # type: ignore[attr-defined,assignment]
     return worker.main([run])
 
 

@@ -21,6 +21,7 @@ FOUND: Mapping[str, str] = {
     "optimizer's weights": "planned {torch.float32}, found {torch.float",
     "gradient checkpointing": "planned False, found True",
     "attention": "planned sdpa, found eager",
+    "weight decay": "planned [0.1, 0.0], found [0.1, 0.1]",
     "steps": "planned 2, found 7",
     "samples of the first step": "planned [0, 1, 2, 3, 4, 5, 6, 7], found [8, 9, 10, 11, 12, 13, 14, 15]",
     "device": "planned cpu, found meta",
