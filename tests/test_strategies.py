@@ -40,11 +40,9 @@ def apart(one: Tried, other: Tried) -> float:
         (Cell("zero1", "bf16"), "one.yaml"),
         (Cell("zero2", "fp32"), "one.yaml"),
         (Cell("zero2", "bf16", "optimizer"), "two.yaml"),
-        (Cell("zero3", "bf16"), "two.yaml"),
         (Cell("zero3", "fp32"), "one.yaml"),
-        (Cell("zero3", "bf16", "parameters"), "one.yaml"),
-        (Cell("fsdp", "fp32"), "one.yaml"),
-        (Cell("fsdp", "bf16"), "two.yaml"),
+        (Cell("zero3", "bf16", "parameters"), "two.yaml"),
+        (Cell("fsdp", "bf16"), "one.yaml"),
     ],
     ids=lambda value: value.name if isinstance(value, Cell) else value,
 )

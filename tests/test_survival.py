@@ -166,7 +166,7 @@ def test_out_of_memory_is_told_with_what_held_it_and_what_to_change(workplace: W
         "            most = psutil.Process().memory_info().vms + (48 << 20)\n"
         "            resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
     )
-    large = ("train.batch_size=1024", "train.micro_batch=256", "train.steps=4", "train.eval_every=4")
+    large = ("train.batch_size=512", "train.micro_batch=256", "train.steps=1", "train.eval_every=1")
     done = workplace.run("train", "run.yaml", *large, "train.callbacks=[mine:Limit]")
     assert done.returncode == 1, done.stderr
     assert "out of memory in step 1: this rank held parameters" in done.stderr
