@@ -81,6 +81,14 @@ class Cuts:
         return place or None
 
 
+class Anywhere:
+    """Cuts a long text where it is: good enough for a sample, which no whole document need be read for."""
+
+    def last(self, text: str) -> int | None:
+        """A place in `text`, as `Cuts.last`."""
+        return len(text) - 1
+
+
 class CutsOnDemand:
     """The places that `prove_cuts` finds, proven when a text is first to be cut: few corpora have one."""
 

@@ -31,7 +31,7 @@ from launcher.data.cursor import (
     encode,
     window_of,
 )
-from launcher.data.cutting import Cuts, prove_cuts
+from launcher.data.cutting import Anywhere, Cuts, prove_cuts
 from launcher.data.manifest import listing_of
 from launcher.data.mixture import source_weights
 from launcher.data.order import Turns
@@ -331,16 +331,9 @@ def _blocks(
     return np.concatenate(parts)[: count * size].reshape(count, size)
 
 
-class _Anywhere:
-    """Cuts a long document where it is: good enough for a sample."""
-
-    def last(self, text: str) -> int | None:
-        return len(text) - 1
-
-
 def _sample(source: SourceText, size: int) -> Iterator[str]:
     """Texts to train on, `size` bytes in all at most, from the beginnings of units all over the source."""
-    anywhere = replace(source, cuts=_Anywhere())
+    anywhere = replace(source, cuts=Anywhere())
     for unit in anywhere.shuffled_units(0):
         texts = (each for piece in unit.pieces for each in chosen_texts(anywhere, piece, held_out=False))
         for text in within(chain.from_iterable(some for _, some, _ in texts), SAMPLE_BYTES // SAMPLE_PLACES):

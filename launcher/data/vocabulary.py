@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.config.schema import DataSection, TokenizerFromCorpus
 from launcher.data.corpus import Corpus, list_corpora, reading_of
+from launcher.data.cutting import Anywhere
 from launcher.data.making import locked
 from launcher.data.manifest import listing_of
 from launcher.data.sources import Reading, batches
@@ -80,7 +81,7 @@ def spread_texts(
 def _texts(unit: Unit, reading: Reading, skip_bad: bool) -> Iterator[str]:
     for piece in unit.pieces:
         on_bad = _skip if skip_bad else None
-        for batch in batches(piece.file, reading, piece.start, piece.end, on_bad=on_bad):
+        for batch in batches(piece.file, reading, piece.start, piece.end, cuts=Anywhere(), on_bad=on_bad):
             yield from (text for text in batch.texts if text and not text.isspace())
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -15,9 +16,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from launcher.config.schema import DataSection
 from launcher.data import batches as batching
 from launcher.data import records, sources
+from launcher.data.corpus import list_corpora, reading_of
 from launcher.data.sources import Batch, Document, Reading, batches, documents
+from launcher.data.units import cut, unit_bytes
+from launcher.data.vocabulary import spread_texts
 from launcher.errors import DataError
 from tests.data.test_sources import COMPRESSORS, TEXT, written
 
@@ -304,3 +309,20 @@ def test_a_batch_tells_which_are_empty(tmp_path: Path) -> None:
     (batch,) = batches(written(tmp_path / "a.txt", b"a\n\n \t\nb"), TEXT)
     assert isinstance(batch, Batch)
     assert batch.empty.tolist() == [False, True, True, False]
+
+
+def test_a_sample_of_a_long_document_takes_no_more_memory_than_a_part(tmp_path: Path) -> None:
+    size = 128 << 20
+    file = tmp_path / "long.txt"
+    file.write_bytes(b"some words and a line\n" * (size // 22))
+    data = DataSection.model_validate({"train": [str(file)], "sample_by": "document"})
+    corpus = list_corpora(data)[0]
+    units = cut([corpus], reading_of(data), unit_bytes([corpus]))
+    tracemalloc.start()
+    try:
+        texts = list(spread_texts(units, reading_of(data), 1 << 18, 16, skip_bad=True))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(map(len, texts)) == 1 << 18
+    assert peak < size // 2
