@@ -9,6 +9,7 @@ from launcher.plan.choose import Plan
 from launcher.plan.memory import estimate
 from launcher.plan.search import STRATEGIES
 from launcher.plan.shape import Shape
+from launcher.plan.sharding import zero_stage
 from launcher.plan.states import Sharding
 
 
@@ -45,7 +46,7 @@ def _changes(plan: Plan, shape: Shape, *, begun: bool) -> Iterator[tuple[str, in
         for strategy in STRATEGIES[STRATEGIES.index(plan.strategy) + 1 :]:
             yield f"train.strategy={strategy}", _total(plan, shape, strategy=strategy)
     if plan.offload == "none" and plan.device != "cpu":
-        strategy = plan.strategy if plan.strategy in ("zero1", "zero2", "zero3") else "zero2"
+        strategy = plan.strategy if zero_stage(plan.strategy) else "zero2"
         overrides = f"train.strategy={strategy} train.offload=optimizer"
         yield overrides, _total(plan, shape, strategy=strategy, offload="optimizer")
 

@@ -14,8 +14,6 @@ from launcher.plan.activations import FP32, HALF, Numbers
 from launcher.plan.buckets import buckets
 from launcher.plan.shape import Shape, layer_tensors, parameters, tables, tensors
 
-DEEPSPEED: Final = ("zero1", "zero2", "zero3")
-
 SINGLE_REDUCTION: Final = 500_000_000
 """Elements that DeepSpeed's BF16_Optimizer copies together to sum them (`MEMORY_OPT_ALLREDUCE_SIZE`)."""
 

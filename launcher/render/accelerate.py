@@ -58,7 +58,7 @@ def _engine(plan: Plan, deepspeed: str) -> list[str]:
         return ["distributed_type: FSDP", "fsdp_config:", *_fsdp(plan), "use_cpu: false", mixed_precision]
     if plan.batch.world_size == 1:
         return ["distributed_type: 'NO'", on_cpu, mixed_precision]
-    if not _is_cpu(plan):
+    if plan.device != "cpu":
         return ["distributed_type: MULTI_GPU", on_cpu, mixed_precision]
     return [
         "# accelerate starts one process per rank on a machine only under this name;",
@@ -70,21 +70,14 @@ def _engine(plan: Plan, deepspeed: str) -> list[str]:
 
 
 def _fsdp(plan: Plan) -> list[str]:
-    def said(flag: bool) -> str:
-        return "true" if flag else "false"
-
     return [
         "  fsdp_version: 2",
         "  # The model's own layers: transformers names them in its class.",
         "  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP",
         "  fsdp_reshard_after_forward: true",
-        f"  fsdp_offload_params: {said(plan.offload == 'parameters')}",
+        f"  fsdp_offload_params: {'true' if plan.offload == 'parameters' else 'false'}",
         "  # Layers are recomputed by transformers: accelerate's own way draws other dropout masks again.",
         "  fsdp_activation_checkpointing: false",
         "  fsdp_state_dict_type: SHARDED_STATE_DICT",
         "  fsdp_cpu_ram_efficient_loading: false",
     ]
-
-
-def _is_cpu(plan: Plan) -> bool:
-    return plan.device == "cpu"

@@ -68,6 +68,13 @@ def fsdp_policy(plan: Plan) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=DTYPES[plan.precision], reduce_dtype=torch.float32)
 
 
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """PyTorch's own optimizer inside what accelerate and DeepSpeed have wrapped it in."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer  # type: ignore[no-any-return]
+
+
 def _talk_through_gloo() -> None:
     """Keep DeepSpeed from compiling a collective of its own for CPUs: 40 seconds, and a compiler at hand."""
     import deepspeed

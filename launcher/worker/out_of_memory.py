@@ -10,6 +10,7 @@ import torch
 
 from launcher.plan.orders import Orders
 from launcher.plan.relief import reliefs
+from launcher.worker.engine import innermost
 
 if TYPE_CHECKING:
     from launcher.worker.trainer import LauncherTrainer
@@ -81,13 +82,10 @@ def _here(tensor: torch.Tensor) -> torch.Tensor:
 
 def _optimizer_tensors(trainer: LauncherTrainer) -> Iterable[torch.Tensor]:
     """Moments, and DeepSpeed's fp32 copies of the weights, which are the parameters that it steps."""
-    optimizer: Any = trainer.optimizer
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if optimizer is None:
+    if trainer.optimizer is None:
         return
     weights = {id(parameter) for parameter in trainer.bare_model.parameters()}
-    for parameter, state in optimizer.state.items():
+    for parameter, state in innermost(trainer.optimizer).state.items():
         if id(parameter) not in weights:
             yield parameter
         yield from (_here(value) for value in state.values() if isinstance(value, torch.Tensor))

@@ -35,7 +35,7 @@ from launcher.worker.dataset import (
     ValidationRows,
     training_loader,
 )
-from launcher.worker.engine import engine_arguments, fsdp_policy, is_sharded
+from launcher.worker.engine import engine_arguments, fsdp_policy, innermost, is_sharded
 from launcher.worker.evaluate import Metric, evaluate
 from launcher.worker.reshard import Remove, mend_zero3, reshard
 from launcher.worker.resume import data_state
@@ -240,8 +240,7 @@ class LauncherTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and zero_stage(self._plan.strategy) == 3:
-            engine: Any = self.model_wrapped
-            mend_zero3(engine.optimizer.optimizer, self.args.weight_decay)
+            mend_zero3(innermost(self.optimizer), self.args.weight_decay)
 
     def resume_folder(self, checkpoint: Checkpoint) -> Path:
         """Where this world reads the checkpoint from: itself, or what DeepSpeed makes of another world's."""

@@ -24,7 +24,7 @@ from launcher.plan.orders import Orders
 from launcher.plan.sharding import LOSS_SCALE_POWER, zero_stage
 from launcher.run.directory import RunDirectory
 from launcher.run.environment import versions
-from launcher.worker.engine import DTYPES, fsdp_policy
+from launcher.worker.engine import DTYPES, fsdp_policy, innermost
 
 if TYPE_CHECKING:
     from launcher.worker.trainer import LauncherTrainer
@@ -123,7 +123,7 @@ def found(trainer: LauncherTrainer) -> Facts:
         "micro-batch": trainer._train_batch_size,
         "accumulation": arguments.gradient_accumulation_steps,
         "gradient clipping": arguments.max_grad_norm,
-        "weight decay": [group["weight_decay"] for group in _groups(trainer)],
+        "weight decay": [group["weight_decay"] for group in innermost(trainer.optimizer).param_groups],
         "steps": trainer.state.max_steps,
         "gradient checkpointing": _recomputes(model),
         "compile": wrapped is not engine or getattr(engine, "is_compiled", False),
@@ -175,17 +175,8 @@ def _optimized(trainer: LauncherTrainer) -> Iterator[torch.Tensor]:
         if hasattr(optimizer, shards):
             yield from getattr(optimizer, shards)
             return
-    for group in _groups(trainer):
+    for group in innermost(optimizer).param_groups:
         yield from group["params"]
-
-
-def _groups(trainer: LauncherTrainer) -> list[dict[str, Any]]:
-    """The innermost optimizer's groups: what decays, then biases and norms."""
-    optimizer: Any = getattr(trainer.model_wrapped, "optimizer", trainer.optimizer)
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    groups: list[dict[str, Any]] = optimizer.param_groups
-    return groups
 
 
 def _recomputes(model: torch.nn.Module) -> bool:
