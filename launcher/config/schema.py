@@ -204,6 +204,33 @@ class EarlyStopping(Section):
     min_delta: float = Field(0.0, ge=0, description="How much eval_loss must fall to count as improvement.")
 
 
+class FastSection(Section):
+    """What makes the stock model fast without changing what is trained or saved; each can be switched off."""
+
+    tanh_gelu: bool = Field(True, description="GPT-2's `gelu_new` as one kernel.")
+    causal_attention: bool = Field(
+        True,
+        description="Attention without a mask, which is causal by itself: with `packing: concat` and without "
+        "isolate_documents.",
+    )
+    chunked_loss: bool = Field(
+        True,
+        description="Output layer and cross-entropy together, some tokens at a time, so that no logits are "
+        "kept. Not under zero3 and fsdp, and not in fp16.",
+    )
+    padded_vocabulary: bool = Field(
+        True,
+        description="On a GPU, embedding and output layer have rows up to a multiple of 64, which take no "
+        "part in the loss and are not in the saved model. A run goes on as it began.",
+    )
+    fused_adamw: bool = Field(True, description="AdamW as one kernel.")
+    tf32: bool = Field(
+        True,
+        description="On a GPU, TF32 for the matrix products that stay fp32 under bf16 and fp16. "
+        "`train.precision: fp32` is never TF32.",
+    )
+
+
 class TrainSection(Section):
     """How to train."""
 
@@ -247,6 +274,10 @@ class TrainSection(Section):
         description="Sequences per forward pass on one rank. `auto`: the largest that fits and divides.",
     )
     compile: Literal["auto"] | bool = Field("auto", description="Run the model through torch.compile.")
+    fast: FastSection = Field(
+        default_factory=FastSection,
+        description="What makes the stock model fast without changing what is trained or saved.",
+    )
     eval_every: Every = Field(
         500, description="Evaluate every so many steps, or every duration such as 30min."
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from launcher.plan.fast import chunk_rows
 from launcher.plan.shape import Shape, weights_per_layer
 
 FP32: Final = 4
@@ -68,6 +69,7 @@ def moments(
     micro_batch: int,
     block_size: int,
     gradient_checkpointing: bool,
+    chunked_loss: bool,
     on_cpu: bool,
 ) -> Moments:
     """The loss, the start of backward, and inside the last layer, for `micro_batch` blocks of `block_size`.
@@ -85,17 +87,42 @@ def moments(
     casts = shape.layers * each
     # A checkpointed layer keeps its input alone, and all of it is computed again on the way back.
     kept = shape.layers * (tokens * numbers.stream * shape.hidden if gradient_checkpointing else layer)
-    logits = tokens * shape.vocab
-    halves = numbers.compute if numbers.compute == HALF else 0
+    loss = _chunked if chunked_loss else _whole
+    at_loss, at_backward, at_layer = loss(shape, numbers, tokens, on_cpu=on_cpu)
     # By the time the layers' own gradients are made, the logits and what led to them are gone.
     again = layer if gradient_checkpointing else 0
     return Moments(
-        loss=Passing(casts + head, kept + ends, (2 * FP32 + halves) * logits),
-        backward=Passing(
-            (0 if gradient_checkpointing else casts) + head, kept + ends, BYTES_PER_LOGIT * logits
-        ),
-        layer=Passing((each if gradient_checkpointing else casts) + head, kept + again + inside, 0),
+        loss=Passing(casts + head, kept + ends, at_loss),
+        backward=Passing((0 if gradient_checkpointing else casts) + head, kept + ends, at_backward),
+        layer=Passing((each if gradient_checkpointing else casts) + head, kept + again + inside, at_layer),
     )
+
+
+def _whole(shape: Shape, numbers: Numbers, tokens: int, *, on_cpu: bool) -> tuple[int, int, int]:
+    """Logits and loss of all tokens at once, at the three moments."""
+    logits = tokens * shape.vocab
+    return _forward_bytes(numbers) * logits, BYTES_PER_LOGIT * logits, 0
+
+
+def _chunked(shape: Shape, numbers: Numbers, tokens: int, *, on_cpu: bool) -> tuple[int, int, int]:
+    """One chunk's logits with their log-probabilities, beside the fp32 gradient of the head's weight.
+
+    The head's input is there until its gradient is whole, which then stands where the stock loss keeps that
+    input, as wide as the residual stream. Backward multiplies both gradients by the loss's own, into new
+    tensors; and a tied weight's waits for the embedding's, which is last.
+    """
+    rows = min(tokens, chunk_rows(shape.vocab, on_cpu=on_cpu))
+    head = shape.vocab * shape.hidden
+    chunk = _forward_bytes(numbers) * rows * shape.vocab
+    scaled = numbers.stream * head
+    wide = numbers.stream * tokens * shape.hidden
+    wider = wide - numbers.compute * tokens * shape.hidden
+    return FP32 * head + chunk + wide + wider, 2 * scaled + wide + wider, scaled if shape.tied else 0
+
+
+def _forward_bytes(numbers: Numbers) -> int:
+    """Of a logit where the loss is computed: as the product gives it, in fp32, and its log-probability."""
+    return 2 * FP32 + (numbers.compute if numbers.compute == HALF else 0)
 
 
 def _layer(shape: Shape, numbers: Numbers, block_size: int, *, on_cpu: bool) -> int:

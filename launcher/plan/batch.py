@@ -28,13 +28,14 @@ class Done:
     """How far a run has come that goes on: steps, and the samples in them, whatever their sizes were.
 
     `warmup_steps` is the warmup that its learning rate began with, `strategy` the one that its checkpoint is
-    of; None where nothing is done yet.
+    of, `padded_vocabulary` whether that holds a padded table; None where nothing is done yet.
     """
 
     steps: int = 0
     samples: int = 0
     warmup_steps: int | None = None
     strategy: str | None = None
+    padded_vocabulary: bool | None = None
 
 
 NOTHING_DONE = Done()

@@ -9,6 +9,7 @@ from typing import Any
 from launcher.config.schema import RunConfig, seconds
 from launcher.errors import MachineError, RequestError
 from launcher.plan.batch import NOTHING_DONE, Batch, Done, count_steps, splits, warmup_steps
+from launcher.plan.fast import NOTHING_FAST, Fast, fast_paths
 from launcher.plan.hardware import GPU
 from launcher.plan.search import (
     FILL,
@@ -85,6 +86,7 @@ class Plan:
     category) are None for a model whose architecture the memory model does not know. `forecast` is None
     there too, on a CPU, and in a plan of an earlier version. `host_memory` is what offload takes of a node's
     own memory, in bytes. `peak_flops` is the GPU's in FLOP/s under `precision`, None where it is not known.
+    `fast` is all off in a plan of an earlier version.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Plan:
     forecast: Forecast | None = None
     host_memory: int = 0
     peak_flops: float | None = None
+    fast: Fast = NOTHING_FAST
 
     @property
     def tokens(self) -> int | None:
@@ -141,6 +144,7 @@ class Plan:
                 "checkpoint_every": Every(**fields["checkpoint_every"]),
                 "blocks": None if blocks is None else Blocks(**blocks),
                 "forecast": None if predicted is None else _forecast_from(predicted),
+                "fast": Fast(**fields.get("fast", {})),
             }
         )
 
@@ -156,13 +160,14 @@ def make_plan(
     shape: Shape | None,
     positions: int | None,
     blocks: Blocks | None,
+    attention: str | None = None,
     done: Done = NOTHING_DONE,
 ) -> Plan:
     """Work out everything `run` leaves open, for `place`.
 
     `shape` is the model's, with the tokenizer's vocabulary, or None for an architecture not known in
-    advance; `positions` the longest sequence it can take; `blocks` what the prepared text holds, or
-    None before it is prepared; `done` how far a run has come that goes on.
+    advance; `positions` the longest sequence it can take; `attention` what its config asks for; `blocks` what
+    the prepared text holds, or None before it is prepared; `done` how far a run has come that goes on.
 
     Raises RequestError for what the run asks in vain, MachineError for what `place` lacks.
     """
@@ -175,7 +180,15 @@ def make_plan(
             key="data.block_size",
         )
     precision = _precision(run, place)
-    job = _job(run, place, shape, precision)
+    fast = fast_paths(
+        run,
+        attention=attention,
+        vocabulary=None if shape is None else shape.vocab,
+        precision=precision,
+        on_cpu=place.is_cpu,
+        padded_before=done.padded_vocabulary,
+    )
+    job = _job(run, place, shape, precision, fast)
     chosen, found = _fit(run, job, done)
     steps = count_steps(
         batch_size=train.batch_size,
@@ -219,6 +232,7 @@ def make_plan(
         memory_available=job.available,
         host_memory=states_on_host(job, chosen.sharding),
         peak_flops=place.gpu.peak_flops(precision),
+        fast=fast.under(chosen.sharding.strategy),
         forecast=forecast(job, chosen, found, steps=steps, price_per_gpu_hour=place.price_per_gpu_hour),
     )
 
@@ -251,7 +265,7 @@ def _precision(run: RunConfig, place: Place) -> str:
     return asked
 
 
-def _job(run: RunConfig, place: Place, shape: Shape | None, precision: str) -> Job:
+def _job(run: RunConfig, place: Place, shape: Shape | None, precision: str, fast: Fast) -> Job:
     return Job(
         shape=shape,
         gpu=place.gpu,
@@ -262,6 +276,7 @@ def _job(run: RunConfig, place: Place, shape: Shape | None, precision: str) -> J
         ranks_per_node=place.ranks_per_node,
         network=place.network,
         available=_memory_per_rank(place),
+        fast=fast,
     )
 
 

@@ -59,6 +59,7 @@ def estimate(
     block_size: int,
     precision: str,
     gradient_checkpointing: bool,
+    chunked_loss: bool = False,
     on_cpu: bool = False,
 ) -> Memory:
     """The peak of one rank with AdamW, for `micro_batch` sequences of `block_size` tokens.
@@ -75,6 +76,7 @@ def estimate(
         micro_batch=micro_batch,
         block_size=block_size,
         gradient_checkpointing=gradient_checkpointing,
+        chunked_loss=chunked_loss,
         on_cpu=on_cpu,
     )
     framework = _framework(sharding.world_size, on_cpu=on_cpu)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from launcher.plan.choose import Plan
+from launcher.plan.fast import trained_shape
 from launcher.plan.memory import estimate
 from launcher.plan.search import STRATEGIES
 from launcher.plan.shape import Shape
@@ -61,8 +62,9 @@ def _total(
     offload: str | None = None,
 ) -> int:
     """Bytes of one rank of the plan, with these changed."""
+    fast = plan.fast.under(strategy or plan.strategy)
     return estimate(
-        shape,
+        trained_shape(shape, fast),
         Sharding(strategy or plan.strategy, plan.batch.world_size, offload or plan.offload),
         micro_batch=micro_batch or plan.batch.micro_batch,
         block_size=plan.block_size,
@@ -70,5 +72,6 @@ def _total(
         gradient_checkpointing=plan.gradient_checkpointing
         if gradient_checkpointing is None
         else gradient_checkpointing,
+        chunked_loss=fast.chunked_loss,
         on_cpu=plan.device == "cpu",
     ).total

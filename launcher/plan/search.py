@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from launcher.plan.batch import Batch
 from launcher.plan.collectives import Wires
+from launcher.plan.fast import NOTHING_FAST, Fast, trained_shape
 from launcher.plan.hardware import CATALOGUE, GPU
 from launcher.plan.memory import Memory, estimate
 from launcher.plan.shape import Shape
@@ -52,6 +53,7 @@ class Job:
     ranks_per_node: int
     network: float | None
     available: int | None
+    fast: Fast = NOTHING_FAST
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +116,20 @@ def candidates(
 def _candidate(job: Job, batch: Batch, checkpointing: bool, sharding: Sharding) -> Candidate:
     if job.shape is None:
         return Candidate(sharding, checkpointing, batch, None, None, fits=True)
+    fast = job.fast.under(sharding.strategy)
+    shape = trained_shape(job.shape, fast)
     memory = estimate(
-        job.shape,
+        shape,
         sharding,
         micro_batch=batch.micro_batch,
         block_size=job.block_size,
         precision=job.precision,
         gradient_checkpointing=checkpointing,
+        chunked_loss=fast.chunked_loss,
         on_cpu=job.gpu.name == "cpu",
     )
     fits = job.available is None or memory.total <= FILL * job.available
-    speed = _speed(job, job.shape, batch, checkpointing, sharding)
+    speed = _speed(job, shape, batch, checkpointing, sharding)
     return Candidate(sharding, checkpointing, batch, memory, speed, fits)
 
 
@@ -136,7 +141,12 @@ def _speed(job: Job, shape: Shape, batch: Batch, checkpointing: bool, sharding: 
         job.gpu,
         batch,
         Wires(job.ranks_per_node, job.gpu.link, job.network),
-        stack_of(shape, sharding.numbers(job.precision), compiled=job.compiled),
+        stack_of(
+            shape,
+            sharding.numbers(job.precision),
+            compiled=job.compiled,
+            chunked_loss=job.fast.under(sharding.strategy).chunked_loss,
+        ),
         sharding,
         block_size=job.block_size,
         precision=job.precision,
@@ -283,4 +293,5 @@ def states_on_host(job: Job, sharding: Sharding) -> int:
     """Bytes of one node's memory that offload takes, for all its ranks."""
     if job.shape is None:
         return 0
-    return job.ranks_per_node * states(job.shape, sharding, job.precision).host
+    shape = trained_shape(job.shape, job.fast)
+    return job.ranks_per_node * states(shape, sharding, job.precision).host

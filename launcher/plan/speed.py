@@ -105,7 +105,7 @@ def step_speed(
     scores = (9 if gradient_checkpointing else 7) * tokens * shape.layers * shape.queries * block_size
     attention = scores / (ATTENTION_SHARE[generation] * peak)
     layers = [stack.layer, stack.again] if gradient_checkpointing else [stack.layer]
-    moved = shape.layers * tokens * sum(layer.bytes_per_token(shape) for layer in layers)
+    moved: float = shape.layers * tokens * sum(layer.bytes_per_token(shape) for layer in layers)
     moved += stack.logit * tokens * shape.vocab + stack.weight * parameters(shape)
     busy = matrices + attention + moved / bandwidth
     kernels = shape.layers * sum(layer.kernels for layer in layers)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from launcher.plan.activations import FP32, Numbers
+from launcher.plan.fast import chunk_rows
 from launcher.plan.shape import Shape
 
 
@@ -41,7 +42,7 @@ class Stack:
 
     layer: Layer
     again: Layer
-    logit: int
+    logit: float
     weight: int
     bandwidth_share: float
 
@@ -85,14 +86,30 @@ _COMPILED_FP32: Final[Mapping[str, Stack]] = {
 its inputs and writes its outputs once. The biases' gradients stay kernels of their own."""
 
 
-def stack_of(shape: Shape, numbers: Numbers, *, compiled: bool) -> Stack:
-    """How launcher runs `shape` in `numbers`, eagerly or compiled.
+_CHUNKED: Final[Mapping[tuple[bool, bool], tuple[int, int]]] = {
+    (False, False): (20, 10),
+    (False, True): (16, 0),
+    (True, False): (6, 10),
+    (True, True): (12, 0),
+}
+"""The chunked loss, compiled or not, in fp32 or not: bytes for each logit, and for each weight of the head
+and each chunk, whose part of the gradient is added up in fp32 (in fp32 by the product itself). Eager, a test
+counts them again. Compiled, by hand: the logits are read for their sum, and again for the gradient."""
+
+
+def stack_of(shape: Shape, numbers: Numbers, *, compiled: bool, chunked_loss: bool = False) -> Stack:
+    """How launcher runs `shape` in `numbers`, eagerly or compiled, with the stock loss or the chunked one.
 
     Compiled and in half precision throughout, it is taken for autocast, which moves a little more.
     """
     whole = numbers.compute == FP32
     if compiled:
         stacks = _COMPILED_FP32 if whole else _COMPILED_HALF
-        return stacks["llama" if shape.gated else "gpt2"]
-    stacks = _EAGER_FP32 if whole else _EAGER_HALF if numbers.cast else _EAGER_PURE_HALF
-    return stacks["llama" if shape.model_type == "mistral" else shape.model_type]
+        stack = stacks["llama" if shape.gated else "gpt2"]
+    else:
+        stacks = _EAGER_FP32 if whole else _EAGER_HALF if numbers.cast else _EAGER_PURE_HALF
+        stack = stacks["llama" if shape.model_type == "mistral" else shape.model_type]
+    if not chunked_loss:
+        return stack
+    logit, added = _CHUNKED[compiled, whole]
+    return replace(stack, logit=logit + added * shape.hidden / chunk_rows(shape.vocab, on_cpu=False))

@@ -16,6 +16,8 @@ def _plan(*names: str) -> tuple[Path, ...]:
     return tuple((PLAN, f"plan.{name}") for name in names)
 
 
+CAUSAL = ("fast.causal_attention", "fast.off.causal_attention")
+
 ENGINE: tuple[Path, ...] = (
     (DEEPSPEED, ""),
     *(
@@ -25,11 +27,23 @@ ENGINE: tuple[Path, ...] = (
 )
 """What differs from strategy to strategy."""
 
+FAST: tuple[Path, ...] = tuple(
+    path
+    for name in ("chunked_loss", "padded_vocabulary", "tf32")
+    for path in _plan(f"fast.{name}", f"fast.off.{name}")
+)
+"""What hangs on the engine, the precision and the vocabulary."""
+
 FIT: tuple[Path, ...] = (
     *_plan("strategy", "offload", "batch", "gradient_checkpointing", "memory", "host_memory", "forecast"),
+    *FAST,
     *ENGINE,
 )
 """What is chosen together, so that the run fits and is fast."""
+
+ONE_PLACE = ("tanh_gelu", "causal_attention", "fused_adamw", "tf32")
+TAKES_MEMORY = ("chunked_loss", "padded_vocabulary")
+"""Fast paths that the plan alone names, and those that memory and speed depend on too."""
 
 LENGTH = _plan("steps", "samples", "warmup_steps", "forecast.hours", "forecast.price")
 TEXT: tuple[Path, ...] = ((PLAN, "store"), (PLAN, "vocabulary"), *_plan("blocks", "eval_every"), *LENGTH)
@@ -40,7 +54,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "model.name": ((PLAN, "model"), (PLAN, "weights"), *TEXT, *_plan("parameters"), *FIT),
     "model.init": ((PLAN, "weights"), *_plan("parameters"), *FIT),
     "model.tokenizer": (*TEXT, *_plan("parameters"), *FIT),
-    "model.overrides": ((PLAN, "model"), *_plan("parameters"), *FIT),
+    "model.overrides": ((PLAN, "model"), *_plan("parameters", *CAUSAL), *FIT),
     "data.train": TEXT,
     "data.validation": TEXT,
     "data.format": TEXT,
@@ -49,7 +63,8 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "data.mode": ((PLAN, "store"), *_plan("blocks")),
     "data.cache_dir": ((PLAN, "store"),),
     "data.block_size": (*_plan("block_size", "blocks", "eval_every"), *LENGTH, *FIT),
-    "data.packing": (*_plan("blocks", "eval_every"), *LENGTH),
+    "data.packing": (*_plan("blocks", "eval_every", *CAUSAL), *LENGTH),
+    "data.isolate_documents": _plan(*CAUSAL),
     "train.batch_size": (*FIT, *LENGTH),
     "train.tokens": LENGTH,
     "train.steps": LENGTH,
@@ -61,7 +76,10 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "train.strategy": FIT,
     "train.offload": FIT,
     "train.micro_batch": FIT,
+    "train.extra": _plan("fast.fused_adamw", "fast.off.fused_adamw"),
     "train.compile": (*_plan("compile"), *FIT),
+    **{f"train.fast.{name}": _plan(f"fast.{name}", f"fast.off.{name}") for name in ONE_PLACE},
+    **{f"train.fast.{name}": (*_plan(f"fast.{name}", f"fast.off.{name}"), *FIT) for name in TAKES_MEMORY},
     "train.eval_every": _plan("eval_every"),
     "checkpoint.every": _plan("checkpoint_every"),
     "output_dir": ((LAUNCH, ""), (PLAN, "store")),

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from launcher.config.schema import RunConfig
 from launcher.plan.choose import Every, Plan
+from launcher.plan.fast import Fast
 
 Rows = list[tuple[str, str]]
+
+FAST: Mapping[str, str] = {
+    "tanh_gelu": "tanh GELU",
+    "causal_attention": "causal attention",
+    "chunked_loss": "chunked loss",
+    "padded_vocabulary": "padded vocabulary",
+    "fused_adamw": "fused AdamW",
+    "tf32": "TF32",
+}
+"""The keys of `train.fast` in words."""
 
 
 def asked_rows(run: RunConfig) -> Rows:
@@ -43,6 +54,7 @@ def becomes_rows(plan: Plan) -> Rows:
             f" x {batch.world_size} rank{'s' if batch.world_size > 1 else ''}",
         ),
         ("gradient checkpointing", "on" if plan.gradient_checkpointing else "off"),
+        ("fast paths", _fast(plan.fast)),
     ]
     if plan.host_memory:
         rows.append(
@@ -102,6 +114,13 @@ def _strategy(plan: Plan) -> Iterator[str]:
     yield plan.precision
     if plan.compile:
         yield "compiled"
+
+
+def _fast(fast: Fast) -> str:
+    """Those taken, and after `not` those that are not, each with the reason."""
+    taken = ", ".join(FAST[name] for name in fast.taken)
+    left = ", ".join(f"{FAST[name]} ({why})" for name, why in fast.off.items())
+    return "; ".join(part for part in (taken, f"not {left}" if left else "") if part)
 
 
 def _every(every: Every) -> str:

@@ -110,6 +110,7 @@ def _assemble(
         place,
         shape=shape,
         positions=shape.positions if shape else _positions(model.config),
+        attention=model.config.get("attn_implementation"),
         blocks=text.blocks if text else None,
         done=how_far(run_directory(run.config)),
     )
@@ -124,7 +125,7 @@ def how_far(directory: RunDirectory) -> Done:
         return NOTHING_DONE
     newest = checkpoints[-1]
     plan = directory.read_orders().plan
-    return Done(newest.step, newest.samples, plan.warmup_steps, plan.strategy)
+    return Done(newest.step, newest.samples, plan.warmup_steps, plan.strategy, plan.fast.padded_vocabulary)
 
 
 def _announced_vocabulary(model: ModelSource) -> int | None:

@@ -39,9 +39,10 @@ from launcher.worker.dataset import (
     ValidationRows,
     stack,
 )
+from launcher.worker.fast import make_fast, set_matmul_precision
 from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.metrics import MetricsFile, Progress
-from launcher.worker.model import build_model, load_tokenizer
+from launcher.worker.model import load_tokenizer, trained_model
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
 from launcher.worker.rank import Rank, join, last_word
 from launcher.worker.report import Report
@@ -168,7 +169,9 @@ def train(
             print(f"checkpoint {name} set aside in checkpoints/quarantine: {reason}", flush=True)
 
     check_length(phases, plan, start_step)
-    model = build_model(orders.model, orders.weights, tokenizer, run.seed)
+    set_matmul_precision(plan.fast)
+    model = trained_model(orders, tokenizer, run.seed)
+    fell_back = make_fast(model, plan.fast, block_size=plan.block_size)
     cadence = Cadence(
         plan,
         Agreement(rank.world_size),
@@ -196,6 +199,7 @@ def train(
         metrics=[load_object("train.metrics", name) for name in run.train.metrics],
         best=best,
         callbacks=callbacks,
+        fell_back=fell_back,
     )
     checks.trainer = reached.trainer = trainer
     # Ranks draw unlike dropout masks; the weights were drawn alike before.
@@ -212,7 +216,7 @@ def train(
         return RankEnd(rank.number, Outcome.STOPPED, reached.step, time.time())
 
     if rank.number == 0:
-        whole = trainer.final_model(lambda: build_model(orders.model, orders.weights, tokenizer, run.seed))
+        whole = trainer.final_model(lambda: trained_model(orders, tokenizer, run.seed))
         saving.save_model(whole, tokenizer, directory.model)
         upload(directory, run, rank)
     saving.barrier()

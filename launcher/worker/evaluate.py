@@ -52,8 +52,11 @@ def evaluate(
         total = torch.where(tokens > 0, outputs.loss.double() * tokens, 0.0)
         sums += torch.stack([total, tokens.double()])
         if metrics:
+            logits = outputs.logits
+            if logits is None:  # of a model that makes its loss without them
+                logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
             expected.append(_widen(inputs["labels"][:, 1:], block_size - 1))
-            predicted.append(_widen(outputs.logits[:, :-1].argmax(-1), block_size - 1))
+            predicted.append(_widen(logits[:, :-1].argmax(-1), block_size - 1))
     if world_size > 1:
         dist.all_reduce(sums)
     model.train()

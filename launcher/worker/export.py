@@ -14,7 +14,7 @@ from launcher.data.store import TOKENIZER_FOLDER
 from launcher.errors import LauncherError
 from launcher.run.directory import RunDirectory
 from launcher.worker import saving
-from launcher.worker.model import build_model, load_tokenizer
+from launcher.worker.model import load_tokenizer, trained_model
 
 
 def export(directory: RunDirectory, checkpoint: Path, target: Path) -> None:
@@ -25,7 +25,7 @@ def export(directory: RunDirectory, checkpoint: Path, target: Path) -> None:
     orders, run = directory.read_orders(), directory.read_config()
     store = directory.tokenizer if orders.store is None else Path(orders.store) / TOKENIZER_FOLDER
     tokenizer = load_tokenizer(store)
-    model = build_model(orders.model, orders.weights, tokenizer, run.seed)
+    model = trained_model(orders, tokenizer, run.seed)
     saving.load_weights(model, checkpoint)
     saving.save_model(model, tokenizer, target)
 

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from launcher.plan.fast import Fast
+from launcher.worker.chunked_loss import replace_forward, replaced_forward, use_chunked_loss
+from launcher.worker.vocabulary import is_padded, pad_vocabulary
 
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
 """Of mallopt(3)."""
+
+CAUSAL: Final = "sdpa_causal"
+"""What transformers is told the attention without a mask is called, while a model trains."""
+
+NEEDS_A_MASK: Final = ("attention_mask", "position_ids", "past_key_values")
+"""Inputs that say more than causal attention alone would see to."""
+
+PROBE: Final = 16
+"""Tokens that attention with and without a mask is compared on."""
 
 
 def keep_freed_memory() -> None:
@@ -28,6 +44,51 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
 
 
+def set_matmul_precision(fast: Fast) -> None:
+    """TF32 for fp32 matrix products on a GPU, or all of their 24 bits: never what a library left there."""
+    torch.set_float32_matmul_precision("high" if fast.tf32 else "highest")
+
+
+def make_fast(model: PreTrainedModel, fast: Fast, *, block_size: int) -> dict[str, str]:
+    """Take the model's own part of the planned paths. Returns those it cannot take, each with the reason.
+
+    The model is whole and on the CPU, in rows of `block_size` tokens; the padding of its vocabulary stands
+    already, or not at all.
+    """
+    fell_back: dict[str, str | None] = {}
+    if fast.tanh_gelu and not use_tanh_gelu_kernel(model):
+        fell_back["tanh_gelu"] = "the model has no gelu_new"
+    if fast.chunked_loss:
+        fell_back["chunked_loss"] = use_chunked_loss(model)
+    if fast.causal_attention:
+        fell_back["causal_attention"] = use_causal_attention(model, block_size)
+    if fast.padded_vocabulary and not is_padded(model):
+        fell_back["padded_vocabulary"] = pad_vocabulary(model)
+    ask_nothing_of_the_host(model)
+    return {name: why for name, why in fell_back.items() if why is not None}
+
+
+def taken_by(model: PreTrainedModel) -> set[str]:
+    """The paths that this very model takes, read from its modules and its forward pass."""
+    modules = list(model.modules())
+    found = replaced_forward(model)
+    if model.config._attn_implementation != CAUSAL:
+        found.discard("causal_attention")
+    if is_padded(model):
+        found.add("padded_vocabulary")
+    eager = any(isinstance(module, NewGELUActivation) for module in modules)
+    if not eager and any(isinstance(module, TanhGELU) for module in modules):
+        found.add("tanh_gelu")
+    return found
+
+
+class TanhGELU(torch.nn.GELU):
+    """PyTorch's one-kernel tanh GELU, where a model had an eager one."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+
 def use_tanh_gelu_kernel(model: PreTrainedModel) -> int:
     """Replace every eager `gelu_new` by PyTorch's one-kernel tanh GELU; returns how many.
 
@@ -38,6 +99,81 @@ def use_tanh_gelu_kernel(model: PreTrainedModel) -> int:
     for parent in model.modules():
         for name, child in parent.named_children():
             if isinstance(child, NewGELUActivation):
-                setattr(parent, name, torch.nn.GELU(approximate="tanh"))
+                setattr(parent, name, TanhGELU())
                 replaced += 1
     return replaced
+
+
+def use_causal_attention(model: PreTrainedModel, block_size: int) -> str | None:
+    """Have sdpa attend causally by its own flag, where stock transformers gives it a mask or asks for one.
+
+    It does so whenever it is traced, and in eager mode it looks at the positions first, which waits for the
+    GPU. Inputs that need a mask get the stock attention, mask and all. Returns why the model cannot, and then
+    is as it was.
+    """
+    before = model.config._attn_implementation
+    why = _other_than_causal(model, block_size)
+    if why is not None:
+        return why
+    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+    stock = model.forward
+
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        if len(args) > 1 or any(inputs.get(name) is not None for name in NEEDS_A_MASK):
+            with _attention(self, before):
+                return stock(*args, **inputs)
+        return stock(*args, **inputs)
+
+    with torch.no_grad(), _evaluating(model):
+        ids = torch.arange(min(PROBE, block_size), device=model.device)[None].expand(2, -1)
+        ids = ids % model.config.get_text_config().vocab_size
+        expected = model(input_ids=ids, use_cache=False).logits
+        with _attention(model, CAUSAL):
+            found = model(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+        return "without a mask the model's logits are others"
+    model.config._attn_implementation = CAUSAL
+    replace_forward(model, forward, "causal_attention")
+    return None
+
+
+def _other_than_causal(model: PreTrainedModel, block_size: int) -> str | None:
+    """Why a mask is more than causal, as far as the model's config says; None if it is not."""
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        return f"the model's attention is {config._attn_implementation}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < block_size:
+        return f"the model attends to the last {window:,} tokens, and a block has {block_size:,}"
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return "the model attends within chunks"
+    if not getattr(config, "is_causal", True):
+        return "the model attends both ways"
+    return None
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def ask_nothing_of_the_host(model: PreTrainedModel) -> None:
+    """Leave out transformers' look for pad ids in each batch without a mask: it waits for the GPU."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.warn_if_padding_and_no_attention_mask = lambda *_: None  # type: ignore[method-assign]

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from launcher.errors import RequestError
-from launcher.worker.fast import use_tanh_gelu_kernel
+from launcher.plan.orders import Orders
+from launcher.worker.vocabulary import pad_vocabulary
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -32,6 +33,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def trained_model(orders: Orders, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """The model as its checkpoints have it: `build_model`'s, its vocabulary padded where the plan pads it.
+
+    The real rows are those that the seed gives without padding. Raises what `build_model` does.
+    """
+    model = build_model(orders.model, orders.weights, tokenizer, seed)
+    if orders.plan.fast.padded_vocabulary:
+        pad_vocabulary(model)
+    return model
 
 
 def build_model(
@@ -75,5 +87,4 @@ def build_model(
                 setattr(settings, key, value)
     # transformers does not recognise some heads (GPT2LMHeadModel) and would warn at every step.
     model.loss_type = "ForCausalLM"
-    use_tanh_gelu_kernel(model)
     return model

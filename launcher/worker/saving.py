@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from launcher.errors import TrainingError
 from launcher.run import checkpoints as ledger
 from launcher.worker.reshard import read_universal
+from launcher.worker.vocabulary import take_out_padding
 
 FSDP_WEIGHTS = "pytorch_model_fsdp_0"
 """The folder that accelerate has FSDP write its weights to."""
@@ -104,7 +105,11 @@ def _read_distributed(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Write the final model and tokenizer for `from_pretrained`: whole under another name, then renamed."""
+    """Write the final model and tokenizer for `from_pretrained`: whole under another name, then renamed.
+
+    What padded its vocabulary is taken out of `model` first.
+    """
+    take_out_padding(model)
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

@@ -33,6 +33,7 @@ from launcher.worker.dataset import (
     Tensors,
     TrainingRows,
     ValidationRows,
+    to_device,
     training_loader,
 )
 from launcher.worker.engine import engine_arguments, fsdp_policy, innermost, is_sharded
@@ -59,7 +60,6 @@ EVALUATION_TOKENS = 2048
 """Tokens in a forward pass of evaluation, where training's micro-batch has fewer: it keeps no activations."""
 
 OPEN_DEFAULTS: Mapping[str, Any] = {
-    "optim": "adamw_torch_fused",
     "logging_first_step": True,
     "ddp_find_unused_parameters": False,
     "ddp_broadcast_buffers": False,
@@ -73,6 +73,10 @@ def training_arguments(run: RunConfig, orders: Orders, directory: RunDirectory) 
     assert plan.steps is not None
     assert plan.warmup_steps is not None
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
+    open_defaults = {
+        **OPEN_DEFAULTS,
+        "optim": "adamw_torch_fused" if plan.fast.fused_adamw else "adamw_torch",
+    }
     ours = {
         **engine_arguments(plan, directory.deepspeed),
         "output_dir": str(directory.root),
@@ -106,7 +110,7 @@ def training_arguments(run: RunConfig, orders: Orders, directory: RunDirectory) 
         "ignore_data_skip": True,
     }
     try:
-        return TrainingArguments(**{**OPEN_DEFAULTS, **train.extra, **ours})
+        return TrainingArguments(**{**open_defaults, **train.extra, **ours})
     except (TypeError, ValueError) as error:
         raise RequestError(
             f"train.extra: TrainingArguments refuses it: {error}", hint="look at the values in train.extra"
@@ -130,10 +134,12 @@ class LauncherTrainer(Trainer):
         metrics: Sequence[Metric],
         best: BestEvaluation,
         callbacks: list[TrainerCallback],
+        fell_back: Mapping[str, str],
     ) -> None:
         self._plan = orders.plan  # for what the stock Trainer calls while it is made
         super().__init__(model=model, args=arguments, train_dataset=rows.training, callbacks=callbacks)
         self.bare_model = model
+        self.fell_back = fell_back
         self.phases = phases
         self._rows = rows
         self._run = run
@@ -186,7 +192,16 @@ class LauncherTrainer(Trainer):
         """Labelled tokens in the whole optimizer step. Equal rows need no counting and no collective."""
         if self._rows.labels is None:
             return super()._get_num_items_in_batch(batch_samples, device)
-        return torch.tensor(self._plan.batch.batch_size * self._rows.labels, device=device)
+        # Filled on the device: a number that is copied there waits for it.
+        return torch.full((), self._plan.batch.batch_size * self._rows.labels, device=device)
+
+    def _prepare_inputs(self, inputs: Tensors) -> Tensors:
+        """The micro-batch on its device, from pinned memory and without waiting for what runs there."""
+        return to_device(inputs, self.args.device)
+
+    def floating_point_ops(self, inputs: Tensors) -> int:
+        """Not counted here: the stock count walks through every parameter at each micro-batch."""
+        return 0
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Every validation token once; see `worker.evaluate`."""

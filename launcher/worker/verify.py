@@ -25,6 +25,7 @@ from launcher.plan.sharding import LOSS_SCALE_POWER, zero_stage
 from launcher.run.directory import RunDirectory
 from launcher.run.environment import versions
 from launcher.worker.engine import DTYPES, fsdp_policy, innermost
+from launcher.worker.fast import CAUSAL, taken_by
 
 if TYPE_CHECKING:
     from launcher.worker.trainer import LauncherTrainer
@@ -47,7 +48,7 @@ def verify(
     Raises TrainingError listing every difference with both values.
     """
     plan = orders.plan
-    asked = planned(orders, train) | {
+    asked = planned(orders, train, trainer.fell_back) | {
         "samples of the first step": trainer.phases.samples_of_step(start_step).tolist()
     }
     live = found(trainer) | {"samples of the first step": _live_samples(trainer, plan)}
@@ -64,12 +65,18 @@ def verify(
         )
     compare_ranks(identity(directory, orders))
     ranks = "1 rank" if plan.batch.world_size == 1 else f"{plan.batch.world_size} ranks"
-    return f"verified: {len(asked)} settings of the live run are the plan's, on {ranks}"
+    return "\n".join(
+        [
+            f"verified: {len(asked)} settings of the live run are the plan's, on {ranks}",
+            *(f"not on a fast path: train.fast.{name}: {why}" for name, why in trainer.fell_back.items()),
+        ]
+    )
 
 
-def planned(orders: Orders, train: TrainSection) -> Facts:
-    """What the plan says of everything that `found` reads."""
+def planned(orders: Orders, train: TrainSection, fell_back: Mapping[str, str]) -> Facts:
+    """What the plan says of everything that `found` reads, but for the fast paths that `fell_back`."""
     plan = orders.plan
+    fast = sorted(set(plan.fast.taken) - fell_back.keys())
     stage = zero_stage(plan.strategy)
     # DeepSpeed holds the weights as it computes with them, and fp32 copies; the others cast on the way.
     weights = torch.float32 if stage is None else DTYPES[plan.precision]
@@ -86,7 +93,10 @@ def planned(orders: Orders, train: TrainSection) -> Facts:
         "steps": plan.steps,
         "gradient checkpointing": plan.gradient_checkpointing,
         "compile": plan.compile,
-        "attention": orders.model.get("attn_implementation") or "sdpa",
+        "attention": CAUSAL
+        if "causal_attention" in fast
+        else orders.model.get("attn_implementation") or "sdpa",
+        "fast paths": fast,
         "loss scale": f"dynamic, from {2**LOSS_SCALE_POWER}" if plan.precision == "fp16" else None,
     }
     if plan.strategy == "fsdp":
@@ -128,6 +138,7 @@ def found(trainer: LauncherTrainer) -> Facts:
         "gradient checkpointing": _recomputes(model),
         "compile": wrapped is not engine or getattr(engine, "is_compiled", False),
         "attention": model.config._attn_implementation,
+        "fast paths": sorted(_fast_paths(trainer)),
         "loss scale": _loss_scale(trainer),
     }
     if facts["engine"] == "FSDP2":
@@ -135,6 +146,16 @@ def found(trainer: LauncherTrainer) -> Facts:
     if facts["engine"] != "DeepSpeed":
         return facts | {"precision": accelerator.mixed_precision}
     return facts | _deepspeed(engine)
+
+
+def _fast_paths(trainer: LauncherTrainer) -> set[str]:
+    """Those of the model itself, of the optimizer that steps it, and of the GPU's matrix products."""
+    taken = taken_by(trainer.bare_model)
+    if innermost(trainer.optimizer).param_groups[0].get("fused"):
+        taken.add("fused_adamw")
+    if trainer.args.device.type == "cuda" and torch.get_float32_matmul_precision() == "high":
+        taken.add("tf32")
+    return taken
 
 
 def _engine(engine: torch.nn.Module) -> str:

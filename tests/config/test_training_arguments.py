@@ -23,5 +23,5 @@ def test_a_field_is_in_one_table_only() -> None:
 
 def test_what_to_write_for_a_field() -> None:
     assert instead_of("max_steps") == "set train.steps"
-    assert instead_of("tf32") == "it is a TrainingArguments field: train.extra.tf32"
+    assert instead_of("debug") == "it is a TrainingArguments field: train.extra.debug"
     assert instead_of("nonsense") is None

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from launcher.plan.memory import Memory, estimate
 from launcher.plan.shape import Shape, shape_of
 from launcher.plan.states import Sharding
-from tests.plan.trace import MODELS, PRECISIONS, build, peaks
+from tests.plan.trace import PRECISIONS, TRACED, build, peaks
 
 MICRO_BATCH, BLOCK_SIZE, VOCAB = 4, 256, 2500
 GPT2 = {
@@ -131,10 +131,12 @@ def test_with_a_small_vocabulary_the_peak_is_inside_a_layer(
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("model", MODELS)
-def test_the_peak_on_a_gpu_is_that_of_its_operators(model: str, precision: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("model", "loss"), TRACED)
+def test_the_peak_on_a_gpu_is_that_of_its_operators(
+    model: str, loss: str, precision: str, checkpointing: bool
+) -> None:
     page = (Path(__file__).parents[2] / "docs" / "concepts" / "memory.md").read_text(encoding="utf-8")
-    for peak in peaks(model, precision, checkpointing):
+    for peak in peaks(model, loss, precision, checkpointing):
         assert peak.planned == pytest.approx(peak.traced, rel=0.01), peak
         assert peak.line in page, "python -m tests.plan.trace writes the table in docs/concepts/memory.md"
 

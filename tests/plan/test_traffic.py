@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from launcher.plan.activations import Numbers
+from launcher.plan.fast import chunk_rows
 from launcher.plan.shape import shape_of
 from launcher.plan.traffic import stack_of
 from tests.plan.trace import Trace, trace
@@ -52,6 +54,35 @@ def traces(fields: Mapping[str, Any], layers: int, precision: str, checkpointing
     return list(
         trace(with_layers, (2, 6), block_size=BLOCK_SIZE, precision=precision, checkpointing=checkpointing)
     )
+
+
+def test_the_chunked_loss_moves_what_is_counted_for_logits_and_for_each_chunk() -> None:
+    for precision in NUMBERS:
+        fields = [{**GPT2, "n_layer": 1, "vocab_size": vocabulary} for vocabulary in (50257, 1000)]
+        whole, smaller = (chunked(each, precision, 3072) for each in fields)
+        three = chunked(fields[0], precision, 1024)
+        rows = chunk_rows(50257, on_cpu=False)
+        shape = shape_of(fields[0])
+        assert shape is not None
+        stack = stack_of(shape, NUMBERS[precision], compiled=False, chunked_loss=True)
+        for_each_logit = (per_token(*whole) - per_token(*smaller)) / (50257 - 1000)
+        for_each_chunk = (three[1].elementwise - whole[1].elementwise) / (2 * 50257 * 512)
+        assert stack.logit == pytest.approx(for_each_logit + for_each_chunk * 512 / rows, rel=0.01)
+
+
+def chunked(fields: Mapping[str, Any], precision: str, rows: int) -> list[Trace]:
+    """Passes with 2 and with 6 blocks, the loss of so many tokens at a time."""
+    with patch("tests.plan.trace.chunk_rows", lambda *_, **__: rows):
+        return list(
+            trace(
+                fields,
+                (2, 6),
+                block_size=BLOCK_SIZE,
+                precision=precision,
+                checkpointing=False,
+                chunked_loss=True,
+            )
+        )
 
 
 def per_token(few: Trace, many: Trace) -> float:

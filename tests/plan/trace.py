@@ -25,13 +25,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from launcher.config.presets import PRESETS
 from launcher.plan.activations import FP32, HALF, Numbers, moments
+from launcher.plan.fast import chunk_rows, padded
 from launcher.plan.shape import shape_of
+from launcher.worker.chunked_loss import give_chunked_loss
 from launcher.worker.fast import use_tanh_gelu_kernel
 
-PRODUCTS = frozenset({"mm", "addmm", "bmm"})
+PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm"})
 ATTENTION = frozenset({"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"})
-READS_FEW = frozenset({"embedding", "embedding_dense_backward", "nll_loss_forward", "nll_loss_backward"})
+READS_FEW = frozenset(
+    {"embedding", "embedding_dense_backward", "nll_loss_forward", "nll_loss_backward", "gather"}
+)
 """Operators that are given a table and read a row of it for each token, or none: only writes count."""
+WRITES_ONLY = frozenset({"exp"})
+"""Operators that are given, here, what they write to."""
 
 LLAMA_1B: Mapping[str, Any] = {
     "model_type": "llama",
@@ -51,6 +57,9 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     **{name: preset.config() for name, preset in PRESETS.items()},
     "llama": LLAMA_1B,
 }
+TRACED = (*((name, "chunked") for name in MODELS), ("gpt2", "stock"), ("llama", "stock"))
+"""Models, each with how its loss is computed."""
+
 PRECISIONS = ("bf16", "pure bf16")
 SIZES = (1, 4, 16)
 """Micro-batches that the memory of each model is traced with."""
@@ -87,8 +96,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, name: str, given: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
         moved = sum(tensor.nbytes for tensor in results)
         if name not in READS_FEW:
-            moved += sum(tensor.nbytes for tensor in given)
+            written = {_key(tensor) for tensor in results} if name in WRITES_ONLY else set()
+            moved += sum(tensor.nbytes for tensor in given if _key(tensor) not in written)
         self.kernels += 1
+        if name == "scatter_":
+            return  # one element in a row
         if name in PRODUCTS:
             self.products += moved
         elif name not in ATTENTION:
@@ -133,7 +145,11 @@ def _dropout(
 
 
 def build(
-    fields: Mapping[str, Any], checkpointing: bool, dtype: torch.dtype = torch.float32
+    fields: Mapping[str, Any],
+    checkpointing: bool,
+    dtype: torch.dtype = torch.float32,
+    *,
+    chunked_loss: bool = False,
 ) -> PreTrainedModel:
     rest = {key: value for key, value in fields.items() if key != "model_type"}
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -142,6 +158,8 @@ def build(
     model.loss_type = "ForCausalLM"
     model.train()
     use_tanh_gelu_kernel(model)
+    if chunked_loss:
+        give_chunked_loss(model)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
@@ -154,6 +172,7 @@ def trace(
     block_size: int,
     checkpointing: bool,
     precision: str = "bf16",
+    chunked_loss: bool = False,
 ) -> Iterator[Trace]:
     """A pass with each of `micro_batches` through the model of these config `fields`.
 
@@ -166,10 +185,15 @@ def trace(
             ("torch.nn.functional.dropout", _dropout),
             # Under a tracer transformers always makes a mask; without data it cannot look for packed rows.
             ("transformers.masking_utils.is_tracing", lambda *_: False),
+            (
+                "launcher.worker.chunked_loss.chunk_rows",
+                lambda vocabulary, **_: chunk_rows(vocabulary, on_cpu=False),
+            ),
             ("transformers.masking_utils.find_packed_sequence_indices", lambda _: None),
         ):
             stack.enter_context(patch(name, instead))
-        model = build(fields, checkpointing, torch.bfloat16 if precision == "pure bf16" else torch.float32)
+        dtype = torch.bfloat16 if precision == "pure bf16" else torch.float32
+        model = build(fields, checkpointing, dtype, chunked_loss=chunked_loss)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         for micro_batch in micro_batches:
@@ -187,6 +211,7 @@ class Peak:
     """Bytes at most allocated beside weights and gradients: traced, and as the memory model has it."""
 
     model: str
+    loss: str
     precision: str
     checkpointing: bool
     micro_batch: int
@@ -197,18 +222,31 @@ class Peak:
     def line(self) -> str:
         """Its row in docs/concepts/memory.md."""
         return (
-            f"| {self.model} | {self.precision} | {'on' if self.checkpointing else 'off'}"
+            f"| {self.model} | {self.loss} | {self.precision} | {'on' if self.checkpointing else 'off'}"
             f" | {self.micro_batch} | {self.traced / 2**30:.2f} | {self.planned / 2**30:.2f}"
             f" | {self.planned / self.traced - 1:+.1%} |"
         )
 
 
-def peaks(model: str, precision: str, checkpointing: bool) -> Iterator[Peak]:
-    """For each of SIZES, in blocks of 1024 tokens, under autocast (bf16) or with a model in pure bf16."""
-    fields = MODELS[model]
+def peaks(model: str, loss: str, precision: str, checkpointing: bool) -> Iterator[Peak]:
+    """For each of SIZES, in blocks of 1024 tokens, under autocast (bf16) or with a model in pure bf16.
+
+    `loss` is chunked, with the vocabulary padded, or stock, with the vocabulary as it is.
+    """
+    chunked = loss == "chunked"
+    fields = {**MODELS[model]}
+    if chunked:
+        fields["vocab_size"] = padded(fields["vocab_size"])
     shape = shape_of(fields)
     assert shape is not None
-    traces = trace(fields, SIZES, block_size=1024, checkpointing=checkpointing, precision=precision)
+    traces = trace(
+        fields,
+        SIZES,
+        block_size=1024,
+        checkpointing=checkpointing,
+        precision=precision,
+        chunked_loss=chunked,
+    )
     numbers = Numbers(HALF, FP32 if precision == "bf16" else HALF)
     for micro_batch, traced in zip(SIZES, traces, strict=True):
         found = moments(
@@ -217,14 +255,15 @@ def peaks(model: str, precision: str, checkpointing: bool) -> Iterator[Peak]:
             micro_batch=micro_batch,
             block_size=1024,
             gradient_checkpointing=checkpointing,
+            chunked_loss=chunked,
             on_cpu=False,
         )
         passing = max(moment.total for moment in (found.loss, found.backward, found.layer))
-        yield Peak(model, precision, checkpointing, micro_batch, traced.peak, passing)
+        yield Peak(model, loss, precision, checkpointing, micro_batch, traced.peak, passing)
 
 
 if __name__ == "__main__":
-    for name in MODELS:
+    for name, loss in TRACED:
         for precision in PRECISIONS:
             for on in (False, True):
-                sys.stdout.writelines(f"{peak.line}\n" for peak in peaks(name, precision, on))
+                sys.stdout.writelines(f"{peak.line}\n" for peak in peaks(name, loss, precision, on))

@@ -1,0 +1,125 @@
+"""Which fast paths a run takes: what `train.fast` allows, less what its data, precision or engine rules out.
+
+What only the model itself can tell is left to the worker, which says so where a path does not hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Final
+
+from launcher.config.schema import RunConfig
+from launcher.plan.shape import Shape
+
+MULTIPLE: Final = 64
+"""What the vocabulary is padded to a multiple of, so that rows of logits begin where tensor cores like it."""
+
+CHUNK: Final = 1 << 28
+CPU_CHUNK: Final = 1 << 24
+"""Logits held at once by the chunked loss: in fp32 1 GiB on a GPU, whose kernels are full well below it, and
+64 MiB on a CPU."""
+
+FEWEST_ROWS: Final = 256
+"""Tokens in a chunk however large the vocabulary is: each chunk adds to a gradient as large as the head."""
+
+SETTING: Final = "train.fast"
+HEAD_IN_SHARDS: Final = "the head's weight is whole only in the head's own forward pass"
+
+
+@dataclass(frozen=True, slots=True)
+class Fast:
+    """The fast paths that are taken, and for each that is not, why (`off`)."""
+
+    tanh_gelu: bool = False
+    causal_attention: bool = False
+    chunked_loss: bool = False
+    padded_vocabulary: bool = False
+    fused_adamw: bool = False
+    tf32: bool = False
+    off: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def taken(self) -> list[str]:
+        return [name for name in NAMES if getattr(self, name)]
+
+    def without(self, name: str, why: str) -> Fast:
+        """The same but for `name`; a path that is off already keeps its own reason."""
+        if not getattr(self, name):
+            return self
+        return replace(self, **{name: False}, off={**self.off, name: why})
+
+    def under(self, strategy: str) -> Fast:
+        """The paths that hold where the model's state is shared as `strategy` says."""
+        if strategy in ("zero3", "fsdp"):
+            return self.without("chunked_loss", HEAD_IN_SHARDS)
+        if self.off.get("chunked_loss") != HEAD_IN_SHARDS:
+            return self
+        return replace(self, chunked_loss=True, off=_but(self.off, "chunked_loss"))
+
+
+NOTHING_FAST: Final = Fast()
+NAMES: Final = tuple(each.name for each in fields(Fast) if each.name != "off")
+
+
+def fast_paths(
+    run: RunConfig,
+    *,
+    attention: str | None,
+    vocabulary: int | None,
+    precision: str,
+    on_cpu: bool,
+    padded_before: bool | None,
+) -> Fast:
+    """What `run` takes under any strategy: see `Fast.under`.
+
+    `attention` is what the model's config asks for, None where it does not; `vocabulary` its size where
+    known. `padded_before`: whether the checkpoint that the run goes on from has a padded vocabulary, None
+    where there is none.
+    """
+    asked = run.train.fast.model_dump()
+    found = Fast(**asked, off={name: SETTING for name, on in asked.items() if not on})
+    if attention not in (None, "sdpa"):
+        found = found.without("causal_attention", f"the model's attention is {attention}")
+    if run.data.packing != "concat" or run.data.isolate_documents:
+        found = found.without("causal_attention", "padded or isolated documents need a mask")
+    if precision == "fp16":
+        found = found.without("chunked_loss", "fp16 gradients are scaled before they are made")
+    if on_cpu:
+        found = found.without("padded_vocabulary", "a CPU gains nothing")
+        found = found.without("tf32", "a CPU has none")
+    elif precision == "fp32":
+        found = found.without("tf32", "train.precision is fp32")
+    if vocabulary is not None and vocabulary % MULTIPLE == 0:
+        found = found.without("padded_vocabulary", f"{vocabulary:,} is a multiple of {MULTIPLE}")
+    if "optim" in run.train.extra:
+        found = found.without("fused_adamw", "train.extra.optim")
+    return _as_before(found, padded_before)
+
+
+def _as_before(found: Fast, padded: bool | None) -> Fast:
+    """A checkpoint holds the padded table and its moments, so a run goes on as it began, wherever it does."""
+    if padded is None or padded == found.padded_vocabulary:
+        return found
+    if not padded:
+        return found.without("padded_vocabulary", "the run began without")
+    return replace(found, padded_vocabulary=True, off=_but(found.off, "padded_vocabulary"))
+
+
+def _but(reasons: dict[str, str], name: str) -> dict[str, str]:
+    return {path: why for path, why in reasons.items() if path != name}
+
+
+def trained_shape(shape: Shape, fast: Fast) -> Shape:
+    """The shape of what is really held and multiplied: with the padding, where there is any."""
+    return replace(shape, vocab=padded(shape.vocab)) if fast.padded_vocabulary else shape
+
+
+def padded(vocabulary: int) -> int:
+    """The next multiple of MULTIPLE."""
+    return -(-vocabulary // MULTIPLE) * MULTIPLE
+
+
+def chunk_rows(vocabulary: int, *, on_cpu: bool) -> int:
+    """Tokens whose logits the chunked loss holds at once: a power of two."""
+    most = max(FEWEST_ROWS, (CPU_CHUNK if on_cpu else CHUNK) // vocabulary)
+    return 1 << (most.bit_length() - 1)

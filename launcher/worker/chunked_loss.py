@@ -1,0 +1,234 @@
+"""The output layer and its cross-entropy some tokens at a time, so that a step's logits are never all there.
+
+The loss of each token depends on its own logits alone, so each chunk's gradient is made beside its loss, in
+the forward pass, and only what a weight and an input need is kept: as in Hsu et al. 2024, "Liger Kernel:
+Efficient Triton Kernels for LLM Training", section 3.2, with PyTorch's own operators. Liger's kernel itself
+is not used: its backward pass compares a tensor with 1 on the host, which waits for the GPU each time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any, Final
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from launcher.plan.fast import chunk_rows
+from launcher.worker.dataset import IGNORED
+from launcher.worker.vocabulary import plain_head, real_columns
+
+STOCK: Final = ("logits_to_keep", "shift_labels", "output_hidden_states", "output_attentions")
+"""What a caller may ask a model for that only the stock forward pass gives."""
+
+
+def use_chunked_loss(model: PreTrainedModel) -> str | None:
+    """Have `model`, given labels, return its loss without logits. Returns why it cannot, and is as it was.
+
+    Without labels the forward pass is the stock one. The gradients are those of `ForCausalLMLoss` on the
+    stock logits, in the precision that the matrix products are computed in.
+    """
+    why = _other_than_plain(model)
+    if why is None:
+        give_chunked_loss(model)
+    return why
+
+
+def give_chunked_loss(model: PreTrainedModel) -> None:
+    """The same for a model whose forward pass is known to be the stock one."""
+    stock = model.forward
+
+    def forward(self: Any, *args: Any, **inputs: Any) -> Any:
+        if inputs.get("labels") is None or len(args) > 1 or _asks_for_more(inputs):
+            return stock(*args, **inputs)
+        labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
+        hidden = self.base_model(*args, **inputs)[0]
+        head = self.get_output_embeddings()
+        following = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].reshape(-1)
+        loss = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            head.weight,
+            head.bias,
+            following,
+            items=items,
+            vocabulary=real_columns(head),
+        )
+        return CausalLMOutputWithPast(loss=loss)
+
+    replace_forward(model, forward, "chunked_loss")
+
+
+def _asks_for_more(inputs: Mapping[str, Any]) -> bool:
+    asked = (inputs.get(name) for name in STOCK)
+    more = any(isinstance(each, torch.Tensor) or each for each in asked)
+    return more or inputs.get("return_dict") is False
+
+
+def replace_forward(model: PreTrainedModel, forward: Any, path: str) -> None:
+    """Give this one model another forward pass, of the same signature, that says which fast path it is."""
+    forward.__signature__ = inspect.signature(getattr(model.forward, "__func__", model.forward))
+    forward.fast_paths = {path, *getattr(model.forward, "fast_paths", ())}
+    model.forward = MethodType(forward, model)
+
+
+def replaced_forward(model: PreTrainedModel) -> set[str]:
+    """The fast paths of the forward pass that `model` really runs, under whatever it is wrapped in."""
+    forward: Any = model.forward
+    while forward is not None:
+        if hasattr(forward, "fast_paths"):
+            return set(forward.fast_paths)
+        forward = getattr(forward, "__wrapped__", None)
+    return set()
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    items: torch.Tensor | int | None,
+    vocabulary: int,
+    rows: int | None = None,
+) -> torch.Tensor:
+    """The summed cross-entropy of `hidden @ weight.T + bias` over `items`, or where None over the labels.
+
+    `hidden` is [tokens, width], `weight` [at least `vocabulary`, width]: later rows take no part. `labels` is
+    int64[tokens], IGNORED where there is none. `rows`: tokens in a chunk.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    counted = labels.ne(IGNORED)
+    divisor = counted.sum() if items is None else items
+    size = rows or chunk_rows(weight.shape[0], on_cpu=kind == "cpu")
+    given = (hidden, weight, bias, labels, counted, dtype, vocabulary, size)
+    with torch.autocast(kind, enabled=False):
+        if torch.is_grad_enabled():
+            total: torch.Tensor = _Summed.apply(*given)  # type: ignore[no-untyped-call]
+        else:
+            total, *_ = _sum(*given, gradients=False)
+        return total / divisor
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over all tokens, with the gradients made on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:
+        total, *gradients = _sum(*given, gradients=True)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> Any:
+        hidden, weight, bias = ctx.saved_tensors
+        return (
+            hidden * outer.to(hidden.dtype),
+            weight * outer.to(weight.dtype),
+            None if bias is None else bias * outer.to(bias.dtype),
+            *(None,) * 5,
+        )
+
+
+def _sum(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    dtype: torch.dtype,
+    vocabulary: int,
+    rows: int,
+    *,
+    gradients: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The sum, and its gradients by hidden, weight and bias."""
+    precise = torch.promote_types(dtype, torch.float32)
+    cast, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    total = torch.zeros((), dtype=precise, device=hidden.device)
+    by_hidden = torch.empty_like(hidden) if gradients else None
+    by_weight = torch.zeros_like(weight, dtype=precise) if gradients else None
+    by_bias = torch.zeros_like(bias, dtype=precise) if gradients and bias is not None else None
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        here, real = hidden[part].to(dtype), counted[part, None]
+        target = labels[part, None].clamp_min(0)
+        logits = functional.linear(here, cast, cast_bias)
+        logits[:, vocabulary:] = -torch.inf
+        likelihood = torch.log_softmax(logits, dim=1, dtype=precise)
+        chosen = likelihood.gather(1, target)
+        total = total - torch.where(real, chosen, 0).sum()
+        if by_hidden is None or by_weight is None:
+            continue
+        # The gradient by the logits: their softmax, less one at the label.
+        slope = torch.exp(likelihood, out=logits)
+        del likelihood
+        slope.scatter_(1, target, chosen.expm1().to(dtype))
+        by_hidden[part] = torch.where(real, slope @ cast, 0)
+        if by_weight.dtype == dtype:
+            by_weight.addmm_(slope.t(), torch.where(real, here, 0))
+        else:
+            by_weight += slope.t() @ torch.where(real, here, 0)
+        if by_bias is not None:
+            by_bias += real[:, 0].to(dtype) @ slope
+        del logits, slope
+    return (
+        total,
+        by_hidden,
+        None if by_weight is None else by_weight.to(weight.dtype),
+        None if by_bias is None or bias is None else by_bias.to(bias.dtype),
+    )
+
+
+@torch.no_grad()
+def _other_than_plain(model: PreTrainedModel) -> str | None:
+    """Why the model's loss is not the stock one of its head on its body's output; None if it is.
+
+    Tried with four tokens: the head is given the body's output itself, the loss function the head's, and the
+    loss that is returned is the one it made. A model that scales or caps its logits, or adds another loss, or
+    has a forward pass of another kind, is seen by it, and keeps its own.
+    """
+    head, body = plain_head(model), model.base_model
+    if head is None:
+        return "the model has no plain linear head"
+    if body is model or model.loss_function is not ForCausalLMLoss:
+        return "the model's loss is its own"
+    seen: dict[str, Any] = {}
+
+    def loss_function(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        seen["given"], seen["loss"] = logits, ForCausalLMLoss(logits, *args, **kwargs)
+        return seen["loss"]
+
+    hooks = [
+        body.register_forward_hook(lambda _module, _inputs, output: seen.update(body=output[0])),
+        head.register_forward_hook(
+            lambda _module, inputs, output: seen.update(hidden=inputs[0], logits=output)
+        ),
+    ]
+    training = model.training
+    model.eval()
+    model.loss_function = loss_function
+    ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
+    try:
+        found = model(input_ids=ids, labels=ids).loss
+    except Exception as error:  # noqa: BLE001 - a model of any kind, which is then left alone
+        return f"the model does not run with input_ids and labels alone: {error}"
+    finally:
+        model.train(training)
+        del model._loss_function
+        for hook in hooks:
+            hook.remove()
+    if not {"body", "hidden", "given", "loss"} <= seen.keys():
+        return "the model has a forward pass of its own"
+    if seen["hidden"].data_ptr() != seen["body"].data_ptr() or seen["hidden"].shape != seen["body"].shape:
+        return "the model changes its body's output before the head"
+    if seen["given"] is not seen["logits"]:
+        return "the model changes its logits before the loss"
+    if found is not seen["loss"]:
+        return "the model adds to its loss"
+    return None
