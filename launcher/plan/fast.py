@@ -28,7 +28,7 @@ HEAD_IN_SHARDS: Final = "the head's weight is whole only in the head's own forwa
 
 @dataclass(frozen=True, slots=True)
 class Fast:
-    """The fast paths that are taken, and for each that is not, why (`off`)."""
+    """The fast paths that are taken, and for each that is not, why (`reasons`: empty for one that is)."""
 
     tanh_gelu: bool = False
     causal_attention: bool = False
@@ -36,29 +36,35 @@ class Fast:
     padded_vocabulary: bool = False
     fused_adamw: bool = False
     tf32: bool = False
-    off: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def taken(self) -> list[str]:
         return [name for name in NAMES if getattr(self, name)]
 
+    @property
+    def off(self) -> dict[str, str]:
+        """The paths that are not taken, each with the reason."""
+        return {name: why for name, why in self.reasons.items() if why}
+
     def without(self, name: str, why: str) -> Fast:
         """The same but for `name`; a path that is off already keeps its own reason."""
         if not getattr(self, name):
             return self
-        return replace(self, **{name: False}, off={**self.off, name: why})
+        return replace(self, **{name: False}, reasons={**self.reasons, name: why})
+
+    def _with(self, name: str) -> Fast:
+        return replace(self, **{name: True}, reasons={**self.reasons, name: ""})
 
     def under(self, strategy: str) -> Fast:
         """The paths that hold where the model's state is shared as `strategy` says."""
         if strategy in ("zero3", "fsdp"):
             return self.without("chunked_loss", HEAD_IN_SHARDS)
-        if self.off.get("chunked_loss") != HEAD_IN_SHARDS:
-            return self
-        return replace(self, chunked_loss=True, off=_but(self.off, "chunked_loss"))
+        return self._with("chunked_loss") if self.reasons.get("chunked_loss") == HEAD_IN_SHARDS else self
 
 
 NOTHING_FAST: Final = Fast()
-NAMES: Final = tuple(each.name for each in fields(Fast) if each.name != "off")
+NAMES: Final = tuple(each.name for each in fields(Fast) if each.name != "reasons")
 
 
 def fast_paths(
@@ -77,7 +83,7 @@ def fast_paths(
     where there is none.
     """
     asked = run.train.fast.model_dump()
-    found = Fast(**asked, off={name: SETTING for name, on in asked.items() if not on})
+    found = Fast(**asked, reasons={name: "" if on else SETTING for name, on in asked.items()})
     if attention not in (None, "sdpa"):
         found = found.without("causal_attention", f"the model's attention is {attention}")
     if run.data.packing != "concat" or run.data.isolate_documents:
@@ -102,11 +108,7 @@ def _as_before(found: Fast, padded: bool | None) -> Fast:
         return found
     if not padded:
         return found.without("padded_vocabulary", "the run began without")
-    return replace(found, padded_vocabulary=True, off=_but(found.off, "padded_vocabulary"))
-
-
-def _but(reasons: dict[str, str], name: str) -> dict[str, str]:
-    return {path: why for path, why in reasons.items() if path != name}
+    return found._with("padded_vocabulary")
 
 
 def trained_shape(shape: Shape, fast: Fast) -> Shape:

@@ -16,7 +16,7 @@ def _plan(*names: str) -> tuple[Path, ...]:
     return tuple((PLAN, f"plan.{name}") for name in names)
 
 
-CAUSAL = ("fast.causal_attention", "fast.off.causal_attention")
+CAUSAL = ("fast.causal_attention", "fast.reasons.causal_attention")
 
 ENGINE: tuple[Path, ...] = (
     (DEEPSPEED, ""),
@@ -30,7 +30,7 @@ ENGINE: tuple[Path, ...] = (
 FAST: tuple[Path, ...] = tuple(
     path
     for name in ("chunked_loss", "padded_vocabulary", "tf32")
-    for path in _plan(f"fast.{name}", f"fast.off.{name}")
+    for path in _plan(f"fast.{name}", f"fast.reasons.{name}")
 )
 """What hangs on the engine, the precision and the vocabulary."""
 
@@ -76,10 +76,10 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "train.strategy": FIT,
     "train.offload": FIT,
     "train.micro_batch": FIT,
-    "train.extra": _plan("fast.fused_adamw", "fast.off.fused_adamw"),
+    "train.extra": _plan("fast.fused_adamw", "fast.reasons.fused_adamw"),
     "train.compile": (*_plan("compile"), *FIT),
-    **{f"train.fast.{name}": _plan(f"fast.{name}", f"fast.off.{name}") for name in ONE_PLACE},
-    **{f"train.fast.{name}": (*_plan(f"fast.{name}", f"fast.off.{name}"), *FIT) for name in TAKES_MEMORY},
+    **{f"train.fast.{name}": _plan(f"fast.{name}", f"fast.reasons.{name}") for name in ONE_PLACE},
+    **{f"train.fast.{name}": (*_plan(f"fast.{name}", f"fast.reasons.{name}"), *FIT) for name in TAKES_MEMORY},
     "train.eval_every": _plan("eval_every"),
     "checkpoint.every": _plan("checkpoint_every"),
     "output_dir": ((LAUNCH, ""), (PLAN, "store")),

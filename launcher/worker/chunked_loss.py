@@ -185,50 +185,60 @@ def _sum(
     )
 
 
-@torch.no_grad()
 def _other_than_plain(model: PreTrainedModel) -> str | None:
     """Why the model's loss is not the stock one of its head on its body's output; None if it is.
 
-    Tried with four tokens: the head is given the body's output itself, the loss function the head's, and the
-    loss that is returned is the one it made. A model that scales or caps its logits, or adds another loss, or
-    has a forward pass of another kind, is seen by it, and keeps its own.
+    Tried with four tokens, as it trains and as it is evaluated: the head is given the body's output itself,
+    the loss function the head's, and the loss that is returned is the one it made. A model that scales or
+    caps its logits, or adds another loss, or has a forward pass of another kind, is seen, and keeps its own.
     """
     head, body = plain_head(model), model.base_model
     if head is None:
         return "the model has no plain linear head"
     if body is model or model.loss_function is not ForCausalLMLoss:
         return "the model's loss is its own"
-    seen: dict[str, Any] = {}
+    training = model.training
+    try:
+        whys = [_passes_on(model.train(mode), head, body) for mode in (True, False)]
+    finally:
+        model.train(training)
+    return whys[0] or whys[1]
 
-    def loss_function(logits: Any, *args: Any, **kwargs: Any) -> Any:
-        seen["given"], seen["loss"] = logits, ForCausalLMLoss(logits, *args, **kwargs)
-        return seen["loss"]
+
+@torch.no_grad()
+def _passes_on(model: PreTrainedModel, head: torch.nn.Linear, body: torch.nn.Module) -> str | None:
+    """Why one pass hands on something else than the stock one does; None if it does not."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def loss_function(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = ForCausalLMLoss(logits, *args, **kwargs)
+        seen.update(given=logits, loss=loss.clone())  # which the model may add to where it is
+        return loss
 
     hooks = [
-        body.register_forward_hook(lambda _module, _inputs, output: seen.update(body=output[0])),
+        body.register_forward_hook(lambda _module, _inputs, output: seen.update(body=output[0].clone())),
         head.register_forward_hook(
-            lambda _module, inputs, output: seen.update(hidden=inputs[0], logits=output)
+            lambda _module, inputs, output: seen.update(hidden=inputs[0], logits=output.clone())
         ),
     ]
-    training = model.training
-    model.eval()
-    model.loss_function = loss_function
     ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
+    model.loss_function = loss_function
     try:
-        found = model(input_ids=ids, labels=ids).loss
+        with torch.random.fork_rng(devices=[]):
+            found = model(input_ids=ids, labels=ids).loss
     except Exception as error:  # noqa: BLE001 - a model of any kind, which is then left alone
         return f"the model does not run with input_ids and labels alone: {error}"
     finally:
-        model.train(training)
         del model._loss_function
         for hook in hooks:
             hook.remove()
-    if not {"body", "hidden", "given", "loss"} <= seen.keys():
+    if not {"body", "hidden", "given"} <= seen.keys():
         return "the model has a forward pass of its own"
-    if seen["hidden"].data_ptr() != seen["body"].data_ptr() or seen["hidden"].shape != seen["body"].shape:
-        return "the model changes its body's output before the head"
-    if seen["given"] is not seen["logits"]:
-        return "the model changes its logits before the loss"
-    if found is not seen["loss"]:
-        return "the model adds to its loss"
+    for one, other, why in (
+        (seen["body"], seen["hidden"], "the model changes its body's output before the head"),
+        (seen["logits"], seen["given"], "the model changes its logits before the loss"),
+        (seen["loss"], found, "the model adds to its loss"),
+    ):
+        if not torch.equal(one, other):
+            return why
     return None

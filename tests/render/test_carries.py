@@ -67,12 +67,18 @@ ANOTHER: Mapping[str, object] = {
     "train.offload": "optimizer",
     "train.micro_batch": 1,
     "train.compile": True,
+    "train.fast.tanh_gelu": False,
+    "train.fast.causal_attention": False,
+    "train.fast.chunked_loss": False,
+    "train.fast.padded_vocabulary": False,
+    "train.fast.fused_adamw": False,
+    "train.fast.tf32": False,
     "train.eval_every": "30min",
     "train.log_every": 5,
     "train.early_stopping": {"patience": 3},
     "train.metrics": ["mine:accuracy"],
     "train.callbacks": ["mine:Stop"],
-    "train.extra": {"label_smoothing_factor": 0.1},
+    "train.extra": {"optim": "adamw_torch"},
     "checkpoint.every": "30min",
     "checkpoint.keep": 3,
     "report_to": [],
@@ -182,7 +188,9 @@ SCENARIOS: Mapping[str, Scenario] = {
         ),
         {"gpu": "a100-sxm-80gb", "gpus_per_node": 2, "nodes": 2, "network_gbps": 100},
         prepared=False,
-        keys=TAKE_MEMORY - {"model.init", "model.tokenizer"} | SHARDING | {"train.max_grad_norm"},
+        keys=TAKE_MEMORY - {"model.init", "model.tokenizer"}
+        | SHARDING
+        | {"train.max_grad_norm", "train.fast.padded_vocabulary", "train.fast.tf32"},
     ),
 }
 CASES = [(name, key) for name, scenario in SCENARIOS.items() for key in ANOTHER if key in scenario.keys]

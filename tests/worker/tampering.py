@@ -79,9 +79,10 @@ def layers_that_recompute(trainer: LauncherTrainer) -> Iterator[None]:
 
 
 def other_attention(trainer: LauncherTrainer) -> Iterator[None]:
+    before = trainer.bare_model.config._attn_implementation
     trainer.bare_model.set_attn_implementation("eager")
     yield
-    trainer.bare_model.set_attn_implementation("sdpa")
+    trainer.bare_model.config._attn_implementation = before
 
 
 def next_steps_samples(trainer: LauncherTrainer) -> Iterator[None]:
@@ -115,12 +116,22 @@ def all_decay(trainer: LauncherTrainer) -> Iterator[None]:
     last["weight_decay"] = before
 
 
+def the_stock_loss(trainer: LauncherTrainer) -> Iterator[None]:
+    """The model's own forward pass, as its class has it."""
+    model = trainer.bare_model
+    before = model.__dict__.pop("forward", None)
+    yield
+    if before is not None:
+        model.forward = before
+
+
 ANYWHERE: dict[str, Tamper] = {
     "weight decay": all_decay,
     "weights": a_weight_in_half,
     "optimizer's weights": the_optimizers_in_half,
     "gradient checkpointing": layers_that_recompute,
     "attention": other_attention,
+    "fast paths": the_stock_loss,
     "steps": attribute("state.max_steps", 7),
     "samples of the first step": next_steps_samples,
     "device": attribute("accelerator.state.device", torch.device("meta")),

@@ -1,53 +1,274 @@
+"""Each fast path, and all of them, against the stock model: the same loss and gradients, only faster."""
+
 from __future__ import annotations
 
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from torch._dynamo.backends.debugging import aot_eager
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
-from launcher.worker.fast import use_tanh_gelu_kernel
+from launcher.plan.fast import Fast
+from launcher.worker.fast import CAUSAL, taken_by, use_causal_attention, use_tanh_gelu_kernel
+from launcher.worker.vocabulary import take_out_padding
+from tests.worker.parity import (
+    ALL,
+    LENGTH,
+    NOTHING,
+    ROWS,
+    STILL,
+    VOCABULARY,
+    backward,
+    batches,
+    gpt2,
+    llama,
+    made,
+    reference,
+    run,
+)
 
 
-def small_gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=2,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+each_model = pytest.mark.parametrize("build", [gpt2, llama])
+each_batch = pytest.mark.parametrize("packing", ["concat", "pad", "isolated"])
+ALONE = {
+    name: replace(NOTHING, **{name: True})
+    for name in ("tanh_gelu", "causal_attention", "chunked_loss", "padded_vocabulary")
+}
+
+
+@each_batch
+@pytest.mark.parametrize("fast", [*ALONE.values(), ALL], ids=[*ALONE, "all"])
+@each_model
+def test_loss_and_every_gradient_are_those_of_the_stock_model(
+    build: Callable[[], PreTrainedModel], fast: Fast, packing: str
+) -> None:
+    batch = batches()[packing]
+    for items in (None, torch.tensor(300)):
+        ours = run(made(build, fast)[0], batch, items=items)
+        stock = run(made(build, NOTHING)[0], batch, items=items)
+        by_hand = reference(made(build, NOTHING)[0], batch, items=items)
+        for theirs in (stock, by_hand):
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+            assert ours.apart(theirs) < 2e-6
+
+
+@each_batch
+@each_model
+def test_under_autocast_the_gradients_are_as_near_to_fp32_as_the_stock_model_s(
+    build: Callable[[], PreTrainedModel], packing: str
+) -> None:
+    batch = batches()[packing]
+    exact = reference(made(build, NOTHING)[0], batch)
+    stock = run(made(build, NOTHING)[0], batch, bf16=True)
+    ours = run(made(build, ALL)[0], batch, bf16=True)
+    assert ours.loss == pytest.approx(exact.loss, rel=1e-3)
+    assert 1e-4 < stock.apart(exact) < 0.05
+    assert ours.apart(exact) < 1.2 * stock.apart(exact)
+
+
+def test_a_model_in_half_precision_throughout_too() -> None:
+    batch = batches()["concat"]
+    exact = reference(made(gpt2, NOTHING)[0], batch)
+    stock, ours = (made(gpt2, fast)[0].to(torch.bfloat16) for fast in (NOTHING, ALL))
+    found, theirs = run(ours, batch), run(stock, batch)
+    assert {gradient.dtype for gradient in found.gradients.values()} == {torch.bfloat16}
+    assert found.loss == pytest.approx(exact.loss, rel=3e-3)
+    assert 1e-4 < theirs.apart(exact) < 0.1
+    assert found.apart(exact) < 1.2 * theirs.apart(exact)
+
+
+@each_model
+def test_two_micro_batches_with_recomputation_add_up_as_in_the_stock_model(
+    build: Callable[[], PreTrainedModel],
+) -> None:
+    found = []
+    for fast in (ALL, NOTHING):
+        model = made(build, fast)[0]
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        two = (batches()[packing] for packing in ("concat", "pad"))
+        found += [run(model, batch, items=torch.tensor(220)) for batch in two]
+    assert found[1].loss == pytest.approx(found[3].loss, rel=1e-6)
+    assert found[1].apart(found[3]) < 2e-6
+
+
+@each_model
+def test_without_labels_the_logits_are_the_stock_model_s(build: Callable[[], PreTrainedModel]) -> None:
+    ours, stock = (made(build, fast)[0].eval() for fast in (ALL, NOTHING))
+    with torch.no_grad():
+        for batch in batches().values():
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            logits = ours(**inputs).logits
+            assert logits.shape == (ROWS, batch["input_ids"].shape[1], VOCABULARY)
+            torch.testing.assert_close(logits, stock(**inputs).logits, rtol=1e-5, atol=1e-6)
+            loss, theirs = ours(**batch).loss, stock(**batch).loss
+            assert float(loss) == pytest.approx(float(theirs), rel=1e-6)
+
+
+def test_text_can_be_generated_while_it_trains() -> None:
+    ours, stock = (made(gpt2, fast)[0].eval() for fast in (ALL, NOTHING))
+    ids = batches()["concat"]["input_ids"][:2, :6]
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])  # one prompt is padded on the left
+    asked: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **asked), stock.generate(ids, **asked))
+    assert ours.config._attn_implementation == CAUSAL, "as it was before"
+
+
+@each_model
+def test_what_is_saved_is_the_stock_model(build: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    model, _ = made(build, ALL)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.01)
+    batch = batches()["concat"]["input_ids"]
+    with torch.no_grad():
+        expected = model.eval()(batch).logits
+    take_out_padding(model)
+    model.save_pretrained(tmp_path)
+    assert "causal" not in (tmp_path / "config.json").read_text()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert saved.get_output_embeddings().weight.shape[0] == VOCABULARY
+    assert saved.config.vocab_size == VOCABULARY
+    assert saved.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        torch.testing.assert_close(saved(batch).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that bring a number to the host, where a GPU would have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function._schema.name in (
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::is_nonzero",
+        )
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_micro_batch_asks_nothing_of_the_host() -> None:
+    counts, items = [], torch.tensor(124)
+    for fast in (NOTHING, ALL):
+        model, batch = made(gpt2, fast)[0], batches()["concat"]
+        if fast is NOTHING:  # `make_fast` silences transformers' look for pad ids in any case
+            for module in model.modules():
+                module.__dict__.pop("warn_if_padding_and_no_attention_mask", None)
+        with Waits() as waits:
+            model(**batch, num_items_in_batch=items).loss.backward()
+        counts.append(waits.count)
+    assert counts[0] >= 2, "the stock model looks for pad ids and for packed rows"
+    assert counts[1] == 0
+
+
+@pytest.mark.parametrize("build", [lambda: gpt2(**STILL), llama], ids=["gpt2", "llama"])
+def test_compiled_it_is_one_graph_without_a_mask(build: Callable[[], PreTrainedModel]) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    batch, items = batches()["concat"], torch.tensor(300)
+    model = made(build, ALL)[0]
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+    ours = backward(model, compiled(**batch, num_items_in_batch=items).loss)
+    assert len(graphs) == 1
+    attention = [
+        node.kwargs for node in graphs[0].graph.nodes if "scaled_dot_product_attention" in str(node.target)
+    ]
+    assert [(each["attn_mask"], each["is_causal"]) for each in attention] == [(None, True)] * 2
+    theirs = reference(made(build, NOTHING)[0], batch, items=items)
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+    assert ours.apart(theirs) < 2e-6
+
+
+def test_the_paths_that_a_model_takes_are_read_from_it() -> None:
+    for fast in (*ALONE.values(), ALL, NOTHING):
+        model, fell_back = made(gpt2, fast)
+        assert taken_by(model) == set(fast.taken) - {"fused_adamw"}
+        assert fell_back == {}
+
+
+def test_a_model_without_the_activation_is_left_alone_and_says_so() -> None:
+    model, fell_back = made(llama, ALL)
+    assert fell_back == {"tanh_gelu": "the model has no gelu_new"}
+    assert taken_by(model) == {"causal_attention", "chunked_loss", "padded_vocabulary"}
+
+
+def test_the_config_that_is_saved_still_names_the_function() -> None:
+    model = gpt2()
+    assert use_tanh_gelu_kernel(model) == 2
+    assert model.config.activation_function == "gelu_new"
+
+
+def mistral() -> PreTrainedModel:
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, sliding_window=8,
         )
     )  # fmt: skip
 
 
-def test_the_kernel_gives_the_stock_model_s_loss_and_every_gradient() -> None:
-    stock, fast = small_gpt2(), small_gpt2()
-    assert use_tanh_gelu_kernel(fast) == 2
-    ids = torch.randint(0, 97, (4, 32), generator=torch.Generator().manual_seed(1))
-    losses = []
-    for model in (stock, fast):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.item())
-    assert abs(losses[0] - losses[1]) < 1e-6
-    for (name, ours), (_, theirs) in zip(fast.named_parameters(), stock.named_parameters(), strict=True):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+def eager() -> PreTrainedModel:
+    return gpt2(attn_implementation="eager")
 
 
-def test_the_config_that_is_saved_still_names_the_function() -> None:
-    model = small_gpt2()
-    use_tanh_gelu_kernel(model)
-    assert model.config.activation_function == "gelu_new"
-
-
-def test_a_model_with_another_activation_is_left_alone() -> None:
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )
-    assert use_tanh_gelu_kernel(LlamaForCausalLM(config)) == 0
+@pytest.mark.parametrize(
+    ("build", "block_size", "why"),
+    [
+        (mistral, LENGTH, "attends to the last 8 tokens, and a block has 32"),
+        (mistral, 8, None),
+        (eager, LENGTH, "attention is eager"),
+        (gpt2, LENGTH, None),
+        (
+            lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=2)),
+            8,
+            "",
+        ),
+    ],
+    ids=["window", "short block", "eager", "gpt2", "alibi"],
+)
+def test_attention_that_is_more_than_causal_keeps_its_mask(
+    build: Callable[[], PreTrainedModel], block_size: int, why: str | None
+) -> None:
+    model = build()
+    before = model.config._attn_implementation
+    said = use_causal_attention(model, block_size)
+    if why is None:
+        assert said is None
+        assert model.config._attn_implementation == CAUSAL
+    else:
+        assert said is not None
+        assert why in said
+        assert model.config._attn_implementation == before
 
 
 def faults(statement: str) -> int:

@@ -1,0 +1,201 @@
+"""The chunked loss by itself against whole logits, and the models that keep their own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import (
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from launcher.plan.fast import Fast
+from launcher.worker.chunked_loss import linear_cross_entropy, replaced_forward, use_chunked_loss
+from launcher.worker.dataset import IGNORED
+from tests.worker.parity import (
+    NOTHING,
+    VOCABULARY,
+    another_head,
+    batches,
+    gpt2,
+    llama,
+    made,
+    phi,
+    reference,
+    run,
+)
+
+TOKENS, WIDTH, WORDS = 11, 5, 7
+
+
+def given(dtype: torch.dtype, *, padding: int = 0) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, WORDS, (TOKENS,), generator=draw)
+    labels[[2, 7, 10]] = IGNORED
+    made = {
+        "hidden": torch.randn(TOKENS, WIDTH, generator=draw, dtype=torch.float64),
+        "weight": torch.randn(WORDS, WIDTH, generator=draw, dtype=torch.float64),
+        "bias": torch.randn(WORDS, generator=draw, dtype=torch.float64),
+    }
+    for name in ("weight", "bias") if padding else ():
+        rows = torch.full((padding, *made[name].shape[1:]), 9.0, dtype=torch.float64)
+        made[name] = torch.cat([made[name], rows])
+    return {"labels": labels, **{name: each.to(dtype).requires_grad_() for name, each in made.items()}}
+
+
+@pytest.mark.parametrize("rows", [1, 4, 11, 64])
+@pytest.mark.parametrize("items", [None, 5])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_in_double_precision_it_is_the_whole_cross_entropy(
+    rows: int, items: int | None, padding: int
+) -> None:
+    ours, theirs = given(torch.float64, padding=padding), given(torch.float64)
+    loss = linear_cross_entropy(**ours, items=items, vocabulary=WORDS, rows=rows)
+    logits = theirs["hidden"] @ theirs["weight"].T + theirs["bias"]
+    expected = functional.cross_entropy(logits, theirs["labels"], ignore_index=IGNORED, reduction="sum")
+    expected = expected / (8 if items is None else items)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(ours["hidden"].grad, theirs["hidden"].grad, rtol=1e-12, atol=1e-14)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(ours[name].grad[:WORDS], theirs[name].grad, rtol=1e-12, atol=1e-14)
+        assert not ours[name].grad[WORDS:].any()
+
+
+def test_its_gradients_are_those_of_finite_differences() -> None:
+    tensors = given(torch.float64)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(
+            hidden, weight, bias, tensors["labels"], items=4, vocabulary=WORDS, rows=4
+        )
+
+    assert torch.autograd.gradcheck(loss, (tensors["hidden"], tensors["weight"], tensors["bias"]))
+
+
+def test_a_likely_token_keeps_its_small_gradient_in_half_precision() -> None:
+    """1 - p is not a difference of two rounded numbers: at p = 0.9995 bf16 has nothing between p and 1."""
+    hidden = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([[7.625], [0.0]], dtype=torch.bfloat16, requires_grad=True)
+    linear_cross_entropy(hidden, weight, None, torch.tensor([0]), items=1, vocabulary=2).backward()
+    likelihood = torch.sigmoid(torch.tensor(7.625, dtype=torch.float64))
+    assert weight.grad is not None
+    assert float(weight.grad[0]) == pytest.approx(float(likelihood - 1), rel=5e-3)
+
+
+def test_no_label_at_all_is_nan_as_the_stock_loss_and_moves_nothing_where_items_are_given() -> None:
+    tensors = given(torch.float32) | {"labels": torch.full((TOKENS,), IGNORED)}
+    assert linear_cross_entropy(**tensors, items=None, vocabulary=WORDS).isnan()
+    loss = linear_cross_entropy(**tensors, items=9, vocabulary=WORDS)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert not tensors["weight"].grad.any()
+
+
+def test_evaluation_makes_no_gradients() -> None:
+    tensors = given(torch.float32)
+    with torch.no_grad():
+        loss = linear_cross_entropy(**tensors, items=None, vocabulary=WORDS)
+    assert not loss.requires_grad
+
+
+CHUNKED = Fast(chunked_loss=True)
+
+
+@pytest.mark.parametrize("build", [gpt2, llama, phi], ids=["tied", "untied", "with a bias"])
+def test_a_model_with_a_linear_head_returns_its_loss_without_logits(
+    build: Callable[[], PreTrainedModel],
+) -> None:
+    model, fell_back = made(build, CHUNKED)
+    assert fell_back == {}
+    batch = batches()["pad"]
+    assert model(**batch).logits is None
+    model.zero_grad()
+    found, expected = run(model, batch), reference(made(build, NOTHING)[0], batch)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.apart(expected) < 2e-6
+    for asked in ({"output_hidden_states": True}, {"logits_to_keep": 4, "labels": None}):
+        assert model(**batch | asked).logits is not None
+
+
+def granite() -> PreTrainedModel:
+    """Divides its logits."""
+    config = GraniteConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, logits_scaling=4.0,
+    )  # fmt: skip
+    return GraniteForCausalLM(config)
+
+
+def mixtral() -> PreTrainedModel:
+    """Adds the loss of its routers."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, output_router_logits=True,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
+class OwnForward(GPT2LMHeadModel):
+    def forward(self, input_ids: Any, labels: Any = None, **_: Any) -> Any:
+        logits = self.lm_head(self.transformer(input_ids)[0])
+        loss = None
+        if labels is not None:
+            loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class Doubled(GPT2LMHeadModel):
+    """Its head is given something else than its body's output."""
+
+    def forward(self, input_ids: Any, labels: Any = None, **_: Any) -> Any:
+        logits = self.lm_head(2 * self.transformer(input_ids)[0])
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def own_loss() -> PreTrainedModel:
+    model = gpt2()
+    model.loss_function = lambda logits, labels, **_: logits.float().mean()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (granite, "changes its logits before the loss"),
+        (mixtral, "adds to its loss"),
+        (lambda: OwnForward(gpt2().config), "forward pass of its own"),
+        (lambda: Doubled(gpt2().config), "changes its body's output"),
+        (lambda: another_head(gpt2()), "no plain linear head"),
+        (own_loss, "loss is its own"),
+    ],
+    ids=["scaled logits", "another loss", "own forward", "other input", "another head", "own loss"],
+)
+def test_a_model_that_does_otherwise_keeps_its_own_loss_and_says_why(
+    build: Callable[[], PreTrainedModel], why: str
+) -> None:
+    torch.manual_seed(0)
+    model = build()
+    model.loss_type = "ForCausalLM"
+    batch = batches()["concat"]
+    torch.manual_seed(5)
+    before = model(**batch)
+    said = use_chunked_loss(model)
+    assert said is not None
+    assert why in said
+    assert replaced_forward(model) == set()
+    torch.manual_seed(5)
+    after = model(**batch)
+    assert float(after.loss.detach()) == float(before.loss.detach())
+    assert after.logits is not None
