@@ -204,23 +204,39 @@ def explain(
         console.answer(console.section(f"{each['key']} = {each['value']}", rows))
 
 
-@app.command(epilog="Example: launcher doctor --cluster cluster.yaml")
-def doctor(cluster: ClusterFile = None, as_json: AsJson = False) -> None:
-    """Check that this machine is ready to train."""
+@app.command(epilog="Example: launcher doctor --model run.yaml")
+def doctor(
+    cluster: ClusterFile = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="RUN_OR_NAME",
+            help="Try which fast paths a model takes: a run.yaml, a run's folder, or a name for model.name.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that this machine is ready to train; with --model, that a model is ready to be fast."""
     from launcher.config.load import load_cluster
     from launcher.run.doctor import examine
     from launcher.run.machine import find_machine
+    from launcher.run.model_doctor import examine_model
 
-    checks = examine(find_machine(), load_cluster(cluster).config)
+    if model is None:
+        checks = examine(find_machine(), load_cluster(cluster).config)
+    else:
+        checks = examine_model(model, cluster)
     if as_json:
         console.answer_json(
             [{"check": c.name, "state": c.state, "found": c.found, "remedy": c.remedy} for c in checks]
         )
     else:
+        width = max(18, *(len(check.name) + 2 for check in checks))
         for check in checks:
-            console.answer(f"{check.state:<8}{check.name:<18}{check.found}")
+            console.answer(f"{check.state:<8}{check.name:<{width}}{check.found}")
             if check.remedy:
-                console.answer(f"{'':<8}{'':<18}hint: {check.remedy}")
+                console.answer(f"{'':<8}{'':<{width}}hint: {check.remedy}")
     if any(check.state == "missing" for check in checks):
         raise SystemExit(3)
 

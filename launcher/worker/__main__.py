@@ -30,6 +30,7 @@ from launcher.run.directory import RunDirectory, write_text
 from launcher.run.outcome import Outcome, RankEnd
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
+from launcher.worker.chunked_loss import prove_chunked_loss
 from launcher.worker.dataset import (
     Collate,
     PadToLongest,
@@ -39,7 +40,7 @@ from launcher.worker.dataset import (
     ValidationRows,
     stack,
 )
-from launcher.worker.fast import make_fast, set_matmul_precision
+from launcher.worker.fast import make_fast, set_matmul_precision, taken_by
 from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import load_tokenizer, trained_model
@@ -64,7 +65,22 @@ class Verify(TrainerCallback):
         self._run = run
         self._rows = rows
         self._start_step = start_step
+        self._begun: float | None = None
         self.trainer: LauncherTrainer | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._orders.plan.compile and state.global_step == self._start_step:
+            self._begun = self._begun or time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._begun is not None:
+            took = time.perf_counter() - self._begun
+            print(f"compiled: the first step took {took:.1f} s, torch.compile included", flush=True)
+            self._begun = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -79,8 +95,17 @@ class Verify(TrainerCallback):
             self._start_step,
         )
         print(said, flush=True)
+        assert self._orders.vocabulary is not None
+        if "chunked_loss" in taken_by(self.trainer.bare_model):
+            said = prove_chunked_loss(
+                self.trainer.bare_model,
+                vocabulary=self._orders.vocabulary,
+                block_size=plan.block_size,
+                device=args.device,
+                precision=plan.precision,
+            )
+            print(said, flush=True)
         if isinstance(collate, Isolate):
-            assert self._orders.vocabulary is not None
             said = prove_isolation(
                 self.trainer.model_wrapped,
                 collate,

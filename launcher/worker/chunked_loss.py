@@ -19,9 +19,16 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from launcher.errors import TrainingError
 from launcher.plan.fast import chunk_rows
 from launcher.worker.dataset import IGNORED
 from launcher.worker.vocabulary import plain_head, real_columns
+
+PROVED: Final = 128
+"""Tokens that the live loss is compared on."""
+
+NOISE: Final[Mapping[str, float]] = {"fp32": 1e-4, "bf16": 1e-2}
+"""How far rounding may move a loss, as a part of it."""
 
 STOCK: Final = ("logits_to_keep", "shift_labels", "output_hidden_states", "output_attentions")
 """What a caller may ask a model for that only the stock forward pass gives."""
@@ -67,6 +74,32 @@ def _asks_for_more(inputs: Mapping[str, Any]) -> bool:
     asked = (inputs.get(name) for name in STOCK)
     more = any(isinstance(each, torch.Tensor) or each for each in asked)
     return more or inputs.get("return_dict") is False
+
+
+@torch.no_grad()
+def prove_chunked_loss(
+    model: PreTrainedModel, *, vocabulary: int, block_size: int, device: torch.device, precision: str
+) -> str:
+    """Compare the live model's own loss with that of all its logits, on its device and in its precision.
+
+    Every rank calls it at once, as a sharded model needs. Its mode and the random generators are left as they
+    were. Returns the one line that says they agree; raises TrainingError, with both, where they do not.
+    """
+    ids = (torch.arange(min(PROVED, block_size), device=device)[None] * 31) % vocabulary
+    training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        found = model(input_ids=ids, labels=ids)
+        logits = model(input_ids=ids).logits.float()
+    model.train(training)
+    whole = functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    told = f"{float(found.loss):.6g} by itself, {float(whole):.6g} from all logits"
+    if found.logits is not None or not abs(float(found.loss - whole)) <= NOISE[precision] * float(whole):
+        raise TrainingError(
+            f"train.fast.chunked_loss: the loss is not that of the logits: {told}",
+            hint="set train.fast.chunked_loss: false, and report this with plan.json and the rank's log",
+        )
+    return f"chunked loss: {told}"
 
 
 def replace_forward(model: PreTrainedModel, forward: Any, path: str) -> None:

@@ -116,7 +116,7 @@ class Pass:
 
 
 def backward(model: PreTrainedModel, loss: torch.Tensor) -> Pass:
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     gradients = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None

@@ -64,8 +64,8 @@ def test_in_double_precision_it_is_the_whole_cross_entropy(
     expected = functional.cross_entropy(logits, theirs["labels"], ignore_index=IGNORED, reduction="sum")
     expected = expected / (8 if items is None else items)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
-    (3 * loss).backward()
-    (3 * expected).backward()
+    (3 * loss).backward()  # type: ignore[no-untyped-call]
+    (3 * expected).backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(ours["hidden"].grad, theirs["hidden"].grad, rtol=1e-12, atol=1e-14)
     for name in ("weight", "bias"):
         torch.testing.assert_close(ours[name].grad[:WORDS], theirs[name].grad, rtol=1e-12, atol=1e-14)
@@ -87,7 +87,7 @@ def test_a_likely_token_keeps_its_small_gradient_in_half_precision() -> None:
     """1 - p is not a difference of two rounded numbers: at p = 0.9995 bf16 has nothing between p and 1."""
     hidden = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
     weight = torch.tensor([[7.625], [0.0]], dtype=torch.bfloat16, requires_grad=True)
-    linear_cross_entropy(hidden, weight, None, torch.tensor([0]), items=1, vocabulary=2).backward()
+    linear_cross_entropy(hidden, weight, None, torch.tensor([0]), items=1, vocabulary=2).backward()  # type: ignore[no-untyped-call]
     likelihood = torch.sigmoid(torch.tensor(7.625, dtype=torch.float64))
     assert weight.grad is not None
     assert float(weight.grad[0]) == pytest.approx(float(likelihood - 1), rel=5e-3)
@@ -97,7 +97,7 @@ def test_no_label_at_all_is_nan_as_the_stock_loss_and_moves_nothing_where_items_
     tensors = given(torch.float32) | {"labels": torch.full((TOKENS,), IGNORED)}
     assert linear_cross_entropy(**tensors, items=None, vocabulary=WORDS).isnan()
     loss = linear_cross_entropy(**tensors, items=9, vocabulary=WORDS)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert float(loss.detach()) == 0.0
     assert not tensors["weight"].grad.any()
 

@@ -1,0 +1,78 @@
+"""What a model really does in a pass: the masks it makes, its waits for the GPU, the graphs it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WAITS: Final = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"})
+"""Operators whose result the host must have before it goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Of one forward pass: fused attentions, how many of them with a mask, and waits for the GPU."""
+
+    attentions: int
+    masked: int
+    waits: int
+
+
+class _Attention(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[bool] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is functional.scaled_dot_product_attention:
+            mask = args[3] if len(args) > 3 else (kwargs or {}).get("attn_mask")
+            self.masks.append(mask is not None)
+        return function(*args, **(kwargs or {}))
+
+
+class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function._schema.name in WAITS
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def watch(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Pass:
+    """One pass of the model as it is, on `inputs`, watched."""
+    with _Waits() as waits, _Attention() as attention:
+        model(**inputs)
+    return Pass(len(attention.masks), sum(attention.masks), waits.count)
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """What torch.compile makes of a model: how many graphs, why they break, and attentions with a mask."""
+
+    count: int
+    breaks: list[str]
+    masked: int
+
+
+def compiled(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Graphs:
+    """The graphs of one training pass, traced and run without compiling them further."""
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(**inputs)
+    torch._dynamo.reset()
+    nodes = [node for graph in found.graphs for node in graph.graph.nodes]
+    attentions = [node for node in nodes if node.target is functional.scaled_dot_product_attention]
+    masked = sum(
+        (node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")) is not None
+        for node in attentions
+    )
+    breaks = [reason.reason.splitlines()[0] for reason in found.break_reasons]
+    return Graphs(found.graph_count, breaks, masked)

@@ -1,0 +1,110 @@
+"""A model made to fall off each fast path, one after another: each is caught, and a fast one is passed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from launcher.config.presets import PRESETS
+from launcher.plan.fast import every_path
+from launcher.worker.doctor import examine, short_copy
+from tests.worker.parity import LENGTH, another_head, gpt2, llama
+
+FAST = every_path()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def said(model: PreTrainedModel, **off: bool) -> dict[str, tuple[str, str]]:
+    """State and finding, by check."""
+    model.loss_type = "ForCausalLM"
+    model.config.use_cache = False
+    reasons = dict.fromkeys(off, "train.fast")
+    return {
+        str(check["name"]): (str(check["state"]), str(check["found"]))
+        for check in examine(model, replace(FAST, **off, reasons=reasons), LENGTH)
+    }
+
+
+def test_a_fast_model_passes_everything() -> None:
+    assert set(said(gpt2()).values()) == {
+        ("ok", "taken"),
+        ("ok", "fused and causal, without a mask"),
+        ("ok", "never waits for the GPU in a forward pass"),
+        ("ok", "one graph"),
+    }
+
+
+def eager() -> PreTrainedModel:
+    return gpt2(attn_implementation="eager")
+
+
+def talking() -> PreTrainedModel:
+    """A layer that looks at its numbers: the GPU is waited for, and the graph breaks."""
+    model = gpt2()
+
+    def look(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> Any:
+        return output * 0.5 if float(output.detach().sum()) > 1e9 else None
+
+    model.get_submodule("transformer.h.0.mlp").register_forward_hook(look)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "check", "found"),
+    [
+        (llama, "train.fast.tanh_gelu", "falls back: the model has no gelu_new"),
+        (eager, "train.fast.causal_attention", "falls back: the model's attention is eager"),
+        (eager, "attention", "no fused attention: eager"),
+        (lambda: another_head(gpt2()), "train.fast.chunked_loss", "falls back: the model has no plain"),
+        (lambda: another_head(gpt2()), "train.fast.padded_vocabulary", "falls back: the model has no plain"),
+        (talking, "host", "waits for the GPU 1 times"),
+        (talking, "torch.compile", " graphs: "),
+    ],
+    ids=["activation", "attention", "kernel", "head", "vocabulary", "host", "graph"],
+)
+def test_what_falls_off_a_path_is_caught(
+    build: Callable[[], PreTrainedModel], check: str, found: str
+) -> None:
+    state, told = said(build())[check]
+    assert state == "warning"
+    assert found in told
+
+
+def test_without_the_path_the_stock_model_has_a_mask_when_compiled() -> None:
+    checks = said(gpt2(), causal_attention=False)
+    assert checks["train.fast.causal_attention"] == ("ok", "off: train.fast")
+    assert checks["attention, compiled"] == ("warning", "a dense mask in 2 layers")
+    assert checks["host"][0] == "warning", "stock transformers looks for packed rows"
+
+
+def test_a_large_model_is_tried_with_few_layers() -> None:
+    copy = short_copy({**PRESETS["gpt2"].config(), "n_embd": 48, "n_layer": 48})
+    assert sum(name.endswith(".mlp") for name, _ in copy.named_modules()) == 2
+
+
+def test_it_is_asked_and_answers_in_json() -> None:
+    asked = {
+        "model": {"model_type": "unheard-of"},
+        "fast": {**dict.fromkeys(("chunked_loss", "tf32"), True), "reasons": {}},
+        "block_size": 32,
+    }
+    command = [sys.executable, "-m", "launcher.worker.doctor"]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=True)
+    (check,) = json.loads(done.stdout)
+    assert (check["name"], check["state"]) == ("model", "missing")
+    assert "unheard-of" in check["found"]
