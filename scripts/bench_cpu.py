@@ -1,11 +1,11 @@
-"""The launcher against a bare PyTorch loop, same shape, world and precision, on this machine's CPU.
+"""The launcher against a bare PyTorch loop and the stock Trainer, same shape, world and precision, on a CPU.
 
     ./scripts/bench_cpu [--rounds 15] [--write]
 
-Both train the same GPT-2 shape on the Python standard library's source with two ranks over gloo. Both are
-started once, and then take turns: the ranks of one are stopped (SIGSTOP) while those of the other take a few
-steps. So the two halves of a round are seconds apart, and a machine that other work makes slower or faster
-favours neither.
+All train the same GPT-2 shape on the Python standard library's source with two ranks over gloo. All are
+started once, and then take turns: the ranks of the others are stopped (SIGSTOP) while those of one take a few
+steps. So the parts of a round are seconds apart, and a machine that other work makes slower or faster favours
+none.
 `--write` keeps the result in docs/benchmarks/cpu.md.
 """
 
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -39,7 +40,7 @@ PATIENCE = 600
 
 
 class Side:
-    """One of the two: its processes, and a file that gets a line with the time as each step ends."""
+    """One of the three: its processes, and a file that gets a line with the time as each step ends."""
 
     def __init__(self, command: list[str], work: Path, file: Path, read: Callable[[str], float]) -> None:
         self._process = subprocess.Popen(
@@ -65,7 +66,8 @@ class Side:
         return (len(ends) - 1) * TOKENS / (ends[-1] - ends[0])
 
     def end(self) -> None:
-        for member in [*self._family(), self._process]:
+        members: list[Any] = [*self._family(), self._process]
+        for member in members:
             with contextlib.suppress(psutil.NoSuchProcess):  # one may end because another has
                 member.kill()
         self._process.wait()
@@ -95,35 +97,35 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         configure(work)
-        ours = start_launcher(work)
+        sides = [start_launcher(work)]
         try:
-            ours.take(WARM)
+            sides[0].take(WARM)
             threads = int(json.loads((work / "runs/bench/plan.json").read_text())["plan"]["threads_per_rank"])
-            bare = start_bare(work, threads)
-            try:
-                bare.take(WARM)
-                rows = [measure(number, ours, bare) for number in range(asked.rounds)]
-            finally:
-                bare.end()
+            for script in ("bare_loop", "stock_trainer"):
+                sides.append(start_script(work, threads, script))
+                sides[-1].take(WARM)
+            rows = [measure(number, sides) for number in range(asked.rounds)]
         finally:
-            ours.end()
-    ratio = statistics.median(launcher / loop for launcher, loop in rows)
-    print(f"median ratio {ratio:.3f}")
+            for side in sides:
+                side.end()
+    ratios = [statistics.median(row[0] / row[other] for row in rows) for other in (1, 2)]
+    print(f"median ratio {ratios[0]:.3f} to the bare loop, {ratios[1]:.3f} to the stock Trainer")
     if asked.write:
-        (ROOT / "docs/benchmarks/cpu.md").write_text(page(rows, ratio, threads), encoding="utf-8")
+        (ROOT / "docs/benchmarks/cpu.md").write_text(page(rows, ratios, threads), encoding="utf-8")
 
 
-def measure(number: int, ours: Side, bare: Side) -> tuple[float, float]:
-    """Tokens per second of each, one after the other; who goes first alternates."""
-    first, second = (ours, bare) if number % 2 == 0 else (bare, ours)
-    rates = {side: side.take(TURN) for side in (first, second)}
-    launcher, loop = rates[ours], rates[bare]
+def measure(number: int, sides: list[Side]) -> list[float]:
+    """Tokens per second of each in its place, one after the other; who goes first alternates."""
+    turn = number % len(sides)
+    rates = {side: side.take(TURN) for side in [*sides[turn:], *sides[:turn]]}
+    row = [rates[side] for side in sides]
+    launcher, bare, stock = row
     print(
-        f"round {number + 1}: launcher {launcher:,.0f} tokens/s, bare {loop:,.0f},"
-        f" ratio {launcher / loop:.3f}",
+        f"round {number + 1}: launcher {launcher:,.0f} tokens/s, bare {bare:,.0f}, stock {stock:,.0f},"
+        f" ratios {launcher / bare:.3f} and {launcher / stock:.3f}",
         flush=True,
     )
-    return launcher, loop
+    return row
 
 
 def configure(work: Path) -> None:
@@ -173,7 +175,7 @@ def start_launcher(work: Path) -> Side:
     )
 
 
-def start_bare(work: Path, threads: int) -> Side:
+def start_script(work: Path, threads: int, script: str) -> Side:
     manifest = next((work / "runs" / ".stores").glob("*/manifest.json"))
     asked = {
         **SHAPE,
@@ -181,36 +183,37 @@ def start_bare(work: Path, threads: int) -> Side:
         "steps": ENDLESS,
         "threads": threads,
         "tokens": str(next(manifest.parent.glob("train-*.bin"))),
-        "ends": str(work / "ends"),
+        "ends": str(work / script),
     }
     torchrun = str(Path(sys.executable).with_name("torchrun"))
-    command = [torchrun, "--standalone", f"--nproc-per-node={RANKS}", str(ROOT / "scripts/bare_loop.py")]
-    return Side([*command, json.dumps(asked)], work, work / "ends", float)
+    command = [torchrun, "--standalone", f"--nproc-per-node={RANKS}", str(ROOT / f"scripts/{script}.py")]
+    return Side([*command, json.dumps(asked)], work, work / script, float)
 
 
-def page(rows: list[tuple[float, float]], ratio: float, threads: int) -> str:
+def page(rows: list[list[float]], ratios: list[float], threads: int) -> str:
     import torch
 
     lines = [
-        f"| {n + 1} | {ours:,.0f} | {bare:,.0f} | {ours / bare:.3f} |" for n, (ours, bare) in enumerate(rows)
+        f"| {n + 1} | {ours:,.0f} | {bare:,.0f} | {stock:,.0f} | {ours / bare:.3f} | {ours / stock:.3f} |"
+        for n, (ours, bare, stock) in enumerate(rows)
     ]
     shape = ", ".join(f"{name} {value}" for name, value in SHAPE.items())
     return "\n".join(
         [
-            "# CPU: the launcher against a bare PyTorch loop",
+            "# CPU: the launcher against a bare PyTorch loop and the stock Trainer",
             "",
-            "`./scripts/bench_cpu --write` wrote this page. Both train the same shape and take turns of a",
+            "`./scripts/bench_cpu --write` wrote this page. All train the same shape and take turns of a",
             "few seconds; times on shared machines vary, so the ratio of a round is what counts.",
             "",
             f"{RANKS} ranks over gloo, {threads} thread(s) each, fp32; {shape}, vocabulary {VOCABULARY}; "
             f"turns of {TURN - 1} steps after {WARM} of warming up. "
             f"Python {platform.python_version()}, torch {torch.__version__}.",
             "",
-            "| round | launcher, tokens/s | bare loop, tokens/s | ratio |",
-            "|---|---|---|---|",
+            "| round | launcher, tokens/s | bare loop | stock Trainer | to bare | to stock |",
+            "|---|---|---|---|---|---|",
             *lines,
             "",
-            f"Median ratio: **{ratio:.3f}**.",
+            f"Median ratio: **{ratios[0]:.3f}** to the bare loop, **{ratios[1]:.3f}** to the stock Trainer.",
             "",
         ]
     )
