@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from launcher.config.presets import PRESETS
 from launcher.plan.fast import every_path
-from launcher.worker.doctor import examine, short_copy
+from launcher.worker.doctor import examine, main, short_copy
 from tests.worker.parity import LENGTH, another_head, gpt2, llama
 
 FAST = every_path()
@@ -97,14 +96,12 @@ def test_a_large_model_is_tried_with_few_layers() -> None:
     assert sum(name.endswith(".mlp") for name, _ in copy.named_modules()) == 2
 
 
-def test_it_is_asked_and_answers_in_json() -> None:
-    asked = {
-        "model": {"model_type": "unheard-of"},
-        "fast": {**dict.fromkeys(("chunked_loss", "tf32"), True), "reasons": {}},
-        "block_size": 32,
-    }
-    command = [sys.executable, "-m", "launcher.worker.doctor"]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=True)
-    (check,) = json.loads(done.stdout)
+def test_a_model_that_cannot_be_built_is_said_to_be_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"model": {"model_type": "unheard-of"}, "fast": {}, "block_size": 32}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asked)))
+    assert main() == 0
+    (check,) = json.loads(capsys.readouterr().out)
     assert (check["name"], check["state"]) == ("model", "missing")
     assert "unheard-of" in check["found"]
