@@ -185,7 +185,7 @@ def make_plan(
         attention=attention,
         vocabulary=None if shape is None else shape.vocab,
         precision=precision,
-        on_cpu=place.is_cpu,
+        gpu=place.gpu,
         padded_before=done.padded_vocabulary,
     )
     job = _job(run, place, shape, precision, fast)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
 from launcher.config.schema import RunConfig
+from launcher.plan.hardware import GPU
 from launcher.plan.shape import Shape
 
 MULTIPLE: Final = 64
@@ -78,7 +79,7 @@ def fast_paths(
     attention: str | None,
     vocabulary: int | None,
     precision: str,
-    on_cpu: bool,
+    gpu: GPU,
     padded_before: bool | None,
 ) -> Fast:
     """What `run` takes under any strategy: see `Fast.under`.
@@ -95,9 +96,11 @@ def fast_paths(
         found = found.without("causal_attention", "padded or isolated documents need a mask")
     if precision == "fp16":
         found = found.without("chunked_loss", "fp16 gradients are scaled before they are made")
-    if on_cpu:
+    if gpu.name == "cpu":
         found = found.without("padded_vocabulary", "a CPU gains nothing")
         found = found.without("tf32", "a CPU has none")
+    elif not gpu.supports_bf16:  # both came with the same generation
+        found = found.without("tf32", f"{gpu.name} has none")
     elif precision == "fp32":
         found = found.without("tf32", "train.precision is fp32")
     if vocabulary is not None and vocabulary % MULTIPLE == 0:

@@ -57,7 +57,14 @@ def test_each_can_be_switched_off_alone(name: str) -> None:
     [
         ("cpu", {}, {"padded_vocabulary": "a CPU gains nothing", "tf32": "a CPU has none"}),
         ("h100-sxm-80gb", {"precision": "fp32"}, {"tf32": "train.precision is fp32"}),
-        ("t4-16gb", {}, {"chunked_loss": "fp16 gradients are scaled before they are made"}),
+        (
+            "t4-16gb",
+            {},
+            {
+                "chunked_loss": "fp16 gradients are scaled before they are made",
+                "tf32": "t4-16gb has none",
+            },
+        ),
         (
             "h100-sxm-80gb",
             {"data": {"packing": "pad"}},

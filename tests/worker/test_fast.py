@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
@@ -18,12 +19,15 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    EvalPrediction,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
 )
 
 from launcher.plan.fast import Fast
+from launcher.worker.dataset import stack
+from launcher.worker.evaluate import evaluate
 from launcher.worker.fast import CAUSAL, taken_by, use_causal_attention, use_tanh_gelu_kernel
 from launcher.worker.vocabulary import take_out_padding
 from tests.worker.parity import (
@@ -128,6 +132,23 @@ def test_without_labels_the_logits_are_the_stock_model_s(build: Callable[[], Pre
             torch.testing.assert_close(logits, stock(**inputs).logits, rtol=1e-5, atol=1e-6)
             loss, theirs = ours(**batch).loss, stock(**batch).loss
             assert float(loss) == pytest.approx(float(theirs), rel=1e-6)
+
+
+def test_evaluation_gives_the_stock_loss_and_a_metric_the_stock_predictions() -> None:
+    seen: list[Any] = []
+
+    def metric(prediction: EvalPrediction) -> dict[str, float]:
+        seen.append(prediction)
+        return {"right": float(np.equal(prediction.predictions, prediction.label_ids).mean())}
+
+    rows = list(batches()["concat"]["input_ids"].numpy())
+    found = []
+    for fast in (ALL, NOTHING):
+        about: dict[str, Any] = {"rank": 0, "world_size": 1, "micro_batch": 3, "block_size": LENGTH}
+        model = made(gpt2, fast)[0]
+        found.append(evaluate(model, rows, stack, **about, device=torch.device("cpu"), metrics=[metric]))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert (seen[0].predictions == seen[1].predictions).all()
 
 
 def test_text_can_be_generated_while_it_trains() -> None:
