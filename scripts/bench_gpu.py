@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
@@ -42,7 +44,10 @@ SHAPES: Mapping[str, tuple[int, int, int]] = {
 }
 """Layers, heads and width (Radford et al. 2019, table 2)."""
 
-AT_A_TIME = 5
+AT_A_TIME = 7
+LAST_START = 30
+"""Seconds before the end in which no row is started."""
+
 ROW_SECONDS = 240
 """After which a row is given up."""
 
@@ -127,7 +132,7 @@ def rows() -> list[Row]:
                 *("launcher", "gpt2-medium", 8, 30),
                 precision=precision,
                 settings={"train.strategy": strategy, "train.offload": offload},
-                **BRIEF,
+                **{**BRIEF, "warm": 3},
             )
             for strategy, offload, precision in STRATEGIES
         ),
@@ -138,6 +143,8 @@ def rows() -> list[Row]:
         Row("gpt2 stock, dropout 0.1", "stock", "gpt2", 32, 50, dropout=0.1, compiled=False),
         Row("gpt2 launcher, accumulation 4", "launcher", "gpt2", 32, 30, accumulation=4, window=3),
         Row("gpt2 launcher, micro-batch 64", "launcher", "gpt2", 64, 45),
+        Row("gpt2 launcher, micro-batch 8", "launcher", "gpt2", 8, 12),
+        Row("gpt2-medium launcher, checkpointed", "launcher", "gpt2-medium", 16, 20, checkpointing=True),
         Row("gpt2-xl launcher, micro-batch 16", "launcher", "gpt2-xl", 16, 90, window=4),
     ]
 
@@ -167,12 +174,12 @@ def ablation() -> list[Row]:
 class Started:
     """One row's processes."""
 
-    def __init__(self, row: Row, number: int, work: Path, profile: bool) -> None:
+    def __init__(self, row: Row, work: Path, *, profile: bool) -> None:
         self.row = row
-        self.result = work / f"row-{number}.json"
-        self.log = work / f"row-{number}.log"
+        self.name = re.sub("[^a-z0-9]+", "-", row.name)
+        self.result = work / f"{self.name}.json"
+        self.log = work / f"{self.name}.log"
         self.since = time.time()
-        self._name = f"row-{number}"
         measuring = Measuring(
             result=str(self.result),
             turn=str(work / "turn"),
@@ -197,8 +204,8 @@ class Started:
     def _command(self, work: Path) -> list[str]:
         row = self.row
         if row.kind == "launcher":
-            file = work / f"{self._name}.yaml"
-            file.write_text(json.dumps(run_of(row, self._name, work)))
+            file = work / f"{self.name}.yaml"
+            file.write_text(json.dumps(run_of(row, self.name, work)))
             settings = [f"{key}={json.dumps(value)}" for key, value in row.settings.items()]
             return [sys.executable, "-m", "launcher", "train", str(file), *settings]
         layers, heads, width = SHAPES[row.model]
@@ -216,11 +223,24 @@ class Started:
         }
         return [sys.executable, str(SCRIPTS / "gpu_rows.py"), row.kind, json.dumps(asked)]
 
+    @property
+    def ready(self) -> bool:
+        """Whether it has taken its first step, and waits for its turn."""
+        return self.result.with_suffix(".ready").exists()
+
+    @property
+    def over(self) -> bool:
+        """Whether its process has ended, or has had its time."""
+        return self._process.poll() is not None or time.time() - self.since > ROW_SECONDS
+
+    def profiles(self) -> list[Path]:
+        return list(self._work.glob(f"{self.name}.profile.txt"))
+
     def finished(self) -> dict[str, Any] | None:
         """What was measured, or why nothing was; None while the row goes on. Its processes are ended."""
         if self.result.exists():
             found = {**asdict(self.row), **json.loads(self.result.read_text()), **self._plan()}
-        elif self._process.poll() is not None or time.time() - self.since > ROW_SECONDS:
+        elif self.over:
             found = {**asdict(self.row), "error": self._last_words(), **self._plan()}
         else:
             return None
@@ -239,11 +259,11 @@ class Started:
 
     def _plan(self) -> dict[str, Any]:
         """What launcher predicted for its rows."""
-        file = self._work / "runs" / self._name / "plan.json"
+        file = self._work / "runs" / self.name / "plan.json"
         return {"plan": json.loads(file.read_text())["plan"]} if file.exists() else {}
 
     def _last_words(self) -> str:
-        logs = [self.log, *sorted((self._work / "runs" / self._name).glob("logs/*/*.log"))]
+        logs = [self.log, *sorted((self._work / "runs" / self.name).glob("logs/*/*.log"))]
         return "\n".join(log.read_text(errors="replace")[-1500:] for log in logs)
 
 
@@ -339,52 +359,67 @@ def versions() -> dict[str, str]:
     return found
 
 
-def measure(chosen: Sequence[Row], profiled: Sequence[str], seconds: float, file: Path) -> None:
-    """Take the rows in order, as many as `seconds` suffice for; `file` is written after each."""
-    import torch
+class Bench:
+    """Rows being taken, and what was found so far; `file` is written after each."""
 
-    until = time.monotonic() + seconds
-    device = torch.cuda.get_device_properties(0)
-    answer: dict[str, Any] = {
-        "gpu": device.name,
-        "memory": device.total_memory,
-        "versions": versions(),
-        "ceilings": ceilings(),
-        "rows": [],
-    }
-    torch.cuda.empty_cache()
-    room = device.total_memory / 1e9 - 10
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        write_tokenizer(work / "tokenizer")
-        prepare(work)
-        waiting, going = list(enumerate(chosen)), list[Started]()
-        try:
-            while going or (waiting and time.monotonic() < until):
-                # The first starts alone: the text is prepared, and a start is timed with nothing beside it.
-                most = AT_A_TIME if answer["rows"] else 1
-                held = sum(each.row.memory for each in going)
-                if waiting and len(going) < most and held + waiting[0][1].memory <= room:
-                    if time.monotonic() < until - 30:
-                        number, row = waiting.pop(0)
-                        going.append(Started(row, number, work, row.name in profiled))
-                        continue
-                    waiting.clear()
-                if time.monotonic() > until:
-                    break
+    def __init__(self, work: Path, file: Path, profiled: Sequence[str], until: float) -> None:
+        import torch
+
+        device = torch.cuda.get_device_properties(0)
+        self._room = device.total_memory / 1e9 - 10
+        self._work, self._file, self._profiled, self._until = work, file, profiled, until
+        self._going: list[Started] = []
+        self._answer: dict[str, Any] = {
+            "gpu": device.name,
+            "memory": device.total_memory,
+            "versions": versions(),
+            "ceilings": ceilings(),
+            "rows": [],
+        }
+        torch.cuda.empty_cache()
+
+    def alone(self, chosen: Sequence[Row]) -> None:
+        """Take these with no others beside them: measured when all of them have taken their first step."""
+        with (self._work / "turn").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            for row in chosen:
+                self._start(row)
+            while any(not (each.ready or each.over) for each in self._going):
                 time.sleep(0.2)
-                for each in list(going):
-                    if (found := each.finished()) is not None:
-                        going.remove(each)
-                        answer["rows"].append(found)
-                        file.write_text(json.dumps(answer, indent=1))
-                        tell(found)
-                        for table in work.glob(f"{each.result.stem}.profile.txt"):
-                            name = each.row.name.replace(" ", "-").replace(",", "")
-                            file.with_name(f"profile-{name}.txt").write_text(table.read_text())
-        finally:
-            for each in going:
-                each.end()
+        while self._going:
+            self._collect()
+
+    def one_by_one(self, chosen: Sequence[Row]) -> None:
+        """Take these in turn, while those that come after them start."""
+        waiting = list(chosen)
+        while self._going or waiting:
+            if time.monotonic() > self._until:
+                return
+            held = sum(each.row.memory for each in self._going)
+            if waiting and time.monotonic() > self._until - LAST_START:
+                waiting.clear()
+            elif waiting and len(self._going) < AT_A_TIME and held + waiting[0].memory <= self._room:
+                self._start(waiting.pop(0))
+            else:
+                self._collect()
+
+    def end(self) -> None:
+        for each in self._going:
+            each.end()
+
+    def _start(self, row: Row) -> None:
+        self._going.append(Started(row, self._work, profile=row.name in self._profiled))
+
+    def _collect(self) -> None:
+        time.sleep(0.2)
+        for each in list(self._going):
+            if (found := each.finished()) is not None:
+                self._going.remove(each)
+                self._answer["rows"].append(found)
+                self._file.write_text(json.dumps(self._answer, indent=1))
+                tell(found)
+                for table in each.profiles():
+                    self._file.with_name(f"profile-{each.name}.txt").write_text(table.read_text())
 
 
 def tell(found: Mapping[str, Any]) -> None:
@@ -409,8 +444,19 @@ def main() -> None:
     parser.add_argument("--profile", default="", help="names of rows to add tables of kernels for")
     asked = parser.parse_args()
     only = [name for name in asked.only.split(";") if name]
-    chosen = [row for row in rows() if not only or row.name in only]
-    measure(chosen, asked.profile.split(";"), asked.seconds, asked.json)
+    first, others = (
+        [row for row in found if not only or row.name in only] for found in (against("gpt2", 32, 45), rows())
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        write_tokenizer(work / "tokenizer")
+        prepare(work)
+        bench = Bench(work, asked.json, asked.profile.split(";"), time.monotonic() + asked.seconds)
+        try:
+            bench.alone(first)
+            bench.one_by_one([row for row in others if row not in first])
+        finally:
+            bench.end()
 
 
 if __name__ == "__main__":

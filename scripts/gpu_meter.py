@@ -54,6 +54,7 @@ class Meter(TrainerCallback):
 
     def begins(self) -> None:
         if self._done == 1:
+            Path(self._asked.result).with_suffix(".ready").touch()
             waits = time.perf_counter()
             self._turn = Path(self._asked.turn).open("w")  # noqa: SIM115 - held until the process ends
             fcntl.flock(self._turn, fcntl.LOCK_EX)

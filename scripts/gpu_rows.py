@@ -22,6 +22,7 @@ ROWS = 4096
 VOCABULARY = 50257
 PADDED_VOCABULARY = 50304
 ENDLESS = 1_000_000
+LOG_EVERY = 10
 
 
 class RandomBlocks(Dataset[dict[str, torch.Tensor]]):
@@ -63,6 +64,7 @@ def stock(asked: dict[str, Any]) -> None:
         bf16=asked["precision"] == "bf16",
         fp16=asked["precision"] == "fp16",
         torch_compile=asked["compile"],
+        logging_steps=LOG_EVERY,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
@@ -89,7 +91,7 @@ def loop(asked: dict[str, Any]) -> None:
     compiled = torch.compile(model)
     rows = torch.randint(VOCABULARY, (ROWS, block + 1), generator=torch.Generator().manual_seed(1))
     meter, draw = Meter(), torch.Generator().manual_seed(2)
-    for _ in range(ENDLESS):
+    for step in range(ENDLESS):
         meter.begins()
         for _ in range(asked["accumulation"]):
             chosen = rows[torch.randint(ROWS, (asked["micro_batch"],), generator=draw)].pin_memory()
@@ -101,6 +103,8 @@ def loop(asked: dict[str, Any]) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if step % LOG_EVERY == 0:
+            loss.item()
         meter.ends()
 
 
