@@ -67,8 +67,8 @@ class Row:
     dropout: float = 0.0
     precision: str = "bf16"
     settings: dict[str, Any] = field(default_factory=dict)
-    warm: int = 6
-    window: int = 8
+    warm: int = 10
+    window: int = 10
     windows: int = 5
 
     @property
@@ -77,7 +77,7 @@ class Row:
 
 
 FAST = ("tanh_gelu", "causal_attention", "chunked_loss", "padded_vocabulary", "fused_adamw", "tf32")
-BRIEF: Mapping[str, Any] = {"compiled": False, "warm": 1, "window": 2, "windows": 2}
+BRIEF: Mapping[str, Any] = {"compiled": False, "warm": 3, "window": 2, "windows": 3}
 """Rows that are about memory: a few steps, not compiled."""
 
 MEMORY: Sequence[tuple[str, int, bool, int]] = (
@@ -132,7 +132,7 @@ def rows() -> list[Row]:
                 *("launcher", "gpt2-medium", 8, 30),
                 precision=precision,
                 settings={"train.strategy": strategy, "train.offload": offload},
-                **{**BRIEF, "warm": 3},
+                **BRIEF,
             )
             for strategy, offload, precision in STRATEGIES
         ),

@@ -8,6 +8,7 @@ result is written, it stands still until it is ended.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -49,8 +50,7 @@ class Meter(TrainerCallback):
         self._done = 0
         self._waited = 0.0
         self._first_step = 0.0
-        self._since = 0.0
-        self._rates: list[float] = []
+        self._ends: list[torch.cuda.Event] = []
 
     def begins(self) -> None:
         if self._done == 1:
@@ -61,20 +61,19 @@ class Meter(TrainerCallback):
             self._waited = time.perf_counter() - waits
 
     def ends(self) -> None:
+        """Mark the step's end in the GPU's own queue: waiting for it here would leave the GPU idle."""
         self._done += 1
         if self._done == 1:
             torch.cuda.synchronize()
             self._first_step = time.time() - self._asked.started
-        timed = self._done - 1 - self._asked.warm
-        if timed < 0 or timed % self._asked.window:
+        if self._done <= self._asked.warm:
+            return
+        self._ends.append(torch.cuda.Event(enable_timing=True))
+        self._ends[-1].record()
+        if len(self._ends) <= self._asked.window * self._asked.windows:
             return
         torch.cuda.synchronize()
-        now = time.perf_counter()
-        if timed:
-            self._rates.append(self._asked.window * self._asked.tokens / (now - self._since))
-        if len(self._rates) < self._asked.windows:
-            self._since = now
-        elif self._asked.profile:
+        if self._asked.profile:
             self._profile()
         else:
             self._finish([])
@@ -108,9 +107,14 @@ class Meter(TrainerCallback):
 
     def _finish(self, tables: list[str]) -> None:
         free, total = torch.cuda.mem_get_info()
+        marks = self._ends[:: self._asked.window]
+        rates = [
+            self._asked.window * self._asked.tokens / (1e-3 * first.elapsed_time(last))
+            for first, last in itertools.pairwise(marks)
+        ]
         found = {
-            "tokens_per_second": statistics.median(self._rates),
-            "windows": self._rates,
+            "tokens_per_second": statistics.median(rates),
+            "windows": rates,
             "peak_allocated": torch.cuda.max_memory_allocated(),
             "peak_reserved": torch.cuda.max_memory_reserved(),
             "used_on_device": total - free,
