@@ -1,8 +1,8 @@
 """What comes and goes within a step, in bytes on one rank: activations, logits, and autocast's copies.
 
-The peak is at one of three moments, and the largest counts: where the loss is computed, with autocast still
+The peak is at one of four moments, and the largest counts: where the loss is computed, with autocast still
 holding a copy of every weight matrix; where the backward pass begins, with the logits' gradient being made;
-or later, inside a layer. Left out: the allocator's fragmentation, and dense attention masks (padded or
+or later, inside the last layer or, with the gradients of all others there, inside the first. Left out: the allocator's fragmentation, and dense attention masks (padded or
 isolated documents).
 """
 
@@ -55,11 +55,12 @@ class Passing:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """The three moments that may be the peak."""
+    """The four moments that may be the peak; `first` is the first layer, to which backward comes last."""
 
     loss: Passing
     backward: Passing
     layer: Passing
+    first: Passing
 
 
 def moments(
@@ -72,7 +73,7 @@ def moments(
     chunked_loss: bool,
     on_cpu: bool,
 ) -> Moments:
-    """The loss, the start of backward, and inside the last layer, for `micro_batch` blocks of `block_size`.
+    """The loss, the start of backward, and inside the last and the first layer, for `micro_batch` blocks of `block_size`.
 
     Autocast casts each weight matrix once a forward pass and holds the copies until the pass is over;
     backward needs them too, except under checkpointing, where each layer casts its own again.
@@ -95,6 +96,7 @@ def moments(
         loss=Passing(casts + head, kept + ends, at_loss),
         backward=Passing((0 if gradient_checkpointing else casts) + head, kept + ends, at_backward),
         layer=Passing((each if gradient_checkpointing else casts) + head, kept + again + inside, at_layer),
+        first=Passing(each, layer + inside, at_layer),
     )
 
 

@@ -1,8 +1,8 @@
 """Bytes on one GPU at the peak of a training step, by category, in closed form.
 
-What lasts is in `states`, what comes and goes in `activations`. The peak is at one of four moments, and the
-largest counts: where the loss is computed, where the backward pass begins, inside a layer on the way back,
-and when backward is over and gradients are summed. Not measured on a GPU; `docs/concepts/memory.md` says
+What lasts is in `states`, what comes and goes in `activations`. The peak is at one of five moments, and the
+largest counts: where the loss is computed, where the backward pass begins, inside the last layer on the way
+back and inside the first, and when backward is over and gradients are summed. `docs/concepts/memory.md` says
 what it was held against.
 """
 
@@ -56,6 +56,7 @@ def estimate(
     sharding: Sharding,
     *,
     micro_batch: int,
+    accumulation: int,
     block_size: int,
     precision: str,
     gradient_checkpointing: bool,
@@ -64,8 +65,8 @@ def estimate(
 ) -> Memory:
     """The peak of one rank with AdamW, for `micro_batch` sequences of `block_size` tokens.
 
-    Gradients count although the first micro-batch of a step has none yet. Raises ValueError for another
-    `precision` than bf16, fp16 and fp32, or an unknown strategy.
+    With `accumulation` 1 most engines have no gradients before backward makes them: the step before let them
+    go. Raises ValueError for another `precision` than bf16, fp16 and fp32, or an unknown strategy.
     """
     if precision not in {"bf16", "fp16", "fp32"}:
         raise ValueError(f"unknown precision {precision!r}: expected bf16, fp16 or fp32")
@@ -80,32 +81,39 @@ def estimate(
         on_cpu=on_cpu,
     )
     framework = _framework(sharding.world_size, on_cpu=on_cpu)
-    peaks = [_at(lasting, *moment, framework) for moment in _with_collectives(sharding, lasting, passing)]
+    before = lasting.gradients if accumulation > 1 else lasting.kept
+    peaks = [
+        _at(lasting, *moment, framework) for moment in _with_collectives(sharding, lasting, passing, before)
+    ]
     return max(peaks, key=lambda memory: memory.total)
 
 
 def _with_collectives(
-    sharding: Sharding, lasting: States, passing: Moments
+    sharding: Sharding, lasting: States, passing: Moments, before: int
 ) -> Iterator[tuple[Passing, int, int, int]]:
-    """Each moment, with the weights gathered, the gradients in flight, and the collectives' buffers then."""
+    """Each moment, with the weights gathered, the gradients there, and the collectives' buffers then.
+
+    `before` are the gradients that are there before the layers' own are made.
+    """
     always = lasting.buffers if sharding.strategy in ("ddp", "zero3") else 0
     if sharding.strategy == "zero1":
         # Its two buckets are there from one micro-batch to the next, and only the third copy is not.
         always = 2 * lasting.buffers // 3
-    yield passing.loss, lasting.gathered, 0, always
-    yield passing.backward, lasting.gathered, 0, always
-    yield passing.layer, lasting.gathered, lasting.transient, lasting.buffers
-    yield Passing(0, 0, 0), 0, 0, always + lasting.reduction
+    yield passing.loss, lasting.gathered, before, always
+    yield passing.backward, lasting.gathered, before, always
+    yield passing.layer, lasting.gathered, before + lasting.transient, lasting.buffers
+    yield passing.first, lasting.gathered, lasting.gradients + lasting.transient, lasting.buffers
+    yield Passing(0, 0, 0), 0, lasting.gradients, always + lasting.reduction
 
 
 def _at(
-    lasting: States, passing: Passing, gathered: int, transient: int, buffers: int, framework: int
+    lasting: States, passing: Passing, gathered: int, gradients: int, buffers: int, framework: int
 ) -> Memory:
     return Memory(
         parameters=lasting.parameters,
         weight_copies=passing.weight_copies + gathered,
         master_weights=lasting.master_weights,
-        gradients=lasting.gradients + transient,
+        gradients=gradients,
         optimizer=lasting.optimizer,
         activations=passing.activations,
         logits_and_loss=passing.logits_and_loss,

@@ -63,10 +63,12 @@ def _total(
 ) -> int:
     """Bytes of one rank of the plan, with these changed."""
     fast = plan.fast.under(strategy or plan.strategy)
+    micro = micro_batch or plan.batch.micro_batch
     return estimate(
         trained_shape(shape, fast),
         Sharding(strategy or plan.strategy, plan.batch.world_size, offload or plan.offload),
-        micro_batch=micro_batch or plan.batch.micro_batch,
+        micro_batch=micro,
+        accumulation=plan.batch.batch_size // (micro * plan.batch.world_size),
         block_size=plan.block_size,
         precision=plan.precision,
         gradient_checkpointing=plan.gradient_checkpointing

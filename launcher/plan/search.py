@@ -122,6 +122,7 @@ def _candidate(job: Job, batch: Batch, checkpointing: bool, sharding: Sharding) 
         shape,
         sharding,
         micro_batch=batch.micro_batch,
+        accumulation=batch.accumulation,
         block_size=job.block_size,
         precision=job.precision,
         gradient_checkpointing=checkpointing,

@@ -40,6 +40,7 @@ class Sharding:
 class States:
     """Bytes on the GPU for as long as the run lasts, and what comes on top of them at some moments.
 
+    `kept` are those of the `gradients` that stay from one step to the next: the others are made anew.
     `gathered`: weights brought together, where the loss is computed and inside a layer; `transient`:
     gradients on their way, and `buffers`: the collectives', both while layers go backward; `reduction`: what
     is needed once backward is over. `host` is what this rank keeps in its node's memory instead.
@@ -49,6 +50,7 @@ class States:
     master_weights: int
     gradients: int
     optimizer: int
+    kept: int = 0
     gathered: int = 0
     transient: int = 0
     buffers: int = 0
@@ -122,6 +124,7 @@ def _bf16_optimizer(shape: Shape, world_size: int) -> States:
         master_weights=FP32 * partition,
         gradients=FP32 * whole + HALF * parameters(shape),
         optimizer=2 * FP32 * partition,
+        kept=FP32 * whole,
         transient=FP32 * shape.vocab * shape.hidden,  # an embedding's gradient, cast to be added up
         reduction=copied,
     )
@@ -214,6 +217,7 @@ def _stage_3(shape: Shape, sharding: Sharding, *, half: bool) -> States:
         master_weights=FP32 * own if on_gpu else 0,
         gradients=FP32 * own if on_gpu else 0,
         optimizer=2 * FP32 * own if on_gpu else 0,
+        kept=FP32 * own if on_gpu else 0,
         gathered=element * (table + sizes.prefetch_bucket_size) if shared or not on_gpu else 0,
         # The table's gradient as elsewhere, and a matrix's before it is in the bucket.
         transient=element * (table + shape.hidden * shape.intermediate),

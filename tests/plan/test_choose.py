@@ -135,6 +135,7 @@ def test_nothing_better_would_have_fitted(
             model,
             Sharding(strategy, ranks),
             micro_batch=micro,
+            accumulation=share // micro,
             block_size=block_size,
             precision=precision,
             gradient_checkpointing=checkpointing,

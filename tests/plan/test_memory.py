@@ -64,7 +64,7 @@ def planned(
     world_size: int = 1,
     **how: Any,
 ) -> Memory:
-    asked = {"micro_batch": MICRO_BATCH, "block_size": BLOCK_SIZE} | how
+    asked = {"micro_batch": MICRO_BATCH, "accumulation": 2, "block_size": BLOCK_SIZE} | how
     return estimate(
         shape(fields),
         Sharding(strategy, world_size),

@@ -83,6 +83,7 @@ def test_a_step_s_peak_is_near_what_the_engines_reach() -> None:
             model,
             Sharding(strategy, 8),
             micro_batch=1,
+            accumulation=2,
             block_size=WIDE["n_positions"],
             precision=precision,
             gradient_checkpointing=False,
