@@ -273,7 +273,11 @@ class TrainSection(Section):
         "auto",
         description="Sequences per forward pass on one rank. `auto`: the largest that fits and divides.",
     )
-    compile: Literal["auto"] | bool = Field("auto", description="Run the model through torch.compile.")
+    compile: Literal["auto"] | bool = Field(
+        "auto",
+        description="Run the model through torch.compile. `auto`: on a GPU with strategy ddp and "
+        "`packing: concat`.",
+    )
     fast: FastSection = Field(
         default_factory=FastSection,
         description="What makes the stock model fast without changing what is trained or saved.",

@@ -2,8 +2,8 @@
 
 The peak is at one of four moments, and the largest counts: where the loss is computed, with autocast still
 holding a copy of every weight matrix; where the backward pass begins, with the logits' gradient being made;
-or later, inside the last layer or, with the gradients of all others there, inside the first. Left out: the allocator's fragmentation, and dense attention masks (padded or
-isolated documents).
+or later, inside the last layer or, with the gradients of all others there, inside the first. Left out: the
+allocator's fragmentation, and dense attention masks (padded or isolated documents).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def moments(
     chunked_loss: bool,
     on_cpu: bool,
 ) -> Moments:
-    """The loss, the start of backward, and inside the last and the first layer, for `micro_batch` blocks of `block_size`.
+    """The loss, the start of backward, inside the last layer and the first: `micro_batch` x `block_size`.
 
     Autocast casts each weight matrix once a forward pass and holds the copies until the pass is over;
     backward needs them too, except under checkpointing, where each layer casts its own again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from launcher.config.schema import RunConfig, seconds
 from launcher.errors import MachineError, RequestError
@@ -218,7 +218,7 @@ def make_plan(
         offload=chosen.sharding.offload,
         precision=precision,
         gradient_checkpointing=chosen.gradient_checkpointing,
-        compile=job.compiled,
+        compile=job.compiles(chosen.sharding.strategy),
         batch=chosen.batch,
         block_size=data.block_size,
         steps=steps,
@@ -271,13 +271,22 @@ def _job(run: RunConfig, place: Place, shape: Shape | None, precision: str, fast
         gpu=place.gpu,
         precision=precision,
         block_size=run.data.block_size,
-        compiled=run.train.compile is True,
+        compiled=_compiled(run, place),
         world_size=place.world_size,
         ranks_per_node=place.ranks_per_node,
         network=place.network,
         available=_memory_per_rank(place),
         fast=fast,
     )
+
+
+def _compiled(run: RunConfig, place: Place) -> bool | Literal["auto"]:
+    """Rows of other lengths would be compiled anew; on a CPU it gains little and takes a minute."""
+    asked = run.train.compile
+    if asked != "auto":
+        return asked
+    alike = run.data.packing == "concat" and not run.data.isolate_documents
+    return "auto" if alike and not place.is_cpu else False
 
 
 def _fit(run: RunConfig, job: Job, done: Done) -> tuple[Candidate, list[Candidate]]:

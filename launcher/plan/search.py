@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from launcher.plan.batch import Batch
 from launcher.plan.collectives import Wires
@@ -48,12 +49,16 @@ class Job:
     gpu: GPU
     precision: str
     block_size: int
-    compiled: bool
+    compiled: bool | Literal["auto"]
     world_size: int
     ranks_per_node: int
     network: float | None
     available: int | None
     fast: Fast = NOTHING_FAST
+
+    def compiles(self, strategy: str) -> bool:
+        """Whether the model is compiled under `strategy`: `auto` is what was measured to pay, plain DDP."""
+        return self.compiled is True or (self.compiled == "auto" and strategy == "ddp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +150,7 @@ def _speed(job: Job, shape: Shape, batch: Batch, checkpointing: bool, sharding: 
         stack_of(
             shape,
             sharding.numbers(job.precision),
-            compiled=job.compiled,
+            compiled=job.compiles(sharding.strategy),
             chunked_loss=job.fast.under(sharding.strategy).chunked_loss,
         ),
         sharding,
