@@ -23,6 +23,11 @@ HALF: Final = 2
 BYTES_PER_LOGIT: Final = 12
 """Where backward begins: the loss's fp32 log-probabilities, their gradient, and the one it is made into."""
 
+COMPILED_BYTES_PER_LOGIT: Final = 8
+COMPILED_BYTES_PER_CHUNKED_LOGIT: Final = 5
+"""The same where torch.compile fuses what the loss is made of: of all logits, and of a chunk's. Fitted on
+gpt2's rows in `docs/benchmarks/memory.md`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
@@ -71,6 +76,7 @@ def moments(
     block_size: int,
     gradient_checkpointing: bool,
     chunked_loss: bool,
+    compiled: bool,
     on_cpu: bool,
 ) -> Moments:
     """The loss, the start of backward, inside the last layer and the first: `micro_batch` x `block_size`.
@@ -89,7 +95,7 @@ def moments(
     # A checkpointed layer keeps its input alone, and all of it is computed again on the way back.
     kept = shape.layers * (tokens * numbers.stream * shape.hidden if gradient_checkpointing else layer)
     loss = _chunked if chunked_loss else _whole
-    at_loss, at_backward, at_layer = loss(shape, numbers, tokens, on_cpu=on_cpu)
+    at_loss, at_backward, at_layer = loss(shape, numbers, tokens, compiled=compiled, on_cpu=on_cpu)
     # By the time the layers' own gradients are made, the logits and what led to them are gone.
     again = layer if gradient_checkpointing else 0
     return Moments(
@@ -100,13 +106,19 @@ def moments(
     )
 
 
-def _whole(shape: Shape, numbers: Numbers, tokens: int, *, on_cpu: bool) -> tuple[int, int, int]:
-    """Logits and loss of all tokens at once, at the three moments."""
+def _whole(
+    shape: Shape, numbers: Numbers, tokens: int, *, compiled: bool, on_cpu: bool
+) -> tuple[int, int, int]:
+    """Logits and loss of all tokens at once, at the loss, as backward begins, and in the layers."""
     logits = tokens * shape.vocab
+    if compiled:
+        return COMPILED_BYTES_PER_LOGIT * logits, COMPILED_BYTES_PER_LOGIT * logits, 0
     return _forward_bytes(numbers) * logits, BYTES_PER_LOGIT * logits, 0
 
 
-def _chunked(shape: Shape, numbers: Numbers, tokens: int, *, on_cpu: bool) -> tuple[int, int, int]:
+def _chunked(
+    shape: Shape, numbers: Numbers, tokens: int, *, compiled: bool, on_cpu: bool
+) -> tuple[int, int, int]:
     """One chunk's logits with their log-probabilities, beside the fp32 gradient of the head's weight.
 
     The head's input is there until its gradient is whole, which then stands where the stock loss keeps that
@@ -115,7 +127,8 @@ def _chunked(shape: Shape, numbers: Numbers, tokens: int, *, on_cpu: bool) -> tu
     """
     rows = min(tokens, chunk_rows(shape.vocab, on_cpu=on_cpu))
     head = shape.vocab * shape.hidden
-    chunk = _forward_bytes(numbers) * rows * shape.vocab
+    each = COMPILED_BYTES_PER_CHUNKED_LOGIT if compiled else _forward_bytes(numbers)
+    chunk = each * rows * shape.vocab
     scaled = numbers.stream * head
     wide = numbers.stream * tokens * shape.hidden
     wider = wide - numbers.compute * tokens * shape.hidden

@@ -61,6 +61,7 @@ def estimate(
     precision: str,
     gradient_checkpointing: bool,
     chunked_loss: bool = False,
+    compiled: bool = False,
     on_cpu: bool = False,
 ) -> Memory:
     """The peak of one rank with AdamW, for `micro_batch` sequences of `block_size` tokens.
@@ -78,6 +79,7 @@ def estimate(
         block_size=block_size,
         gradient_checkpointing=gradient_checkpointing,
         chunked_loss=chunked_loss,
+        compiled=compiled,
         on_cpu=on_cpu,
     )
     framework = _framework(sharding.world_size, on_cpu=on_cpu)

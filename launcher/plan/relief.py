@@ -75,5 +75,6 @@ def _total(
         if gradient_checkpointing is None
         else gradient_checkpointing,
         chunked_loss=fast.chunked_loss,
+        compiled=plan.compile and (strategy or plan.strategy) == plan.strategy,
         on_cpu=plan.device == "cpu",
     ).total

@@ -132,6 +132,7 @@ def _candidate(job: Job, batch: Batch, checkpointing: bool, sharding: Sharding) 
         precision=job.precision,
         gradient_checkpointing=checkpointing,
         chunked_loss=fast.chunked_loss,
+        compiled=job.compiles(sharding.strategy),
         on_cpu=job.gpu.name == "cpu",
     )
     fits = job.available is None or memory.total <= FILL * job.available
