@@ -226,7 +226,7 @@ def doctor(cluster: ClusterFile = None, as_json: AsJson = False) -> None:
 
 
 def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
-    from launcher.render.table import asked_rows, becomes_rows, speed_rows
+    from launcher.render.table import asked_rows, becomes_rows, fit_rows, speed_rows
     from launcher.run.assemble import rendered_files
     from launcher.run.directory import run_directory
 
@@ -242,7 +242,8 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
             "" if planned.memory_available is None else f" of {console.gibibytes(planned.memory_available)}"
         )
         title = f"memory per rank: about {console.gibibytes(total)}{room} (an estimate, not yet measured)"
-        blocks.append(console.section(title, console.bars(held, planned.memory_available)))
+        bars = console.bars(held, planned.memory_available)
+        blocks.append(console.section(title, [*bars, *fit_rows(planned)]))
     blocks.append(console.section("speed: a prediction, not measured on this GPU", speed_rows(planned)))
     config = assembly.run.config
     files = rendered_files(assembly, run_directory(config), None)
