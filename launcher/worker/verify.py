@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from launcher.config.schema import TrainSection
@@ -47,10 +47,10 @@ def verify(
     Raises TrainingError listing every difference with both values.
     """
     plan = orders.plan
-    asked = planned(orders, train) | {
+    asked = planned(orders, train, start_step) | {
         "samples of the first step": trainer.phases.samples_of_step(start_step).tolist()
     }
-    live = found(trainer) | {"samples of the first step": _live_samples(trainer, plan)}
+    live = found(trainer, start_step) | {"samples of the first step": _live_samples(trainer, plan)}
     rank = trainer.accelerator.process_index
     wrong = [
         f"{name}: planned {asked.get(name, 'nothing')}, found {live.get(name, 'nothing')}"
@@ -67,8 +67,8 @@ def verify(
     return f"verified: {len(asked)} settings of the live run are the plan's, on {ranks}"
 
 
-def planned(orders: Orders, train: TrainSection) -> Facts:
-    """What the plan says of everything that `found` reads."""
+def planned(orders: Orders, train: TrainSection, start_step: int) -> Facts:
+    """What the plan says of everything that `found` reads, before the step after `start_step`."""
     plan = orders.plan
     stage = zero_stage(plan.strategy)
     # DeepSpeed holds the weights as it computes with them, and fp32 copies; the others cast on the way.
@@ -87,10 +87,10 @@ def planned(orders: Orders, train: TrainSection) -> Facts:
         "gradient checkpointing": plan.gradient_checkpointing,
         "compile": plan.compile,
         "attention": orders.model.get("attn_implementation") or "sdpa",
-        "loss scale": f"dynamic, from {2**LOSS_SCALE_POWER}" if plan.precision == "fp16" else None,
+        "loss scale": _dynamic(2**LOSS_SCALE_POWER, start_step) if plan.precision == "fp16" else None,
     }
     if plan.strategy == "fsdp":
-        facts["mixed precision"] = fsdp_policy(plan)
+        facts |= {"mixed precision": {fsdp_policy(plan)}, "offloaded": plan.offload}
     if stage is None:
         return facts | {"precision": MIXED[plan.precision]}
     return facts | {
@@ -109,7 +109,7 @@ def _planned_engine(plan: Plan) -> str:
     return "DDP" if plan.batch.world_size > 1 else "one process"
 
 
-def found(trainer: LauncherTrainer) -> Facts:
+def found(trainer: LauncherTrainer, start_step: int) -> Facts:
     """The same of the live run."""
     accelerator, arguments, model = trainer.accelerator, trainer.args, trainer.bare_model
     wrapped = trainer.model_wrapped
@@ -128,10 +128,10 @@ def found(trainer: LauncherTrainer) -> Facts:
         "gradient checkpointing": _recomputes(model),
         "compile": wrapped is not engine or getattr(engine, "is_compiled", False),
         "attention": model.config._attn_implementation,
-        "loss scale": _loss_scale(trainer),
+        "loss scale": _loss_scale(trainer, start_step),
     }
     if facts["engine"] == "FSDP2":
-        facts["mixed precision"] = engine._get_fsdp_state()._fsdp_param_group.mp_policy
+        facts |= _fsdp(engine)
     if facts["engine"] != "DeepSpeed":
         return facts | {"precision": accelerator.mixed_precision}
     return facts | _deepspeed(engine)
@@ -168,6 +168,21 @@ def _deepspeed(engine: Any) -> Facts:
     }
 
 
+def _fsdp(engine: torch.nn.Module) -> Facts:
+    """What each group of weights that FSDP2 shards by itself goes by."""
+    states = [module._get_fsdp_state() for module in engine.modules() if isinstance(module, FSDPModule)]
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    offloaded = [group for group in groups if isinstance(group.offload_policy, CPUOffloadPolicy)]
+    return {
+        "mixed precision": {group.mp_policy for group in groups},
+        "offloaded": "none"
+        if not offloaded
+        else "parameters"
+        if len(offloaded) == len(groups)
+        else "some parameters",
+    }
+
+
 def _optimized(trainer: LauncherTrainer) -> Iterator[torch.Tensor]:
     """The tensors that the innermost optimizer steps: the model's own, or DeepSpeed's copies of a shard."""
     optimizer: Any = getattr(trainer.model_wrapped, "optimizer", trainer.optimizer)
@@ -179,21 +194,27 @@ def _optimized(trainer: LauncherTrainer) -> Iterator[torch.Tensor]:
         yield from group["params"]
 
 
-def _recomputes(model: torch.nn.Module) -> bool:
+def _recomputes(model: torch.nn.Module) -> bool | str:
     """Whether layers really recompute: each goes by its own flag, and only in training."""
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    return any(layer.gradient_checkpointing and layer.training for layer in layers)
+    recompute = {bool(layer.gradient_checkpointing and layer.training) for layer in layers}
+    return "in some layers" if len(recompute) > 1 else True in recompute
 
 
-def _loss_scale(trainer: LauncherTrainer) -> str | None:
+def _loss_scale(trainer: LauncherTrainer, start_step: int) -> str | None:
     """How small gradients are kept from vanishing in fp16; None where the loss is not scaled."""
     scaler: Any = trainer.accelerator.scaler
     optimizer: Any = getattr(trainer.model_wrapped, "optimizer", None)
     if scaler is not None and scaler.is_enabled():
-        return f"dynamic, from {scaler.get_scale():.0f}"
+        return _dynamic(scaler.get_scale(), start_step)
     if not getattr(optimizer, "dynamic_loss_scale", False):
         return None
-    return f"dynamic, from {optimizer.cur_scale:.0f}"
+    return _dynamic(optimizer.cur_scale, start_step)
+
+
+def _dynamic(scale: float, start_step: int) -> str:
+    """A loss scale in words. Where a run goes on, its checkpoint says what the scale has become by then."""
+    return "dynamic" if start_step else f"dynamic, from {scale:.0f}"
 
 
 def _live_samples(trainer: LauncherTrainer, plan: Plan) -> list[int]:

@@ -7,13 +7,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from launcher.config.schema import TrainSection
+from launcher.plan.orders import Orders
+from launcher.worker import verify as verifying
 from scripts.check_strategies import Bench, Cell
-from tests.conftest import sentences, write_json
+from tests.conftest import sentences, small_plan, write_json
 from tests.worker import tampering
 
 FOUND: Mapping[str, str] = {
@@ -35,7 +41,9 @@ FOUND: Mapping[str, str] = {
     "ZeRO stage": "planned 2, found 1",
     "offloaded": "planned none, found optimizer",
     "gradients": "planned torch.float32, found torch.bfloat16",
-    "mixed precision": "found MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.bfloat16",
+    "mixed precision": "MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.bfloat16",
+    "fsdp gradient checkpointing": "planned False, found in some layers",
+    "fsdp offloaded": "planned none, found some parameters",
     "version of torch": "rank 1 has 1.0",
     "sha256 of config.yaml": "rank 1 has ",
     "sha256 of manifest.json": "rank 1 has ",
@@ -112,7 +120,10 @@ def test_what_differs_is_found_with_both_values(
 ) -> None:
     message = said[strategy][name]
     assert message is not None, "it was not found"
-    expected = f"planned {ENGINES[strategy]}, found one process" if name == "engine" else FOUND[name]
+    expected = FOUND.get(f"{strategy} {name}") or FOUND.get(name)
+    if name == "engine":
+        expected = f"planned {ENGINES[strategy]}, found one process"
+    assert expected is not None
     assert f"{name}: " in message
     assert expected in message.partition(f"{name}: ")[2]
 
@@ -136,3 +147,23 @@ def test_another_stage_in_deepspeeds_file_does_not_train(bench: Bench) -> None:
     end = json.loads(max(directory.glob("logs/*/rank-0.end.json")).read_text())
     assert end["outcome"] == "CRASHED", done.stderr
     assert "ZeRO stage: planned 3, found 0" in end["error"]
+
+
+def test_where_a_run_goes_on_its_loss_scale_may_have_moved() -> None:
+    """transformers and DeepSpeed load the scale with the checkpoint, before verification."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler), model_wrapped=None)
+    plan = replace(small_plan(), precision="fp16")
+    orders = Orders("0", "", plan, {}, weights=None, store=None, vocabulary=None)
+    train = TrainSection.model_validate({"batch_size": 8, "steps": 20})
+
+    def differs(start_step: int) -> bool:
+        asked = verifying.planned(orders, train, start_step)["loss scale"]
+        return asked != verifying._loss_scale(trainer, start_step)
+
+    assert not differs(0)
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**12})
+    assert differs(0)
+    assert not differs(10)
+    trainer.accelerator.scaler = None
+    assert differs(10), "there is none"
