@@ -113,7 +113,7 @@ def train(
     from launcher.run.assemble import assemble, write_run
     from launcher.run.directory import check_goes_on, check_same_run, run_directory
     from launcher.run.environment import describe_environment
-    from launcher.run.preflight import check_launch
+    from launcher.run.preflight import check_host_memory, check_launch
     from launcher.run.samples import check_skip
     from launcher.run.supervise import is_finished, only_supervisor, supervise
     from launcher.run.text import ready_text
@@ -121,6 +121,7 @@ def train(
     draft = assembled(run, overrides, cluster)
     directory = run_directory(draft.run.config)
     check_launch(draft.run.config, draft.place, draft.machine, draft.plan.strategy)
+    check_host_memory(draft.plan, draft.machine)
     check_same_run(directory, draft.run.config)
     text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
     final = assemble(draft.run, draft.cluster, draft.machine, text)

@@ -52,6 +52,7 @@ def taken(overrides: str) -> dict[str, Any]:
         ("a100-sxm-80gb", 8, {"micro_batch": 12, "strategy": "zero2"}),
         ("a100-sxm-80gb", 1, {"micro_batch": 32, "strategy": "ddp"}),
         ("a100-sxm-80gb", 8, {"micro_batch": 4, "strategy": "fsdp"}),
+        ("a100-sxm-80gb", 8, {"micro_batch": 4, "strategy": "zero2", "offload": "optimizer"}),
         ("cpu", 2, {"micro_batch": 8, "strategy": "ddp"}),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from launcher.config.load import load_cluster, load_run
 from launcher.config.presets import starter_run
 from launcher.config.schema import ClusterConfig
-from launcher.errors import RequestError
+from launcher.errors import MachineError, RequestError
 from launcher.plan.choose import Plan
 from launcher.run.assemble import assemble, find_place
 from launcher.run.explain import explain_key
@@ -72,3 +72,18 @@ def test_a_description_of_a_known_gpu_is_refused() -> None:
     cluster = ClusterConfig.model_validate({"gpu": {"name": "t4-16gb", "memory_gb": 32.0}})
     with pytest.raises(RequestError, match="'t4-16gb' is in the catalogue"):
         find_place(cluster, BARE)
+
+
+@pytest.mark.parametrize("gpu", ["h10-sxm", "{name: t4-16gb, memory_gb: 32}"])
+def test_what_is_wrong_with_a_cluster_is_said_with_its_line(tmp_path: Path, gpu: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        planned(tmp_path, gpu)
+    assert refused.value.message.endswith("(cluster.yaml:2)")
+
+
+def test_gpus_that_cannot_be_counted_are_asked_for_where_they_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(starter_run("gpt2", "gpt2"))
+    (tmp_path / "cluster.yaml").write_text("gpu: t4-16gb\ngpus_per_node: auto\n")
+    with pytest.raises(MachineError) as lacking:
+        assemble(load_run(tmp_path / "run.yaml"), load_cluster(tmp_path / "cluster.yaml"), BARE)
+    assert lacking.value.message.endswith("it has none (cluster.yaml:2)")
