@@ -22,9 +22,9 @@ A100 = "{name: mine, memory_gb: 80, bf16_tflops: 312, bandwidth_gbs: 2039, link_
 """An A100 80GB (SXM) by its datasheet."""
 
 
-def planned(folder: Path, gpu: str, model: str = "gpt2") -> Plan:
-    (folder / "run.yaml").write_text(starter_run(model, model))
-    (folder / "cluster.yaml").write_text(f"gpus_per_node: 8\ngpu: {gpu}\n")
+def planned(folder: Path, gpu: str, gpus: int = 8) -> Plan:
+    (folder / "run.yaml").write_text(starter_run("gpt2", "gpt2"))
+    (folder / "cluster.yaml").write_text(f"gpus_per_node: {gpus}\ngpu: {gpu}\n")
     return assemble(load_run(folder / "run.yaml"), load_cluster(folder / "cluster.yaml"), BARE).plan
 
 
@@ -43,6 +43,15 @@ def test_a_described_gpu_is_planned_for_as_the_catalogue_s_own(
     assert known.peak_flops == 312e12
     assert known.forecast is not None
     assert mine == replace(known, gpu="mine")
+
+
+def test_a_gpu_by_itself_needs_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    without = A100.replace(", link_gbs: 300", "")
+    assert planned(tmp_path, without).forecast is None
+    alone = planned(tmp_path, without, gpus=1)
+    assert alone.forecast is not None
+    assert alone == planned(tmp_path, A100, gpus=1)
 
 
 def test_memory_alone_says_what_fits_and_not_how_fast(
