@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.check_strategies import CLOSE, SAME_LOGITS, STEPS, Bench, Cell, Tried
+from scripts.check_strategies import CLOSE, PAGE, SAME_LOGITS, STEPS, Bench, Cell, Tried, write_table
 from tests.conftest import sentences, write_json
 
 LONG = pytest.mark.skipif("LAUNCHER_LONG" not in os.environ, reason="a minute each: set LAUNCHER_LONG=1")
@@ -110,3 +110,25 @@ def test_several_nodes_are_started_by_hand_and_are_one_run(bench: Bench, ddp: Ca
     assert losses.keys() == reference.keys()
     assert max(abs(losses[step] - reference[step]) for step in losses) < CLOSE
     assert (directory / "model" / "model.safetensors").is_file()
+
+
+def test_what_a_gpu_was_tried_with_stays_in_the_table(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    text = PAGE.read_text(encoding="utf-8")
+    page.write_text(text)
+    write_table({}, page)
+    assert page.read_text() == text, "nothing was tried"
+    row = next(line for line in text.splitlines() if line.startswith("| zero2 | none "))
+    page.write_text(
+        text.replace(row, "| zero2 | none | tested on GPU, 1 | rendered only | tested on GPU, 2 |")
+    )
+    write_table(
+        {Cell("zero2", "fp32"): True, Cell("zero2", "bf16"): True, Cell("zero1", "bf16"): False}, page
+    )
+    lines = page.read_text().splitlines()
+    _, _, _, fp32, bf16, fp16, _ = next(line for line in lines if line.startswith("| zero2 | none ")).split(
+        "|"
+    )
+    assert (fp32.strip(), fp16.strip()) == ("tested on GPU, 1", "tested on GPU, 2")
+    assert bf16.strip().startswith("tested on CPU, 2")
+    assert sum("fails on CPU" in line for line in lines) == 1
