@@ -188,6 +188,13 @@ def test_what_is_not_there_is_what_deepspeed_takes_it_for() -> None:
     assert not [left for left in both.left if left.key.startswith("no ")]
 
 
+def test_a_micro_batch_follows_from_all_the_others() -> None:
+    ranks = {"distributed_type": "DEEPSPEED", "num_processes": 2}
+    asked = {"train_batch_size": 64, "gradient_accumulation_steps": 4}
+    assert said(of(asked, ranks))["train.micro_batch"] == 8
+    assert "train.micro_batch" not in said(of(asked)), "the ranks are not known"
+
+
 def test_an_accumulation_that_is_auto_is_not_taken_for_one() -> None:
     steps = {"gradient_accumulation_steps": "auto"}
     micro = {"train_micro_batch_size_per_gpu": 4}
