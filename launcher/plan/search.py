@@ -131,14 +131,17 @@ def _candidate(job: Job, batch: Batch, checkpointing: bool, sharding: Sharding) 
 
 
 def _speed(job: Job, shape: Shape, batch: Batch, checkpointing: bool, sharding: Sharding) -> Speed | None:
-    alone = job.ranks_per_node == 1  # then nothing goes over a link within the node
-    if job.gpu.link is None and not alone:
-        return None
+    if job.gpu.link is None:
+        if job.ranks_per_node > 1:
+            return None
+        # Nothing goes over a link within the node.
+        unlinked = replace(job, gpu=replace(job.gpu, link=0.0))
+        return _speed(unlinked, shape, batch, checkpointing, sharding)
     return step_speed(
         shape,
         job.gpu,
         batch,
-        Wires(job.ranks_per_node, job.gpu.link or 0.0, job.network),
+        Wires(job.ranks_per_node, job.gpu.link, job.network),
         stack_of(shape, sharding.numbers(job.precision), compiled=job.compiled),
         sharding,
         block_size=job.block_size,

@@ -47,10 +47,12 @@ def verify(
     Raises TrainingError listing every difference with both values.
     """
     plan = orders.plan
-    asked = planned(orders, train, start_step) | {
+    asked = planned(orders, train) | {
         "samples of the first step": trainer.phases.samples_of_step(start_step).tolist()
     }
-    live = found(trainer, start_step) | {"samples of the first step": _live_samples(trainer, plan)}
+    live = found(trainer) | {"samples of the first step": _live_samples(trainer, plan)}
+    if start_step:
+        asked, live = with_any_scale(asked), with_any_scale(live)
     rank = trainer.accelerator.process_index
     wrong = [
         f"{name}: planned {asked.get(name, 'nothing')}, found {live.get(name, 'nothing')}"
@@ -67,8 +69,8 @@ def verify(
     return f"verified: {len(asked)} settings of the live run are the plan's, on {ranks}"
 
 
-def planned(orders: Orders, train: TrainSection, start_step: int) -> Facts:
-    """What the plan says of everything that `found` reads, before the step after `start_step`."""
+def planned(orders: Orders, train: TrainSection) -> Facts:
+    """What the plan says of everything that `found` reads."""
     plan = orders.plan
     stage = zero_stage(plan.strategy)
     # DeepSpeed holds the weights as it computes with them, and fp32 copies; the others cast on the way.
@@ -87,7 +89,7 @@ def planned(orders: Orders, train: TrainSection, start_step: int) -> Facts:
         "gradient checkpointing": plan.gradient_checkpointing,
         "compile": plan.compile,
         "attention": orders.model.get("attn_implementation") or "sdpa",
-        "loss scale": _dynamic(2**LOSS_SCALE_POWER, start_step) if plan.precision == "fp16" else None,
+        "loss scale": f"dynamic, from {2**LOSS_SCALE_POWER}" if plan.precision == "fp16" else None,
     }
     if plan.strategy == "fsdp":
         facts |= {"mixed precision": {fsdp_policy(plan)}, "offloaded": plan.offload}
@@ -109,7 +111,7 @@ def _planned_engine(plan: Plan) -> str:
     return "DDP" if plan.batch.world_size > 1 else "one process"
 
 
-def found(trainer: LauncherTrainer, start_step: int) -> Facts:
+def found(trainer: LauncherTrainer) -> Facts:
     """The same of the live run."""
     accelerator, arguments, model = trainer.accelerator, trainer.args, trainer.bare_model
     wrapped = trainer.model_wrapped
@@ -128,7 +130,7 @@ def found(trainer: LauncherTrainer, start_step: int) -> Facts:
         "gradient checkpointing": _recomputes(model),
         "compile": wrapped is not engine or getattr(engine, "is_compiled", False),
         "attention": model.config._attn_implementation,
-        "loss scale": _loss_scale(trainer, start_step),
+        "loss scale": _loss_scale(trainer),
     }
     if facts["engine"] == "FSDP2":
         facts |= _fsdp(engine)
@@ -201,20 +203,21 @@ def _recomputes(model: torch.nn.Module) -> bool | str:
     return "in some layers" if len(recompute) > 1 else True in recompute
 
 
-def _loss_scale(trainer: LauncherTrainer, start_step: int) -> str | None:
+def _loss_scale(trainer: LauncherTrainer) -> str | None:
     """How small gradients are kept from vanishing in fp16; None where the loss is not scaled."""
     scaler: Any = trainer.accelerator.scaler
     optimizer: Any = getattr(trainer.model_wrapped, "optimizer", None)
     if scaler is not None and scaler.is_enabled():
-        return _dynamic(scaler.get_scale(), start_step)
+        return f"dynamic, from {scaler.get_scale():.0f}"
     if not getattr(optimizer, "dynamic_loss_scale", False):
         return None
-    return _dynamic(optimizer.cur_scale, start_step)
+    return f"dynamic, from {optimizer.cur_scale:.0f}"
 
 
-def _dynamic(scale: float, start_step: int) -> str:
-    """A loss scale in words. Where a run goes on, its checkpoint says what the scale has become by then."""
-    return "dynamic" if start_step else f"dynamic, from {scale:.0f}"
+def with_any_scale(facts: Facts) -> Facts:
+    """Where a run goes on, its checkpoint says what the loss scale has become: only that it moves is left."""
+    scale = facts["loss scale"]
+    return facts | {"loss scale": None if scale is None else "dynamic"}
 
 
 def _live_samples(trainer: LauncherTrainer, plan: Plan) -> list[int]:

@@ -54,11 +54,11 @@ def test_what_it_becomes() -> None:
         "strategy": "ddp, bf16",
         "batch": "1024 = micro-batch 512 x accumulation 1 x 2 ranks",
         "gradient checkpointing": "off",
-        "memory": "not estimated for this architecture: train.micro_batch is a guess",
         "steps": "2,000, the first 40 warming up",
         "tokens": "131,072,000 (500.00 epochs)",
         "evaluate": "every 500 steps",
         "checkpoint": "every 15 min",
+        "memory": "not estimated for this architecture: train.micro_batch is a guess",
     }
 
 

@@ -144,13 +144,15 @@ def test_where_a_run_goes_on_its_loss_scale_may_have_moved() -> None:
     orders = Orders("0", "", plan, {}, weights=None, store=None, vocabulary=None)
     train = TrainSection.model_validate({"batch_size": 8, "steps": 20})
 
-    def differs(start_step: int) -> bool:
-        asked = verifying.planned(orders, train, start_step)["loss scale"]
-        return asked != verifying._loss_scale(trainer, start_step)
+    def asked_and_found() -> tuple[dict[str, object], dict[str, object]]:
+        return verifying.planned(orders, train), {"loss scale": verifying._loss_scale(trainer)}
 
-    assert not differs(0)
+    def differ(asked: dict[str, object], live: dict[str, object]) -> bool:
+        return asked["loss scale"] != live["loss scale"]
+
+    assert not differ(*asked_and_found())
     scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**12})
-    assert differs(0)
-    assert not differs(10)
+    assert differ(*asked_and_found())
+    assert not differ(*map(verifying.with_any_scale, asked_and_found()))
     trainer.accelerator.scaler = None
-    assert differs(10), "there is none"
+    assert differ(*map(verifying.with_any_scale, asked_and_found())), "there is none"
