@@ -27,6 +27,9 @@ from launcher.config.rules import OFFLOADS
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 PRECISIONS = ("fp32", "bf16")
+HEADS = (*PRECISIONS, "fp16")
+"""The columns of the table: what a CPU can run, and what only a GPU can."""
+
 STEPS, STOP_AFTER = 20, 7
 CLOSE = 1e-3
 """How far a loss may be from DDP's, in nats."""
@@ -208,7 +211,7 @@ def main() -> None:
                 continue
             results[cell] = _try(bench, cell, reference[cell.precision], ("one.yaml", "two.yaml")[number % 2])
     if write:
-        write_table({cell for cell, wrong in results.items() if not wrong})
+        write_table({cell: not wrong for cell, wrong in results.items()})
     sys.exit(any(results.values()))
 
 
@@ -230,20 +233,31 @@ def _try(bench: Bench, cell: Cell, ddp: Tried, then: str) -> str:
     return wrong
 
 
-def write_table(good: set[Cell]) -> None:
-    """Put the table of what was tried into the page."""
+def write_table(tried: Mapping[Cell, bool], page: Path = PAGE) -> None:
+    """Put into the table what was `tried` on this CPU, and whether it was good. What a GPU was tried with
+    stays, and so does what was not tried this time."""
     day = datetime.now(UTC).date().isoformat()
-    lines = ["| strategy | offload | fp32 | bf16 | fp16 |", "|---|---|---|---|---|"]
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    table, _, after = rest.partition(END)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[3:]]
+    stood = {
+        Cell(strategy, precision, offload): said
+        for strategy, offload, *cells in rows
+        for precision, said in zip(HEADS, cells, strict=True)
+    }
+
+    def said(cell: Cell) -> str:
+        if not tried.get(cell, True):
+            return "fails on CPU"
+        old = stood.get(cell, "rendered only")
+        return old if cell not in tried or old.startswith("tested on GPU") else f"tested on CPU, {day}"
+
+    lines = [f"| strategy | offload | {' | '.join(HEADS)} |", "|---|---|---|---|---|"]
     for strategy in STRATEGIES:
         for offload in OFFLOADS[strategy]:
-            said = [
-                f"tested on CPU, {day}" if Cell(strategy, precision, offload) in good else "rendered only"
-                for precision in PRECISIONS
-            ]
-            lines.append(f"| {strategy} | {offload} | {' | '.join(said)} | rendered only |")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text("\n".join([before + BEGIN, *lines, END]) + after, encoding="utf-8")
+            cells = " | ".join(said(Cell(strategy, precision, offload)) for precision in HEADS)
+            lines.append(f"| {strategy} | {offload} | {cells} |")
+    page.write_text("\n".join([before + BEGIN, *lines, END]) + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -62,9 +62,8 @@ def rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]
 
 
 def _section(field: FieldInfo) -> type[Section] | None:
-    annotation = field.annotation
-    is_section = isinstance(annotation, type) and issubclass(annotation, Section)
-    return annotation if is_section else None
+    annotation: object = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def _default(field: FieldInfo) -> str:

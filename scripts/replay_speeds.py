@@ -45,20 +45,35 @@ PURE_HALF = Stack(Layer(66, 0, 12, 0, 41), Layer(14, 0, 4, 0, 12), 8, 12, BANDWI
 BY_HAND = Stack(Layer(50, 0, 10, 0, 30), Layer(20, 0, 4, 0, 9), 6, 4, 0.85)
 """llm.c: kernels written for these shapes, counted by hand; their share of the bandwidth is assumed."""
 
+SHARDED = ("llm-foundry", "torchtitan")
+"""Sources whose runs are FSDP's; the others' are DDP's, or of one GPU."""
+
 NETWORK = {"a100": 200 * GIGA / 8, "h100": 400 * GIGA / 8}
 """Bytes/s for each GPU between nodes: llm-foundry's heading says 1600 Gbit/s a node for A100, and nothing for
 H100, where the usual 400 Gbit/s a GPU is assumed."""
 
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
+LLAMAS = {
+    "llama3-8b": (32, 4096, 32, 8, 14336, 128256),
+    "llama3-70b": (80, 8192, 64, 8, 28672, 128256),
+    "llama2-13b": (40, 5120, 40, 40, 13824, 32000),
+    "llama2-70b": (80, 8192, 64, 8, 28672, 32000),
 }
+"""Layers, hidden width, heads, key heads, intermediate width and vocabulary, in the order of FIELDS."""
+
+FIELDS = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads"),
+    *("num_key_value_heads", "intermediate_size", "vocab_size"),
+)
+
+
+def llama(name: str) -> Shape:
+    """The shape of one of LLAMAS; none of them ties its tables."""
+    sizes = dict(zip(FIELDS, LLAMAS[name], strict=True))
+    shape = shape_of({"model_type": "llama", "tie_word_embeddings": False, **sizes})
+    assert shape is not None
+    return shape
+
 
 INTRODUCTION = """\
 # The speed model against published speeds
@@ -74,6 +89,9 @@ The rows, in `published_speeds.csv`:
   replayed as fsdp. Three rows are far below their own neighbours in the published table (760m at 512 and
   1024 tokens on A100 80GB, 1b on 32 A100 40GB) and stand here as they are.
 - **llm.c**: hand-written CUDA. The seconds of a step are those in its `scripts/run_gpt2_*.sh`, but for 124M.
+- **torchtitan**, `docs/performance.md` of 2024: Llama 2 and 3 on 64 A100 with FSDP2, those rows without
+  checkpointing or with all of it. The page names neither torch.compile nor the network: taken for eager
+  PyTorch, in the plan's own count of bytes, and 200 Gbit/s a GPU.
 - **nanoGPT**: torch.compile; the middle of the 107 to 138 thousand tokens/s that were reported.
 
 Three ways to run, each with its own count of bytes: eager PyTorch, torch.compile, and kernels by hand. Fitted
@@ -100,6 +118,8 @@ class Row:
 
     @property
     def shape(self) -> Shape:
+        if self.model in LLAMAS:
+            return llama(self.model)
         layers, hidden, heads = SHAPES[self.model]
         return Shape(
             model_type="gpt2",
@@ -121,6 +141,8 @@ class Row:
     def stack(self) -> Stack:
         if self.source == "llm-foundry":
             return PURE_HALF
+        if self.source == "torchtitan":
+            return stack_of(self.shape, Numbers(HALF, HALF), compiled=False)
         return BY_HAND if self.source == "llm.c" else stack_of(self.shape, Numbers(HALF, FP32), compiled=True)
 
 
@@ -152,7 +174,7 @@ def predicted(row: Row, stack: Stack | None = None) -> float:
         row.batch,
         Wires(min(8, row.batch.world_size), row.gpu.link, NETWORK[row.gpu.name[:4]]),
         stack or row.stack,
-        Sharding("fsdp" if row.source == "llm-foundry" else "ddp", row.batch.world_size),
+        Sharding("fsdp" if row.source in SHARDED else "ddp", row.batch.world_size),
         block_size=row.block_size,
         precision="bf16",
         gradient_checkpointing=row.checkpointing,
@@ -199,8 +221,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 def scaling() -> Iterator[str]:
     """torchtitan's Llama 3.1 8B from 8 to 128 GPUs, as its `benchmarks/` has it. Its H100 is not the
     catalogue's, so only the ratio counts."""
-    shape, gpu = shape_of(LLAMA_8B), find_gpu("h100-sxm-80gb")
-    assert shape is not None
+    shape, gpu = llama("llama3-8b"), find_gpu("h100-sxm-80gb")
     assert gpu.link is not None
     yield "| run | published, 128 over 8 GPUs | predicted |"
     yield "|---|---|---|"

@@ -28,6 +28,9 @@ WORDS = (
 hypothesis.settings.register_profile("launcher", deadline=None)
 hypothesis.settings.load_profile("launcher")
 
+# Two tests at a time on two cores: more threads in each would wait for each other. Ranks are told their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell that runs the tests in the background has them ignore SIGINT, and so would what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

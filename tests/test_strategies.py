@@ -11,12 +11,16 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from scripts.check_strategies import CLOSE, SAME_LOGITS, STEPS, Bench, Cell, Tried
+from scripts.check_strategies import CLOSE, PAGE, SAME_LOGITS, STEPS, Bench, Cell, Tried, write_table
 from tests.conftest import sentences, write_json
+
+LONG = pytest.mark.skipif("LAUNCHER_LONG" not in os.environ, reason="a minute each: set LAUNCHER_LONG=1")
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +29,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.fixture(scope="module")
-def ddp(bench: Bench) -> dict[str, Tried]:
-    return {precision: bench.whole(Cell("ddp", precision)) for precision in ("fp32", "bf16")}
+def ddp(bench: Bench) -> Callable[[str], Tried]:
+    """The same run under DDP, by precision; each is trained where it is first asked for."""
+    return cache(lambda precision: bench.whole(Cell("ddp", precision)))
 
 
 def apart(one: Tried, other: Tried) -> float:
@@ -38,37 +43,36 @@ def apart(one: Tried, other: Tried) -> float:
     ("cell", "then"),
     [
         (Cell("zero1", "bf16"), "one.yaml"),
-        (Cell("zero2", "fp32"), "one.yaml"),
-        (Cell("zero2", "bf16", "optimizer"), "two.yaml"),
+        (Cell("zero2", "bf16", "optimizer"), "one.yaml"),
         (Cell("zero3", "fp32"), "one.yaml"),
         (Cell("zero3", "bf16", "parameters"), "two.yaml"),
         (Cell("fsdp", "bf16"), "one.yaml"),
+        pytest.param(Cell("zero2", "fp32"), "one.yaml", marks=LONG),
+        pytest.param(Cell("zero3", "bf16", "optimizer"), "two.yaml", marks=LONG),
     ],
     ids=lambda value: value.name if isinstance(value, Cell) else value,
 )
 def test_it_trains_as_ddp_does_and_leaves_the_model_that_it_trained(
-    bench: Bench, ddp: dict[str, Tried], cell: Cell, then: str
+    bench: Bench, ddp: Callable[[str], Tried], cell: Cell, then: str
 ) -> None:
-    tried = bench.in_parts(cell, then)
-    assert apart(tried, ddp[cell.precision]) < CLOSE
-    assert abs(tried.eval_loss - ddp[cell.precision].eval_loss) < CLOSE
+    tried, reference = bench.in_parts(cell, then), ddp(cell.precision)
+    assert apart(tried, reference) < CLOSE
+    assert abs(tried.eval_loss - reference.eval_loss) < CLOSE
     assert tried.logits_apart < SAME_LOGITS[cell.precision]
     assert tried.losses[STEPS] < tried.losses[1] - 0.3, "nothing was learned"
-    checkpoints = bench.folder / "runs" / cell.name / "checkpoints"
-    assert sorted(folder.name for folder in checkpoints.iterdir()) == ["step-00000010", "step-00000020"]
-
-
-def test_resumed_on_as_many_ranks_it_is_the_same_run_to_the_bit(bench: Bench) -> None:
-    cell = Cell("zero3", "bf16", "optimizer")
-    parts = bench.in_parts(cell, "two.yaml")
-    first = (bench.folder / "runs" / cell.name / "model" / "model.safetensors").read_bytes()
+    directory = bench.folder / "runs" / cell.name
+    steps = sorted(folder.name for folder in (directory / "checkpoints").iterdir())
+    assert steps == ["step-00000010", "step-00000020"]
+    if then == "one.yaml":
+        return
+    # On as many ranks as before it is the same run to the bit.
+    model = (directory / "model" / "model.safetensors").read_bytes()
     whole = bench.whole(cell, "output_dir=again")
-    second = (bench.folder / "again" / cell.name / "model" / "model.safetensors").read_bytes()
-    assert parts.losses == whole.losses
-    assert first == second
+    assert tried.losses == whole.losses
+    assert model == (bench.folder / "again" / cell.name / "model" / "model.safetensors").read_bytes()
 
 
-def test_several_nodes_are_started_by_hand_and_are_one_run(bench: Bench, ddp: dict[str, Tried]) -> None:
+def test_several_nodes_are_started_by_hand_and_are_one_run(bench: Bench, ddp: Callable[[str], Tried]) -> None:
     cluster = {"name": "nodes", "gpu": "cpu", "gpus_per_node": 1, "nodes": 2}
     write_json(bench.folder / "nodes.yaml", cluster)
     ready = bench.train(*Cell("zero2", "fp32").overrides(), "name=nodes", "--cluster", "nodes.yaml")
@@ -102,6 +106,29 @@ def test_several_nodes_are_started_by_hand_and_are_one_run(bench: Bench, ddp: di
             node.kill()
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
-    assert losses.keys() == ddp["fp32"].losses.keys()
-    assert max(abs(losses[step] - ddp["fp32"].losses[step]) for step in losses) < CLOSE
+    reference = ddp("fp32").losses
+    assert losses.keys() == reference.keys()
+    assert max(abs(losses[step] - reference[step]) for step in losses) < CLOSE
     assert (directory / "model" / "model.safetensors").is_file()
+
+
+def test_what_a_gpu_was_tried_with_stays_in_the_table(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    text = PAGE.read_text(encoding="utf-8")
+    page.write_text(text)
+    write_table({}, page)
+    assert page.read_text() == text, "nothing was tried"
+    row = next(line for line in text.splitlines() if line.startswith("| zero2 | none "))
+    page.write_text(
+        text.replace(row, "| zero2 | none | tested on GPU, 1 | rendered only | tested on GPU, 2 |")
+    )
+    write_table(
+        {Cell("zero2", "fp32"): True, Cell("zero2", "bf16"): True, Cell("zero1", "bf16"): False}, page
+    )
+    lines = page.read_text().splitlines()
+    _, _, _, fp32, bf16, fp16, _ = next(line for line in lines if line.startswith("| zero2 | none ")).split(
+        "|"
+    )
+    assert (fp32.strip(), fp16.strip()) == ("tested on GPU, 1", "tested on GPU, 2")
+    assert bf16.strip().startswith("tested on CPU, 2")
+    assert sum("fails on CPU" in line for line in lines) == 1

@@ -113,7 +113,7 @@ def train(
     from launcher.run.assemble import assemble, write_run
     from launcher.run.directory import check_goes_on, check_same_run, run_directory
     from launcher.run.environment import describe_environment
-    from launcher.run.preflight import check_launch
+    from launcher.run.preflight import check_host_memory, check_launch
     from launcher.run.samples import check_skip
     from launcher.run.supervise import is_finished, only_supervisor, supervise
     from launcher.run.text import ready_text
@@ -121,6 +121,7 @@ def train(
     draft = assembled(run, overrides, cluster)
     directory = run_directory(draft.run.config)
     check_launch(draft.run.config, draft.place, draft.machine, draft.plan.strategy)
+    check_host_memory(draft.plan, draft.machine)
     check_same_run(directory, draft.run.config)
     text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
     final = assemble(draft.run, draft.cluster, draft.machine, text)
@@ -242,7 +243,7 @@ def doctor(
 
 
 def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
-    from launcher.render.table import asked_rows, becomes_rows, speed_rows
+    from launcher.render.table import asked_rows, becomes_rows, fit_rows, speed_rows
     from launcher.run.assemble import rendered_files
     from launcher.run.directory import run_directory
 
@@ -258,7 +259,8 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
             "" if planned.memory_available is None else f" of {console.gibibytes(planned.memory_available)}"
         )
         title = f"memory per rank: about {console.gibibytes(total)}{room} (an estimate, not yet measured)"
-        blocks.append(console.section(title, console.bars(held, planned.memory_available)))
+        bars = console.bars(held, planned.memory_available)
+        blocks.append(console.section(title, [*bars, *fit_rows(planned)]))
     blocks.append(console.section("speed: a prediction, not measured on this GPU", speed_rows(planned)))
     config = assembly.run.config
     files = rendered_files(assembly, run_directory(config), None)

@@ -41,6 +41,7 @@ _INSTEAD: Mapping[str, str] = {
     "off.bf16": "train.precision names the one format there is",
     "off.fp16": "train.precision names the one format there is",
 }
+_NO_PRECISION = "the training arguments, or the model's own weights, said it: set train.precision"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def convert(documents: Sequence[Document]) -> Conversion:
         origins.pop("train.micro_batch", None)
     if "train.precision" not in origins and (off := _no_half_precision(sayings)):
         origins["train.precision"] = off
+    defaults = {said.target: said for file in files for said in file.defaults}
+    origins = {**defaults, **origins}
     settings = {key: Setting(said.value, f"{said.place} {said.key}") for key, said in origins.items()}
     told = [
         Left(each.key, each.place, f"{_said(said[0])} says the same")
@@ -107,6 +110,8 @@ def convert(documents: Sequence[Document]) -> Conversion:
         for each in said
         if not (target == "world" and "cluster.gpus_per_node" in sayings and each.key == "num_processes")
     ]
+    if not {"train.precision", "unknown.train.precision"} & {*origins, *sayings}:
+        left = [*left, Left("no bf16, fp16 or mixed_precision", documents[0].label, _NO_PRECISION)]
     return Conversion(settings, origins, (*(each for file in files for each in file.left), *told, *left))
 
 

@@ -136,6 +136,8 @@ def read_deepspeed(document: Document) -> OldFile:
     _batch(old)
     _zero(old)
     _precision(old)
+    if not old.has("gradient_clipping"):
+        old.default("train.max_grad_norm", 0, "gradient_clipping")
     clip = old.number("gradient_clipping", f"{_TRAINER_SAID} train.max_grad_norm")
     if clip is not None:
         old.say("train.max_grad_norm", clip, "gradient_clipping")
@@ -162,6 +164,7 @@ def _batch(old: OldFile) -> None:
 
 def _zero(old: OldFile) -> None:
     if not old.has("zero_optimization"):
+        old.default("train.strategy", "ddp", "zero_optimization")  # stage 0, which shares nothing
         return
     key = "zero_optimization.stage"
     stage = old.take(key)
@@ -241,6 +244,8 @@ def _precision(old: OldFile) -> None:
 
 def _optimizer(old: OldFile) -> None:
     kind = old.take("optimizer.type")
+    if str(kind).lower() in {"adamw", "adam"}:
+        _defaults_of_adamw(old)
     if kind is not None and str(kind).lower() not in {"adamw", "adam", AUTO}:
         hint = "set AdamW, and see that the learning rate suits it"
         old.refuse("optimizer.type", f"launcher trains with AdamW, not {shown(kind)}", hint)
@@ -263,6 +268,22 @@ def _optimizer(old: OldFile) -> None:
                     key, "launcher leaves biases and norms out of it, which DeepSpeed's optimizer does not"
                 )
     _betas(old, "optimizer.params.betas")
+
+
+def _defaults_of_adamw(old: OldFile) -> None:
+    """What DeepSpeed's own AdamW takes where it is told nothing (`ops/adam`), or PyTorch's."""
+    key = "optimizer.params.torch_adam"
+    torchs = old.flag(key)
+    if torchs is not None:
+        old.leave(key, "launcher chooses AdamW's implementation")
+    taken: tuple[tuple[str, str, Value], ...] = (
+        ("lr", "train.learning_rate", 0.001),
+        ("weight_decay", "train.weight_decay", 0.01 if torchs else 0.0),
+        ("betas", "train.betas", [0.9, 0.999]),
+    )
+    for name, target, value in taken:
+        if not old.has(f"optimizer.params.{name}"):
+            old.default(target, value, f"optimizer.params.{name}")
 
 
 def _betas(old: OldFile, key: str) -> None:

@@ -53,6 +53,7 @@ class OldFile:
     def __init__(self, document: Document, canonical: Callable[[str], str] = str) -> None:
         self.label = document.label
         self.said: list[Said] = []
+        self.defaults: list[Said] = []
         self.left: list[Left] = []
         self.faults: list[Fault] = list(document.faults)
         self._document = document
@@ -85,6 +86,10 @@ class OldFile:
 
     def say(self, target: str, value: Value, key: str) -> None:
         self.said.append(Said(target, value, self._name(key), self._place(key)))
+
+    def default(self, target: str, value: Value, key: str) -> None:
+        """`key` is not in the file, which then means `value`, unless another key or file says something."""
+        self.defaults.append(Said(target, value, f"no {key}", self._place(key)))
 
     def leave(self, key: str, why: str) -> None:
         self.left.append(Left(self._name(key), self._place(key), why))

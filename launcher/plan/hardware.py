@@ -207,6 +207,7 @@ def find_gpu(name: str) -> GPU:
         f"gpu: {name!r} is not in the catalogue",
         hint=f"{known} or describe it by its memory and its peak, as "
         f"gpu: {{name: {name}, memory_gb: ..., bf16_tflops: ...}}",
+        key="cluster.gpu",
     )
 
 
@@ -228,6 +229,7 @@ def from_figures(
         raise RequestError(
             f"gpu: {name!r} is in the catalogue, with its figures",
             hint=f"write gpu: {name}, or describe yours under another name",
+            key="cluster.gpu.name",
         )
     figures = {
         "memory_gb": memory_gb,
@@ -240,6 +242,7 @@ def from_figures(
             raise RequestError(
                 f"gpu.{figure}: expected a number above zero, got {value:g}",
                 hint="write the datasheet's figure" + ("" if figure == "memory_gb" else ", or leave it out"),
+                key=f"cluster.gpu.{figure}",
             )
     peak = None if bf16_tflops is None else bf16_tflops * TERA
     return GPU(

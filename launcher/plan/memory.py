@@ -9,7 +9,7 @@ what it was held against.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from launcher.plan.activations import Moments, Passing, moments
 from launcher.plan.shape import Shape
@@ -72,6 +72,9 @@ def estimate(
     if precision not in {"bf16", "fp16", "fp32"}:
         raise ValueError(f"unknown precision {precision!r}: expected bf16, fp16 or fp32")
     lasting = states(shape, sharding, precision)
+    if on_cpu:
+        # What is offloaded lies in the same memory: moments, master weights and their gradients.
+        lasting = replace(lasting, optimizer=lasting.optimizer + lasting.host)
     passing = moments(
         shape,
         sharding.numbers(precision),

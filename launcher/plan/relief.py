@@ -46,10 +46,15 @@ def _changes(plan: Plan, shape: Shape, *, begun: bool) -> Iterator[tuple[str, in
     if plan.strategy in STRATEGIES and batch.world_size > 1 and plan.offload == "none":
         for strategy in STRATEGIES[STRATEGIES.index(plan.strategy) + 1 :]:
             yield f"train.strategy={strategy}", _total(plan, shape, strategy=strategy)
-    if plan.offload == "none" and plan.device != "cpu":
+    if plan.device == "cpu":
+        return  # there is no other memory to offload to
+    if plan.offload == "none":
         strategy = plan.strategy if zero_stage(plan.strategy) else "zero2"
         overrides = f"train.strategy={strategy} train.offload=optimizer"
         yield overrides, _total(plan, shape, strategy=strategy, offload="optimizer")
+    if plan.offload != "parameters":
+        overrides = "train.strategy=zero3 train.offload=parameters"
+        yield overrides, _total(plan, shape, strategy="zero3", offload="parameters")
 
 
 def _total(

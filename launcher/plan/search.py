@@ -36,6 +36,8 @@ STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 SHORTEST_BLOCK = 128
 """Tokens; a shorter block is not worth proposing."""
 
+LARGER_GPU = "use a GPU with more memory"
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -142,7 +144,11 @@ def _candidate(job: Job, batch: Batch, checkpointing: bool, sharding: Sharding) 
 
 def _speed(job: Job, shape: Shape, batch: Batch, checkpointing: bool, sharding: Sharding) -> Speed | None:
     if job.gpu.link is None:
-        return None
+        if job.ranks_per_node > 1:
+            return None
+        # Nothing goes over a link within the node.
+        unlinked = replace(job, gpu=replace(job.gpu, link=0.0))
+        return _speed(unlinked, shape, batch, checkpointing, sharding)
     return step_speed(
         shape,
         job.gpu,
@@ -218,8 +224,8 @@ def _four_digits(number: float) -> float:
 
 def _runners_up(job: Job, chosen: Candidate, found: Sequence[Candidate]) -> Iterator[RunnerUp]:
     """Of the faster ones that do not fit the one that nearly does, then the best of each other strategy, and
-    then the next that fit."""
-    faster = [one for one in found if not one.fits and one.seconds < chosen.seconds]
+    then the next that fit. What was chosen without fitting lost to nothing that would not fit either."""
+    faster = [one for one in found if chosen.fits and not one.fits and one.seconds < chosen.seconds]
     fitting = [one for one in found if one.fits and one is not chosen]
     nearest = sorted(faster, key=lambda one: one.memory.total if one.memory else 0)[:1]
     rivals = _best_of_each(one for one in fitting if one.sharding != chosen.sharding)
@@ -250,29 +256,58 @@ def _gib(size: float) -> str:
 
 
 def remedies(job: Job, found: Sequence[Candidate]) -> Iterator[str]:
-    """What would make a job fit that does not, each alone, the cheapest change first."""
+    """What would make a job fit that does not, each alone, the cheapest change first.
+
+    Where the user rules checkpointing out and nothing else is enough, each comes with it.
+    """
     least = min(found, key=lambda one: one.memory.total if one.memory else 0)
-    smallest, sharding = least.batch, least.sharding
+    if any(one.gradient_checkpointing for one in found):
+        changes = _changes(job, least, checkpointing=True)
+    else:
+        changes = _changes(job, least, checkpointing=False)
+        checkpointing = "set train.gradient_checkpointing: auto"
+        if _candidate(job, least.batch, True, least.sharding).fits:
+            changes = [checkpointing, *changes]
+        elif not changes:
+            changes = [f"{checkpointing} and {change}" for change in _changes(job, least, checkpointing=True)]
+    yield from changes
+    if not any(LARGER_GPU in change for change in changes):
+        yield "use a smaller model"
 
-    def fits(asked: Job, sharding: Sharding = sharding) -> bool:
-        return _candidate(asked, smallest, True, sharding).fits
 
-    if not any(one.gradient_checkpointing for one in found) and fits(job):
-        yield "set train.gradient_checkpointing: auto"
+def _changes(job: Job, least: Candidate, *, checkpointing: bool) -> list[str]:
+    """Each change to the `least` of all candidates that makes it fit, with or without checkpointing."""
+
+    def fits(asked: Job, sharding: Sharding = least.sharding) -> bool:
+        return _candidate(asked, least.batch, checkpointing, sharding).fits
+
+    changes: list[str] = []
     if job.gpu.name != "cpu":
-        yield from _more_sharing(job, sharding, fits)
-    elif job.available and fits(replace(job, available=job.available * job.ranks_per_node)):
-        yield "start one rank (gpus_per_node: 1), as ranks on a CPU share its memory"
+        changes += _more_sharing(job, least.sharding, fits)
+    elif job.available and job.ranks_per_node > 1:
+        alone = replace(job, world_size=1, available=job.available * job.ranks_per_node)
+        if fits(alone, replace(least.sharding, world_size=1)):
+            changes.append("start one rank (gpus_per_node: 1), as ranks on a CPU share its memory")
     block = job.block_size // 2
     while block >= SHORTEST_BLOCK and not fits(replace(job, block_size=block)):
         block //= 2
     if block >= SHORTEST_BLOCK:
-        yield f"set data.block_size to {block}"
-    for gpu in sorted(CATALOGUE.values(), key=lambda gpu: gpu.memory or 0):
-        if gpu.memory and fits(replace(job, gpu=gpu, available=gpu.memory)):
-            yield f"use a GPU with more memory, such as {gpu.name}"
-            return
-    yield "use a smaller model"
+        changes.append(f"set data.block_size to {block}")
+    larger = (gpu for gpu in sorted(CATALOGUE.values(), key=lambda gpu: gpu.memory or 0) if gpu.memory)
+    enough = next((gpu for gpu in larger if all(map(fits, _on(gpu, job)))), None)
+    if enough is not None:
+        changes.append(f"{LARGER_GPU}, such as {enough.name}")
+    return changes
+
+
+def _on(gpu: GPU, job: Job) -> Iterator[Job]:
+    """The job on another GPU, in its own precision and in the one that `train.precision: auto` takes there.
+
+    A GPU without bf16 is not asked to compute in it: it has nothing to fit in.
+    """
+    able = job.precision != "bf16" or gpu.supports_bf16
+    for precision in dict.fromkeys([job.precision, "bf16" if gpu.supports_bf16 else "fp16"]):
+        yield replace(job, gpu=gpu, precision=precision, available=gpu.memory if able else 0)
 
 
 def _more_sharing(job: Job, used: Sharding, fits: Callable[[Job, Sharding], bool]) -> Iterator[str]:
@@ -297,8 +332,11 @@ def _more_sharing(job: Job, used: Sharding, fits: Callable[[Job, Sharding], bool
 
 
 def states_on_host(job: Job, sharding: Sharding) -> int:
-    """Bytes of one node's memory that offload takes, for all its ranks."""
-    if job.shape is None:
+    """Bytes of one node's memory that offload takes, for all its ranks.
+
+    0 on a CPU, where they are in the estimate of each rank already.
+    """
+    if job.shape is None or job.gpu.name == "cpu":
         return 0
     shape = trained_shape(job.shape, job.fast)
     return job.ranks_per_node * states(shape, sharding, job.precision).host

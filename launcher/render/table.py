@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from launcher.config.schema import RunConfig
 from launcher.plan.choose import Every, Plan
 from launcher.plan.fast import Fast
+from launcher.plan.search import FILL
 
 Rows = list[tuple[str, str]]
 
@@ -62,6 +63,8 @@ def becomes_rows(plan: Plan) -> Rows:
         )
     if plan.parameters is not None:
         rows.append(("parameters", f"{plan.parameters:,}"))
+    else:
+        rows.append(("memory", "not estimated for this architecture: train.micro_batch is a guess"))
     if plan.steps is None:
         rows.append(("steps", "known once `launcher train` has prepared the text"))
     else:
@@ -72,6 +75,20 @@ def becomes_rows(plan: Plan) -> Rows:
     rows.append(("evaluate", _every(plan.eval_every)))
     rows.append(("checkpoint", _every(plan.checkpoint_every)))
     return rows
+
+
+def fit_rows(plan: Plan) -> Rows:
+    """What is to be said of a plan that is not estimated to fit; nothing of one that is.
+
+    Only a micro-batch that the user fixed is planned without fitting: the estimate may be wrong.
+    """
+    if plan.memory is None or plan.memory_available is None:
+        return []
+    total, room = sum(plan.memory.values()), FILL * plan.memory_available
+    if total <= room:
+        return []
+    over = f"it takes {(total - room) / 2**30:,.1f} GiB more than the {FILL:.0%} that is planned for"
+    return [("does not fit", f"{over}; train.micro_batch: auto finds what does, or says what would")]
 
 
 def speed_rows(plan: Plan) -> Rows:

@@ -94,7 +94,8 @@ def assemble(
     try:
         return _assemble(run, cluster, machine, text)
     except LauncherError as error:
-        error.place(run.origins)
+        of_cluster = {f"cluster.{key}": where for key, where in cluster.origins.items()}
+        error.place({**run.origins, **of_cluster})
         raise
 
 
@@ -167,6 +168,7 @@ def find_place(cluster: ClusterConfig, machine: Machine) -> Place:
         raise MachineError(
             f"cluster {cluster.name}: gpus_per_node=auto counts the GPUs of this machine, and it has none",
             hint="write how many GPUs a node of that cluster has",
+            key="cluster.gpus_per_node",
         )
     return Place(
         cluster.name,

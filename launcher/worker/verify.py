@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from launcher.config.schema import TrainSection
@@ -52,6 +52,8 @@ def verify(
         "samples of the first step": trainer.phases.samples_of_step(start_step).tolist()
     }
     live = found(trainer) | {"samples of the first step": _live_samples(trainer, plan)}
+    if start_step:
+        asked, live = with_any_scale(asked), with_any_scale(live)
     rank = trainer.accelerator.process_index
     wrong = [
         f"{name}: planned {asked.get(name, 'nothing')}, found {live.get(name, 'nothing')}"
@@ -100,7 +102,7 @@ def planned(orders: Orders, train: TrainSection, fell_back: Mapping[str, str]) -
         "loss scale": f"dynamic, from {2**LOSS_SCALE_POWER}" if plan.precision == "fp16" else None,
     }
     if plan.strategy == "fsdp":
-        facts["mixed precision"] = fsdp_policy(plan)
+        facts |= {"mixed precision": {fsdp_policy(plan)}, "offloaded": plan.offload}
     if stage is None:
         return facts | {"precision": MIXED[plan.precision]}
     return facts | {
@@ -142,7 +144,7 @@ def found(trainer: LauncherTrainer) -> Facts:
         "loss scale": _loss_scale(trainer),
     }
     if facts["engine"] == "FSDP2":
-        facts["mixed precision"] = engine._get_fsdp_state()._fsdp_param_group.mp_policy
+        facts |= _fsdp(engine)
     if facts["engine"] != "DeepSpeed":
         return facts | {"precision": accelerator.mixed_precision}
     return facts | _deepspeed(engine)
@@ -189,6 +191,21 @@ def _deepspeed(engine: Any) -> Facts:
     }
 
 
+def _fsdp(engine: torch.nn.Module) -> Facts:
+    """What each group of weights that FSDP2 shards by itself goes by."""
+    states = [module._get_fsdp_state() for module in engine.modules() if isinstance(module, FSDPModule)]
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    offloaded = [group for group in groups if isinstance(group.offload_policy, CPUOffloadPolicy)]
+    return {
+        "mixed precision": {group.mp_policy for group in groups},
+        "offloaded": "none"
+        if not offloaded
+        else "parameters"
+        if len(offloaded) == len(groups)
+        else "some parameters",
+    }
+
+
 def _optimized(trainer: LauncherTrainer) -> Iterator[torch.Tensor]:
     """The tensors that the innermost optimizer steps: the model's own, or DeepSpeed's copies of a shard."""
     optimizer: Any = getattr(trainer.model_wrapped, "optimizer", trainer.optimizer)
@@ -200,10 +217,11 @@ def _optimized(trainer: LauncherTrainer) -> Iterator[torch.Tensor]:
         yield from group["params"]
 
 
-def _recomputes(model: torch.nn.Module) -> bool:
+def _recomputes(model: torch.nn.Module) -> bool | str:
     """Whether layers really recompute: each goes by its own flag, and only in training."""
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    return any(layer.gradient_checkpointing and layer.training for layer in layers)
+    recompute = {bool(layer.gradient_checkpointing and layer.training) for layer in layers}
+    return "in some layers" if len(recompute) > 1 else True in recompute
 
 
 def _loss_scale(trainer: LauncherTrainer) -> str | None:
@@ -215,6 +233,12 @@ def _loss_scale(trainer: LauncherTrainer) -> str | None:
     if not getattr(optimizer, "dynamic_loss_scale", False):
         return None
     return f"dynamic, from {optimizer.cur_scale:.0f}"
+
+
+def with_any_scale(facts: Facts) -> Facts:
+    """Where a run goes on, its checkpoint says what the loss scale has become: only that it moves is left."""
+    scale = facts["loss scale"]
+    return facts | {"loss scale": None if scale is None else "dynamic"}
 
 
 def _live_samples(trainer: LauncherTrainer, plan: Plan) -> list[int]:

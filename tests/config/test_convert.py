@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.config.convert import Conversion
 from launcher.config.load import load_run
 from launcher.errors import ConfigError, Fault
 from tests.config import old_files
@@ -52,10 +53,15 @@ def leaves(value: Any, at: str = "") -> set[str]:
     return {at}
 
 
+def named(conversion: Conversion) -> set[str]:
+    """The keys that settings come from, and those that were not taken over."""
+    return {origin.key for origin in conversion.origins.values()} | {left.key for left in conversion.left}
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_every_key_is_taken_over_or_listed(name: str) -> None:
     conversion = of(*SAMPLES[name])
-    told = {origin.key for origin in conversion.origins.values()} | {left.key for left in conversion.left}
+    told = {key for key in named(conversion) if not key.startswith("no ")}
     written = set().union(*(leaves(yaml.safe_load(text)) for text in SAMPLES[name] if text))
     assert written == told
     assert not [left for left in conversion.left if "does not know" in left.why]
@@ -101,8 +107,7 @@ def test_no_file_passes_a_key_in_silence(flat: dict[str, Any]) -> None:
     if refused:
         return
     conversion = of(accelerate=nested)
-    sayings = {origin.key for origin in conversion.origins.values()} | {left.key for left in conversion.left}
-    assert leaves(nested) == sayings
+    assert leaves(nested) == {key for key in named(conversion) if not key.startswith("no ")}
 
 
 def test_two_strategies() -> None:
@@ -152,10 +157,42 @@ def test_files_of_other_kinds(texts: tuple[str, ...], says: str) -> None:
 
 def test_without_the_ranks_a_micro_batch_alone_says_no_batch() -> None:
     conversion = of({"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2})
-    assert said(conversion) == {}
-    assert {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} == {
+    assert {"train.batch_size", "train.micro_batch"}.isdisjoint(said(conversion))
+    assert {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} <= {
         e.key for e in conversion.left
     }
+
+
+def test_what_is_not_there_is_what_deepspeed_takes_it_for() -> None:
+    """Launcher's own defaults differ: it clips, lets weights decay and chooses strategy and precision."""
+    bare = of({"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}})
+    assert said(bare) == {
+        "train.batch_size": 8,
+        "train.strategy": "ddp",
+        "train.max_grad_norm": 0,
+        "train.learning_rate": 1e-4,
+        "train.weight_decay": 0.0,
+        "train.betas": [0.9, 0.999],
+    }
+    assert bare.settings["train.betas"].comment == f"{JSON}:5 no optimizer.params.betas"
+    assert "train.precision" in next(left.why for left in bare.left if left.key.startswith("no bf16"))
+    torchs = of({"optimizer": {"type": "Adam", "params": {"torch_adam": True}}})
+    assert said(torchs)["train.weight_decay"] == 0.01
+    assert said(torchs)["train.learning_rate"] == 0.001
+    auto = {"gradient_clipping": "auto", "optimizer": {"type": "AdamW", "params": {"betas": "auto"}}}
+    assert {"train.max_grad_norm", "train.betas"}.isdisjoint(said(of(auto)))
+    warm = {"type": "WarmupLR", "params": {"warmup_max_lr": 2e-4, "warmup_type": "linear"}}
+    assert said(of({"optimizer": {"type": "Adam"}, "scheduler": warm}))["train.learning_rate"] == 2e-4
+    both = of({"train_batch_size": 8}, {"distributed_type": "FSDP", "mixed_precision": "bf16"})
+    assert said(both)["train.strategy"] == "fsdp"
+    assert not [left for left in both.left if left.key.startswith("no ")]
+
+
+def test_a_micro_batch_follows_from_all_the_others() -> None:
+    ranks = {"distributed_type": "DEEPSPEED", "num_processes": 2}
+    asked = {"train_batch_size": 64, "gradient_accumulation_steps": 4}
+    assert said(of(asked, ranks))["train.micro_batch"] == 8
+    assert "train.micro_batch" not in said(of(asked)), "the ranks are not known"
 
 
 def test_an_accumulation_that_is_auto_is_not_taken_for_one() -> None:

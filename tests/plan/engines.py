@@ -3,7 +3,7 @@
 torch's `fake` process group answers every collective at once, so one process stands for a rank of any world.
 The tensors are real, on the CPU, and PyTorch's profiler counts their bytes. In a process of its own:
 
-    DS_ACCELERATOR=cpu python -m tests.plan.engines WORLD STRATEGY:PRECISION[:wide] ...
+    DS_ACCELERATOR=cpu python -m tests.plan.engines WORLD:STRATEGY:PRECISION[:wide] ...
 
 writes one line of JSON for each.
 """
@@ -154,31 +154,31 @@ def _reached(profiler: Any) -> Iterator[tuple[str, int]]:
                 peak = now
 
 
-def _one(world_size: int, wanted: str) -> None:
+def _one(wanted: str) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    strategy, precision, *wide = wanted.split(":")
+    world, strategy, precision, *wide = wanted.split(":")
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=world)
+    dist.init_process_group("fake", rank=0, world_size=int(world), store=FakeStore())
     fields = WIDE if wide else FIELDS
     if strategy == "fsdp":
         found = fsdp_step(fields, precision)
     else:
-        found = deepspeed_step(fields, int(strategy.removeprefix("zero")), precision, world_size)
+        found = deepspeed_step(fields, int(strategy.removeprefix("zero")), precision, int(world))
     sys.stdout.write(json.dumps({"of": wanted, **found}) + "\n")
 
 
-def main(world_size: int, wanted: list[str]) -> None:
+def main(wanted: list[str]) -> None:
     """Each in a process of its own, as an engine is not wholly let go; the libraries are loaded once."""
     import deepspeed  # noqa: F401
 
     for one in wanted:
-        child = multiprocessing.get_context("fork").Process(target=_one, args=(world_size, one))
+        child = multiprocessing.get_context("fork").Process(target=_one, args=(one,))
         child.start()
         child.join()
         if child.exitcode:
-            sys.exit(f"{one} over {world_size} ranks: exit code {child.exitcode}")
+            sys.exit(f"{one}: exit code {child.exitcode}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1:])

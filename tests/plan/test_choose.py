@@ -407,6 +407,14 @@ def test_offload_alone_leaves_the_strategy_open() -> None:
         assert plan.host_memory > 0
 
 
+def test_on_a_cpu_what_is_offloaded_is_in_the_same_memory() -> None:
+    plan = planned(asked(strategy="zero3", offload="parameters"), on(ranks=2), shape=shape())
+    assert plan.parameters is not None
+    assert plan.memory is not None
+    assert sum(plan.memory.values()) > 16 * plan.parameters / 2, "AdamW in fp32, in halves"
+    assert plan.host_memory == 0, "it is not counted twice"
+
+
 def test_4096_gpus_are_planned_in_half_a_second() -> None:
     program = """
 from launcher.config.presets import PRESETS

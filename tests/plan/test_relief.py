@@ -52,6 +52,7 @@ def taken(overrides: str) -> dict[str, Any]:
         ("a100-sxm-80gb", 8, {"micro_batch": 12, "strategy": "zero2"}),
         ("a100-sxm-80gb", 1, {"micro_batch": 32, "strategy": "ddp"}),
         ("a100-sxm-80gb", 8, {"micro_batch": 4, "strategy": "fsdp"}),
+        ("a100-sxm-80gb", 8, {"micro_batch": 4, "strategy": "zero2", "offload": "optimizer"}),
         ("cpu", 2, {"micro_batch": 8, "strategy": "ddp"}),
     ],
 )
@@ -72,6 +73,16 @@ def test_each_spares_what_it_says_and_keeps_the_batch(
     assert "train.micro_batch=" in said
     assert "train.gradient_checkpointing=true" in said
     assert ("train.strategy=" in said) == (not begun and (gpu != "cpu" or ranks > 1))
+    to_the_host = not begun and gpu != "cpu"
+    assert ("train.strategy=zero3 train.offload=parameters" in said) == to_the_host
+    assert ("train.offload=optimizer" in said) == (to_the_host and "offload" not in train)
+
+
+def test_the_smallest_micro_batch_is_one() -> None:
+    said = [
+        each.overrides for each in reliefs(planned("a100-sxm-80gb", 1, micro_batch=2), shape(), begun=True)
+    ]
+    assert "train.micro_batch=1" in said
 
 
 def test_nothing_is_left_to_change() -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from launcher.config.presets import PRESETS
+from launcher.config.schema import RunConfig
+from launcher.errors import RequestError
 from launcher.plan.batch import Batch
+from launcher.plan.choose import Place, Plan, make_plan
 from launcher.plan.hardware import find_gpu
 from launcher.plan.search import (
     FILL,
@@ -65,6 +71,17 @@ def test_the_others_are_told_with_why_they_lost() -> None:
     assert said == sorted(said)
 
 
+def test_what_was_asked_for_in_vain_did_not_win_for_its_memory() -> None:
+    """A micro-batch is taken as given where it does not fit: a larger one that would not fit either lost to
+    nothing."""
+    asked = replace(job("gpt2", "rtx-4090-24gb"), available=2 * 10**9)
+    found = ways(asked)
+    assert not any(one.fits for one in found)
+    told = forecast(asked, found[1], found, steps=None, price_per_gpu_hour=None)
+    assert told is not None
+    assert told.runners_up == []
+
+
 def test_the_first_wins_where_speeds_are_not_known() -> None:
     asked = replace(job("gpt2", "cpu"), precision="fp32", available=10**12)
     found = ways(asked)
@@ -101,6 +118,65 @@ def test_the_cheapest_change_comes_first() -> None:
         "set data.block_size to 512",
         "use a GPU with more memory, such as a100-sxm-40gb",
     ]
+
+
+LARGE = {"n_layer": 60, "n_embd": 4096, "n_head": 32}
+TOO_SMALL: Sequence[tuple[str, Mapping[str, Any], Place, Mapping[str, Any]]] = [
+    (name, overrides, place, {"gradient_checkpointing": checkpointing, **train})
+    for name, overrides, place in [
+        ("gpt2-large", {}, Place("here", 1, 1, find_gpu("t4-16gb"))),
+        ("gpt2-xl", {}, Place("here", 1, 1, find_gpu("rtx-4090-24gb"))),
+        ("gpt2-xl", {}, Place("here", 1, 8, find_gpu("a100-sxm-40gb"))),
+        ("gpt2-large", {}, Place("here", 1, 2, find_gpu("cpu"), memory=16 << 30)),
+        ("gpt2-xl", {}, Place("here", 1, 2, find_gpu("cpu"), memory=16 << 30)),
+        ("gpt2-xl", LARGE, Place("here", 1, 8, find_gpu("a100-sxm-80gb"))),
+    ]
+    for checkpointing in ("auto", False)
+    for train in (
+        {},
+        {"strategy": "ddp"},
+        {"strategy": "ddp", "precision": "fp32"},
+        {"strategy": "zero2", "offload": "optimizer"},
+        {"strategy": "fsdp"},
+    )
+]
+"""A model, where it is too large for some of what is asked, and what is asked."""
+
+
+def plan_of(model: str, overrides: Mapping[str, Any], place: Place, asked: Mapping[str, Any]) -> Plan:
+    fields = {**PRESETS[model].config(), **overrides}
+    train = {"batch_size": 64, "steps": 10, **{key: asked[key] for key in asked if key != "block_size"}}
+    data = {"train": ["text"], "block_size": asked.get("block_size", 1024)}
+    run = RunConfig.model_validate({"name": "run", "model": {"name": model}, "data": data, "train": train})
+    return make_plan(run, place, shape=shape_of(fields), positions=1024, blocks=None)
+
+
+def test_each_remedy_is_enough_by_itself() -> None:
+    """Whatever a refusal proposes is done, and planned again."""
+    followed = 0
+    for model, overrides, place, train in TOO_SMALL:
+        try:
+            plan = plan_of(model, overrides, place, train)
+        except RequestError as refused:
+            *changes, _with_no_change = (refused.hint or "").split(", or ")
+            for change in changes:
+                if change.startswith("use a smaller model"):
+                    continue
+                settings = re.findall(r"(?:train|data)\.(\w+)(?:: | to )(\w+)", change)
+                there = place
+                if "such as " in change:
+                    there = replace(place, gpu=find_gpu(change.rpartition("such as ")[2]))
+                elif change.startswith("start one rank"):
+                    there = replace(place, ranks_per_node=1)
+                values = {key: int(value) if value.isdigit() else value for key, value in settings}
+                assert values or there != place, change
+                plan_of(model, overrides, there, {**train, **values})
+                followed += 1
+        else:
+            assert plan.memory is not None
+            assert plan.memory_available is not None
+            assert sum(plan.memory.values()) <= FILL * plan.memory_available
+    assert followed > 60
 
 
 def test_a_block_is_proposed_that_fits() -> None:

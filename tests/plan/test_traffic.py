@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -50,9 +51,13 @@ each_precision = pytest.mark.parametrize("precision", NUMBERS)
 def traces(fields: Mapping[str, Any], layers: int, precision: str, checkpointing: bool) -> list[Trace]:
     """Passes with 2 and with 6 blocks."""
     name = "n_layer" if fields["model_type"] == "gpt2" else "num_hidden_layers"
-    with_layers = {**fields, name: layers}
+    return _traces(tuple({**fields, name: layers}.items()), precision, checkpointing)
+
+
+@cache
+def _traces(fields: tuple[tuple[str, Any], ...], precision: str, checkpointing: bool) -> list[Trace]:
     return list(
-        trace(with_layers, (2, 6), block_size=BLOCK_SIZE, precision=precision, checkpointing=checkpointing)
+        trace(dict(fields), (2, 6), block_size=BLOCK_SIZE, precision=precision, checkpointing=checkpointing)
     )
 
 

@@ -256,6 +256,7 @@ def peaks(model: str, loss: str, precision: str, checkpointing: bool) -> Iterato
             block_size=1024,
             gradient_checkpointing=checkpointing,
             chunked_loss=chunked,
+            compiled=False,
             on_cpu=False,
         )
         passing = max(moment.total for moment in (found.loss, found.backward, found.layer))

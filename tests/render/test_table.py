@@ -10,7 +10,7 @@ from launcher.config.schema import RunConfig
 from launcher.plan.choose import Blocks, Every, Place, Plan, make_plan
 from launcher.plan.hardware import find_gpu
 from launcher.plan.shape import shape_of
-from launcher.render.table import asked_rows, becomes_rows, speed_rows
+from launcher.render.table import asked_rows, becomes_rows, fit_rows, speed_rows
 
 
 def asked(**length: Any) -> RunConfig:
@@ -59,6 +59,7 @@ def test_what_it_becomes() -> None:
         "tokens": "131,072,000 (500.00 epochs)",
         "evaluate": "every 500 steps",
         "checkpoint": "every 15 min",
+        "memory": "not estimated for this architecture: train.micro_batch is a guess",
     }
 
 
@@ -111,6 +112,17 @@ def test_what_is_offloaded_is_said_with_what_it_takes_of_the_node() -> None:
     moved = becomes_rows(replace(plan, offload="optimizer"))
     assert dict(moved)["strategy"] == "zero3, optimizer offloaded to the host, bf16"
     assert "host memory" not in dict(becomes_rows(replace(plan, host_memory=0)))
+
+
+def test_a_micro_batch_that_is_taken_as_given_and_does_not_fit_is_said_not_to() -> None:
+    place, shape = Place("desk", 1, 1, find_gpu("rtx-4090-24gb")), shape_of(PRESETS["gpt2"].config())
+    run = asked(steps=1, micro_batch=512)
+    plan = make_plan(run, place, shape=shape, positions=None, blocks=None)
+    ((name, said),) = fit_rows(plan)
+    assert name == "does not fit"
+    assert plan.memory is not None
+    assert f"{sum(plan.memory.values()) / 2**30 - 0.9 * 24e9 / 2**30:,.1f} GiB more" in said
+    assert fit_rows(make_plan(asked(steps=1), place, shape=shape, positions=None, blocks=None)) == []
 
 
 def test_what_is_not_predicted_is_said() -> None:

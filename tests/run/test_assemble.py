@@ -10,7 +10,7 @@ import pytest
 from launcher.config.load import load_cluster, load_run
 from launcher.config.presets import starter_run
 from launcher.config.schema import ClusterConfig
-from launcher.errors import RequestError
+from launcher.errors import MachineError, RequestError
 from launcher.plan.choose import Plan
 from launcher.run.assemble import assemble, find_place
 from launcher.run.explain import explain_key
@@ -22,9 +22,9 @@ A100 = "{name: mine, memory_gb: 80, bf16_tflops: 312, bandwidth_gbs: 2039, link_
 """An A100 80GB (SXM) by its datasheet."""
 
 
-def planned(folder: Path, gpu: str, model: str = "gpt2") -> Plan:
-    (folder / "run.yaml").write_text(starter_run(model, model))
-    (folder / "cluster.yaml").write_text(f"gpus_per_node: 8\ngpu: {gpu}\n")
+def planned(folder: Path, gpu: str, gpus: int = 8) -> Plan:
+    (folder / "run.yaml").write_text(starter_run("gpt2", "gpt2"))
+    (folder / "cluster.yaml").write_text(f"gpus_per_node: {gpus}\ngpu: {gpu}\n")
     return assemble(load_run(folder / "run.yaml"), load_cluster(folder / "cluster.yaml"), BARE).plan
 
 
@@ -43,6 +43,15 @@ def test_a_described_gpu_is_planned_for_as_the_catalogue_s_own(
     assert known.peak_flops == 312e12
     assert known.forecast is not None
     assert mine == replace(known, gpu="mine")
+
+
+def test_a_gpu_by_itself_needs_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    without = A100.replace(", link_gbs: 300", "")
+    assert planned(tmp_path, without).forecast is None
+    alone = planned(tmp_path, without, gpus=1)
+    assert alone.forecast is not None
+    assert alone == planned(tmp_path, A100, gpus=1)
 
 
 def test_memory_alone_says_what_fits_and_not_how_fast(
@@ -72,3 +81,18 @@ def test_a_description_of_a_known_gpu_is_refused() -> None:
     cluster = ClusterConfig.model_validate({"gpu": {"name": "t4-16gb", "memory_gb": 32.0}})
     with pytest.raises(RequestError, match="'t4-16gb' is in the catalogue"):
         find_place(cluster, BARE)
+
+
+@pytest.mark.parametrize("gpu", ["h10-sxm", "{name: t4-16gb, memory_gb: 32}"])
+def test_what_is_wrong_with_a_cluster_is_said_with_its_line(tmp_path: Path, gpu: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        planned(tmp_path, gpu)
+    assert refused.value.message.endswith("(cluster.yaml:2)")
+
+
+def test_gpus_that_cannot_be_counted_are_asked_for_where_they_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(starter_run("gpt2", "gpt2"))
+    (tmp_path / "cluster.yaml").write_text("gpu: t4-16gb\ngpus_per_node: auto\n")
+    with pytest.raises(MachineError) as lacking:
+        assemble(load_run(tmp_path / "run.yaml"), load_cluster(tmp_path / "cluster.yaml"), BARE)
+    assert lacking.value.message.endswith("it has none (cluster.yaml:2)")

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 
 from launcher.errors import TrainingError
 from launcher.plan.orders import Orders
@@ -107,6 +107,26 @@ def rounded_gradients(trainer: LauncherTrainer) -> Iterator[None]:
     group.mp_policy = before
 
 
+def one_layer_that_recomputes(trainer: LauncherTrainer) -> Iterator[None]:
+    layers: list[Any] = [
+        one for one in trainer.bare_model.modules() if hasattr(one, "gradient_checkpointing")
+    ]
+    layer = layers[-1]
+    layer.gradient_checkpointing = True
+    yield
+    layer.gradient_checkpointing = False
+
+
+def parameters_on_the_host(trainer: LauncherTrainer) -> Iterator[None]:
+    engine: Any = trainer.model_wrapped
+    last = [module for module in engine.modules() if isinstance(module, FSDPModule)][-1]
+    group: Any = last._get_fsdp_state()._fsdp_param_group
+    before = group.offload_policy
+    group.offload_policy = CPUOffloadPolicy(pin_memory=False)
+    yield
+    group.offload_policy = before
+
+
 def all_decay(trainer: LauncherTrainer) -> Iterator[None]:
     optimizer: Any = getattr(trainer.model_wrapped, "optimizer", trainer.optimizer)
     last = optimizer.param_groups[-1]
@@ -158,7 +178,9 @@ ZERO: dict[str, Tamper] = {
 }
 FSDP: dict[str, Tamper] = {
     "engine": attribute("model_wrapped", lambda _: torch.nn.Identity()),
+    "gradient checkpointing": one_layer_that_recomputes,
     "mixed precision": rounded_gradients,
+    "offloaded": parameters_on_the_host,
 }
 
 
