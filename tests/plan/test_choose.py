@@ -140,6 +140,7 @@ def test_nothing_better_would_have_fitted(
             precision=precision,
             gradient_checkpointing=checkpointing,
             chunked_loss=chunks and strategy != "zero3",
+            compiled=strategy == "ddp",
         )
         return needed.total <= FILL * (place.gpu.memory or 0)
 
@@ -154,7 +155,7 @@ def test_nothing_better_would_have_fitted(
             stack_of(
                 model,
                 sharding.numbers(precision),
-                compiled=False,
+                compiled=strategy == "ddp",
                 chunked_loss=chunks and strategy != "zero3",
             ),
             sharding,
