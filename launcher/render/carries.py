@@ -35,7 +35,8 @@ FAST: tuple[Path, ...] = tuple(
 """What hangs on the engine, the precision and the vocabulary."""
 
 FIT: tuple[Path, ...] = (
-    *_plan("strategy", "offload", "batch", "gradient_checkpointing", "memory", "host_memory", "forecast"),
+    *_plan("strategy", "offload", "batch", "gradient_checkpointing", "compile"),
+    *_plan("memory", "host_memory", "forecast"),
     *FAST,
     *ENGINE,
 )
@@ -63,8 +64,8 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "data.mode": ((PLAN, "store"), *_plan("blocks")),
     "data.cache_dir": ((PLAN, "store"),),
     "data.block_size": (*_plan("block_size", "blocks", "eval_every"), *LENGTH, *FIT),
-    "data.packing": (*_plan("blocks", "eval_every", *CAUSAL), *LENGTH),
-    "data.isolate_documents": _plan(*CAUSAL),
+    "data.packing": (*_plan("blocks", "eval_every", *CAUSAL), *LENGTH, *FIT),
+    "data.isolate_documents": (*_plan(*CAUSAL), *FIT),
     "train.batch_size": (*FIT, *LENGTH),
     "train.tokens": LENGTH,
     "train.steps": LENGTH,
@@ -77,7 +78,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "train.offload": FIT,
     "train.micro_batch": FIT,
     "train.extra": _plan("fast.fused_adamw", "fast.reasons.fused_adamw"),
-    "train.compile": (*_plan("compile"), *FIT),
+    "train.compile": FIT,
     **{f"train.fast.{name}": _plan(f"fast.{name}", f"fast.reasons.{name}") for name in ONE_PLACE},
     **{f"train.fast.{name}": (*_plan(f"fast.{name}", f"fast.reasons.{name}"), *FIT) for name in TAKES_MEMORY},
     "train.eval_every": _plan("eval_every"),

@@ -51,7 +51,7 @@ def test_what_it_becomes() -> None:
     plan = planned(asked(steps=2000), blocks=Blocks(4096, 4096 * 64, 10))
     assert dict(becomes_rows(plan)) == {
         "on": "lab: 2 x a100-sxm-80gb",
-        "strategy": "ddp, bf16",
+        "strategy": "ddp, bf16, compiled",
         "batch": "1024 = micro-batch 512 x accumulation 1 x 2 ranks",
         "gradient checkpointing": "off",
         "fast paths": "tanh GELU, causal attention, chunked loss, padded vocabulary, fused AdamW, TF32",
@@ -116,7 +116,7 @@ def test_what_is_offloaded_is_said_with_what_it_takes_of_the_node() -> None:
 
 def test_a_micro_batch_that_is_taken_as_given_and_does_not_fit_is_said_not_to() -> None:
     place, shape = Place("desk", 1, 1, find_gpu("rtx-4090-24gb")), shape_of(PRESETS["gpt2"].config())
-    run = asked(steps=1, micro_batch=512)
+    run = asked(steps=1, micro_batch=512, compile=False, fast={"chunked_loss": False})
     plan = make_plan(run, place, shape=shape, positions=None, blocks=None)
     ((name, said),) = fit_rows(plan)
     assert name == "does not fit"
