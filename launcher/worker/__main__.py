@@ -39,6 +39,7 @@ from launcher.worker.dataset import (
     ValidationRows,
     stack,
 )
+from launcher.worker.heart import Heart
 from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import build_model, load_tokenizer
@@ -95,7 +96,8 @@ class Verify(TrainerCallback):
 class Reached(TrainerCallback):
     """The last step that was done, and by whom."""
 
-    def __init__(self) -> None:
+    def __init__(self, heart: Heart) -> None:
+        self._heart = heart
         self.step = 0
         self.trainer: LauncherTrainer | None = None
 
@@ -103,6 +105,7 @@ class Reached(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.step = state.global_step
+        self._heart.step(self.step)
 
 
 def main(arguments: list[str]) -> int:
@@ -124,7 +127,7 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     signals = StopSignals()
     signals.install()
-    reached = Reached()
+    reached = Reached(rank.heart)
     try:
         end = train(directory, orders, run, rank, signals, reached)
     except KeyboardInterrupt as interrupt:
@@ -136,6 +139,7 @@ def main(arguments: list[str]) -> int:
             begun = bool(ledger.committed(directory.checkpoints))
             message, hint = explain(error, orders, held, step=reached.step, begun=begun)
             end = replace(end, outcome=Outcome.OUT_OF_MEMORY, error=message, hint=hint)
+    rank.heart.stop()
     end.write(directory.record(rank.attempt, rank.number))
     if end.outcome in (Outcome.CRASHED, Outcome.OUT_OF_MEMORY):
         # The others wait for this rank in a collective: leave without the clean-up that would join them.
@@ -195,6 +199,7 @@ def train(
         start_step=start_step,
         metrics=[load_object("train.metrics", name) for name in run.train.metrics],
         best=best,
+        heart=rank.heart,
         callbacks=callbacks,
     )
     checks.trainer = reached.trainer = trainer
@@ -211,11 +216,14 @@ def train(
     if cadence.stopped:
         return RankEnd(rank.number, Outcome.STOPPED, reached.step, time.time())
 
-    if rank.number == 0:
-        whole = trainer.final_model(lambda: build_model(orders.model, orders.weights, tokenizer, run.seed))
-        saving.save_model(whole, tokenizer, directory.model)
-        upload(directory, run, rank)
-    saving.barrier()
+    with rank.heart.during("finishing"):
+        if rank.number == 0:
+            whole = trainer.final_model(
+                lambda: build_model(orders.model, orders.weights, tokenizer, run.seed)
+            )
+            saving.save_model(whole, tokenizer, directory.model)
+            upload(directory, run, rank)
+        saving.barrier()
     return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
 
 
