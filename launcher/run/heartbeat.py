@@ -32,7 +32,7 @@ FROZEN_SECONDS = 120.0
 """A heartbeat file that has not changed for so long is of a process that does not run at all."""
 INTERVAL = 1.0
 """Seconds between two writings."""
-STALE_SECONDS = 5.0
+STALE_SECONDS = 3.0
 """What tells, once something hangs, a process that does not run from one that waits."""
 LIMIT_VARIABLE = "LAUNCHER_HANG_SECONDS"
 """An environment variable that lowers the limit of a training step to so many seconds: to try it out."""
