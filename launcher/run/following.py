@@ -17,6 +17,7 @@ from launcher.run.outcome import FAILURES, Hang, RankEnd, named, read_end
 
 ECHO_SECONDS = 5.0
 """How long the other ranks may still speak once one has failed or is gone; then they are ended."""
+LOOK_SECONDS = 0.5
 STACKS_SECONDS = 3.0
 """How long ranks are given to write their stacks before they are ended."""
 
@@ -42,14 +43,21 @@ class Following:
         self._ranks = range(world_size)
         self._watch = Watch()
         self._begun = time.monotonic()
+        self._looked: tuple[float, Followed] | None = None
         self._failed: float | None = None
         self.dead: tuple[int, ...] = ()
         """The ranks that were gone first, without a last word: the others followed."""
         self.hang: Hang | None = None
 
     def look(self) -> Followed:
-        """Read every file again."""
+        """How far it is; the files are read at most every LOOK_SECONDS."""
         now = time.monotonic()
+        if self._looked is None or now - self._looked[0] >= LOOK_SECONDS:
+            self._looked = now, self.read(now)
+        return self._looked[1]
+
+    def read(self, now: float) -> Followed:
+        """Read every file again; `now` is the monotonic clock's."""
         ends = {rank: end for rank in self._ranks if (end := self._end(rank)) is not None}
         self._watch.see(self._read(), now)
         dead = tuple(

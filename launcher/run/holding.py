@@ -82,7 +82,7 @@ def _wait_for(following: Following, directory: RunDirectory, say: Callable[[str]
 def _close(following: Following, directory: RunDirectory, left: dict[str, Any], launching: Launching) -> None:
     """Write down how an attempt ended whose supervisor did not live to see it."""
     number, world_size = left["attempt"], left["world_size"]
-    last = following.look()
+    last = following.read(time.monotonic())
     evidence = Evidence(
         world_size=world_size,
         ends=last.ends,

@@ -174,7 +174,7 @@ def _run(
                 following.collect_stacks()
             ranks.end()
         time.sleep(POLL_SECONDS)
-    last = following.look()
+    last = following.read(time.monotonic())
     evidence = Evidence(
         world_size=world_size,
         ends=last.ends,
