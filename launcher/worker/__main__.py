@@ -5,14 +5,13 @@ Started by `accelerate launch --config_file RUN_DIR/accelerate.yaml -m launcher.
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -43,6 +42,7 @@ from launcher.worker.dataset import (
 from launcher.worker.divergence import Diverged, Divergence
 from launcher.worker.heart import Heart
 from launcher.worker.isolation import Isolate, prove_isolation
+from launcher.worker.leaving import leave
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import build_model, load_tokenizer
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
@@ -145,21 +145,11 @@ def main(arguments: list[str]) -> int:
             end = replace(end, outcome=Outcome.OUT_OF_MEMORY, error=message, hint=hint)
     rank.heart.stop()
     end.write(directory.record(rank.attempt, rank.number))
-    return leave(end)
-
-
-def leave(end: RankEnd) -> NoReturn:
-    """End this process without taking the interpreter apart, which takes seconds that a preempted run lacks.
-
-    After a failure without what libraries have left to do at the end either: the others wait for this rank in
-    a collective, and it would join them.
-    """
-    failed = end.outcome in FAILURES
-    if not failed:
-        atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(end.exit_code if failed else 0)
+    if end.outcome in FAILURES:
+        # The others wait for this rank in a collective: leave without the clean-up that would join them.
+        sys.stdout.flush()
+        os._exit(end.exit_code)
+    return 0
 
 
 def train(
@@ -337,4 +327,4 @@ def load_object(key: str, path: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
