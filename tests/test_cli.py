@@ -65,7 +65,7 @@ def test_every_option_says_what_it_is_for(name: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([name] for name in ("status", "logs", "stop", "submit", "report", "supervise", "frobnicate")),
+        *([name] for name in ("status", "logs", "stop", "submit", "report", "frobnicate")),
         ["plan"],
         ["plan", "run.yaml", "--frobnicate"],
         ["data", "frobnicate"],

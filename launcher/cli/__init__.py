@@ -16,7 +16,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 import typer
 
 from launcher import __version__, console
-from launcher.cli import checkpoint, data, run
+from launcher.cli import checkpoint, data, run, supervise
 from launcher.errors import Interrupted, LauncherError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(run.app)
+app.add_typer(supervise.app)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 
@@ -49,7 +50,8 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run one command and exit with its code."""
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     debug = "--debug" in sys.argv[1:]
     try:
         app(prog_name="launcher")

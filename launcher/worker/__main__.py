@@ -27,7 +27,7 @@ from launcher.plan.orders import Orders
 from launcher.plan.shape import flops_per_token
 from launcher.run import checkpoints as ledger
 from launcher.run.directory import RunDirectory, write_text
-from launcher.run.outcome import Outcome, RankEnd
+from launcher.run.outcome import FAILURES, Outcome, RankEnd
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
 from launcher.worker.chunked_loss import prove_chunked_loss
@@ -41,7 +41,10 @@ from launcher.worker.dataset import (
     stack,
 )
 from launcher.worker.fast import make_fast, set_matmul_precision, taken_by
+from launcher.worker.divergence import Diverged, Divergence
+from launcher.worker.heart import Heart
 from launcher.worker.isolation import Isolate, prove_isolation
+from launcher.worker.leaving import leave
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import load_tokenizer, trained_model
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
@@ -121,7 +124,8 @@ class Verify(TrainerCallback):
 class Reached(TrainerCallback):
     """The last step that was done, and by whom."""
 
-    def __init__(self) -> None:
+    def __init__(self, heart: Heart) -> None:
+        self._heart = heart
         self.step = 0
         self.trainer: LauncherTrainer | None = None
 
@@ -129,6 +133,7 @@ class Reached(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.step = state.global_step
+        self._heart.step(self.step)
 
 
 def main(arguments: list[str]) -> int:
@@ -150,7 +155,7 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     signals = StopSignals()
     signals.install()
-    reached = Reached()
+    reached = Reached(rank.heart)
     try:
         end = train(directory, orders, run, rank, signals, reached)
     except KeyboardInterrupt as interrupt:
@@ -158,12 +163,15 @@ def main(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this rank's last word
         held = held_memory(reached.trainer, orders.plan.device) if is_out_of_memory(error) else None
         end = last_word(rank.number, reached.step, error)
+        if isinstance(error, Diverged):
+            end = replace(end, outcome=Outcome.DIVERGED)
         if held is not None:
             begun = bool(ledger.committed(directory.checkpoints))
             message, hint = explain(error, orders, held, step=reached.step, begun=begun)
             end = replace(end, outcome=Outcome.OUT_OF_MEMORY, error=message, hint=hint)
+    rank.heart.stop()
     end.write(directory.record(rank.attempt, rank.number))
-    if end.outcome in (Outcome.CRASHED, Outcome.OUT_OF_MEMORY):
+    if end.outcome in FAILURES:
         # The others wait for this rank in a collective: leave without the clean-up that would join them.
         sys.stdout.flush()
         os._exit(end.exit_code)
@@ -197,14 +205,19 @@ def train(
     set_matmul_precision(plan.fast)
     model = trained_model(orders, tokenizer, run.seed)
     fell_back = make_fast(model, plan.fast, block_size=plan.block_size)
+    agreement = Agreement(rank.world_size)
+    divergence = Divergence(
+        directory, start_step, orders.vocabulary, tolerates_overflow=plan.precision == "fp16"
+    )
     cadence = Cadence(
         plan,
-        Agreement(rank.world_size),
+        agreement,
         signals,
         rank=rank.number,
         stop_request=directory.stop_request,
         best=best,
         early_stopping=run.train.early_stopping,
+        divergence=divergence,
     )
     checks = Verify(directory, orders, run, rows, start_step)
     reached.step = start_step
@@ -223,14 +236,21 @@ def train(
         start_step=start_step,
         metrics=[load_object("train.metrics", name) for name in run.train.metrics],
         best=best,
+        heart=rank.heart,
+        cadence=cadence,
+        divergence=divergence,
+        agreement=agreement,
         callbacks=callbacks,
         fell_back=fell_back,
     )
     checks.trainer = reached.trainer = trainer
+    trainer.args.eval_on_start = checkpoint is not None and checkpoint.state().get("evaluation_is_due", False)
     # Ranks draw unlike dropout masks; the weights were drawn alike before.
     set_seed((run.seed + rank.number) % 2**32)
 
     assert plan.steps is not None
+    if agreement.any(cadence.is_asked_to_stop()):  # while it started: nothing is there to be saved
+        return RankEnd(rank.number, Outcome.STOPPED, start_step, time.time())
     if start_step < plan.steps and not best.is_final:
         folder = None if checkpoint is None else str(trainer.resume_folder(checkpoint))
         trainer.train(resume_from_checkpoint=folder)
@@ -240,11 +260,12 @@ def train(
     if cadence.stopped:
         return RankEnd(rank.number, Outcome.STOPPED, reached.step, time.time())
 
-    if rank.number == 0:
-        whole = trainer.final_model(lambda: trained_model(orders, tokenizer, run.seed))
-        saving.save_model(whole, tokenizer, directory.model)
-        upload(directory, run, rank)
-    saving.barrier()
+    with rank.heart.during("finishing"):
+        if rank.number == 0:
+            whole = trainer.final_model(lambda: trained_model(orders, tokenizer, run.seed))
+            saving.save_model(whole, tokenizer, directory.model)
+            upload(directory, run, rank)
+        saving.barrier()
     return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
 
 
@@ -333,4 +354,4 @@ def load_object(key: str, path: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -20,6 +20,7 @@ from launcher.run.directory import RunDirectory, hold
 from launcher.run.outcome import Outcome, RankEnd
 from launcher.worker.engine import meet
 from launcher.worker.fast import keep_freed_memory
+from launcher.worker.heart import Heart
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Rank:
     attempt: int
     terminal: TextIO
     lock: TextIO | None
+    heart: Heart
 
 
 def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: MutableMapping[str, str]) -> Rank:
@@ -55,7 +57,9 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mutab
     log.parent.mkdir(parents=True, exist_ok=True)
     terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     _redirect(log)
-    return Rank(number, world_size, attempt[0], terminal, lock)
+    heart = Heart(directory.heartbeat(attempt[0], number), directory.stacks_request, number, environment)
+    heart.start()
+    return Rank(number, world_size, attempt[0], terminal, lock, heart)
 
 
 def _redirect(log: os.PathLike[str]) -> None:
@@ -74,5 +78,7 @@ def last_word(rank: int, step: int, error: BaseException) -> RankEnd:
     traceback.print_exception(error)
     now = time.time()
     if isinstance(error, LauncherError):
-        return RankEnd(rank, Outcome.CRASHED, step, now, error.message, error.hint, error.exit_code)
+        return RankEnd(
+            rank, Outcome.CRASHED, step, now, error.message, error.hint, error.exit_code, retry=False
+        )
     return RankEnd(rank, Outcome.CRASHED, step, now, f"{type(error).__name__}: {error}")

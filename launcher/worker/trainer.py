@@ -25,7 +25,7 @@ from launcher.plan.sharding import zero_stage
 from launcher.run.checkpoints import Checkpoint
 from launcher.run.directory import RunDirectory
 from launcher.worker import saving
-from launcher.worker.cadence import BestEvaluation
+from launcher.worker.cadence import BestEvaluation, Cadence
 from launcher.worker.dataset import (
     Collate,
     RankBatches,
@@ -36,11 +36,14 @@ from launcher.worker.dataset import (
     to_device,
     training_loader,
 )
+from launcher.worker.divergence import Divergence
 from launcher.worker.engine import engine_arguments, fsdp_policy, innermost, is_sharded
 from launcher.worker.evaluate import Metric, evaluate
+from launcher.worker.heart import Heart
 from launcher.worker.reshard import Remove, mend_zero3, reshard
 from launcher.worker.resume import data_state
 from launcher.worker.schedule import follow_samples
+from launcher.worker.stop import Agreement
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,10 @@ class LauncherTrainer(Trainer):
         start_step: int,
         metrics: Sequence[Metric],
         best: BestEvaluation,
+        heart: Heart,
+        cadence: Cadence,
+        divergence: Divergence,
+        agreement: Agreement,
         callbacks: list[TrainerCallback],
         fell_back: Mapping[str, str],
     ) -> None:
@@ -148,6 +155,10 @@ class LauncherTrainer(Trainer):
         self._start_step = start_step
         self._metrics = metrics
         self._best = best
+        self._heart = heart
+        self._cadence = cadence
+        self._divergence = divergence
+        self._agreement = agreement
 
     @property
     def rank(self) -> int:
@@ -204,29 +215,49 @@ class LauncherTrainer(Trainer):
         return 0
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Every validation token once; see `worker.evaluate`."""
-        found = evaluate(
-            self.bare_model,
-            self._rows.validation,
-            self._rows.collate,
-            rank=self.rank,
-            world_size=self._plan.batch.world_size,
-            micro_batch=max(self._plan.batch.micro_batch, EVALUATION_TOKENS // self._plan.block_size),
-            block_size=self._plan.block_size,
-            device=self.args.device,
-            metrics=self._metrics,
-        )
+        """Every validation token once; see `worker.evaluate`. Given up where all ranks agree to stop: the
+        run then stops here, with a checkpoint that says that the evaluation is due."""
+        with self._heart.during("evaluating"):
+            found = evaluate(
+                self.bare_model,
+                self._rows.validation,
+                self._rows.collate,
+                rank=self.rank,
+                world_size=self._plan.batch.world_size,
+                micro_batch=max(self._plan.batch.micro_batch, EVALUATION_TOKENS // self._plan.block_size),
+                block_size=self._plan.block_size,
+                device=self.args.device,
+                metrics=self._metrics,
+                goes_on=self._evaluation_goes_on,
+            )
+        if found is None:
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+        self._cadence.evaluation_is_due = False
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
+    def _evaluation_goes_on(self) -> bool:
+        self._heart.beat()
+        return self._cadence.evaluation_goes_on(self.state.global_step)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell the callbacks. Nothing is kept in the state: metrics.jsonl is the record, and a state
-        that grows with every line would grow every checkpoint."""
+        that grows with every line would grow every checkpoint. Raises Diverged where they are not finite."""
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        if "loss" in logs:
+            self._divergence.report(logs, self.state.global_step)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        with self._heart.during("saving"):
+            self._write_checkpoint(model)
+
+    def _write_checkpoint(self, model: torch.nn.Module) -> None:
         step = self.state.global_step
+        flaw = self._divergence.flaw(self.bare_model.parameters())
+        if self._agreement.any(flaw is not None):
+            raise self._divergence.error(flaw or "the weights of another rank are not finite", step)
         folder = saving.begin_checkpoint(self._checkpoints, step, self.rank)
         if not is_sharded(self._plan):
             self.save_model(str(folder), _internal_call=True)
@@ -249,6 +280,7 @@ class LauncherTrainer(Trainer):
                 **data_state(self._rows.training, self.phases, step),
                 "cursors": self._rows.training.cursors(),
                 "best": asdict(self._best),
+                "evaluation_is_due": self._cadence.evaluation_is_due,
             },
         )
 
