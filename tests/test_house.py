@@ -30,7 +30,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "worker": frozenset(
         {
             *("errors", "config", "plan", "data"),
-            *("run.directory", "run.checkpoints", "run.outcome", "run.environment"),
+            *("run.directory", "run.checkpoints", "run.outcome", "run.environment", "run.machine"),
         }
     ),
     "cli": frozenset({"errors", "console", "config", "data", "plan", "render", "run", "report"}),

@@ -25,11 +25,13 @@ from launcher.data.store import SPLITS, TOKENIZER_FOLDER, open_store
 from launcher.errors import LauncherError, RequestError
 from launcher.plan.orders import Orders
 from launcher.plan.shape import flops_per_token
+from launcher.plan.sharding import zero_stage
 from launcher.run import checkpoints as ledger
 from launcher.run.directory import RunDirectory, write_text
 from launcher.run.outcome import Outcome, RankEnd
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
+from launcher.worker.checkpoint import CheckpointWriter, barrier
 from launcher.worker.dataset import (
     Collate,
     PadToLongest,
@@ -43,6 +45,7 @@ from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import build_model, load_tokenizer
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
+from launcher.worker.pickles import allow_deepspeed, read_as_data, refusing_code
 from launcher.worker.rank import Rank, join, last_word
 from launcher.worker.report import Report
 from launcher.worker.resume import check_length, go_on
@@ -122,6 +125,9 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return error.exit_code
+    read_as_data(os.environ)
+    if zero_stage(orders.plan.strategy) is not None:
+        allow_deepspeed()
     signals = StopSignals()
     signals.install()
     reached = Reached()
@@ -161,7 +167,7 @@ def train(
     if checkpoint is not None:
         best = BestEvaluation(**checkpoint.state()["best"])
     phases = go_on(directory, run, rows.training, checkpoint)
-    saving.barrier()
+    barrier()
     if rank.number == 0:
         write_text(directory.phases, phases_text(phases.phases))
         for name, reason in ledger.set_aside_damaged(directory.checkpoints, start_step):
@@ -178,11 +184,17 @@ def train(
         best=best,
         early_stopping=run.train.early_stopping,
     )
+    writer = CheckpointWriter(
+        directory.checkpoints, rank=rank.number, world_size=rank.world_size, keep=run.checkpoint.keep
+    )
     checks = Verify(directory, orders, run, rows, start_step)
     reached.step = start_step
-    callbacks: list[TrainerCallback] = [checks, reached, cadence]
+    # The writer waits for the last checkpoint before the report is closed.
+    callbacks: list[TrainerCallback] = [checks, reached, cadence, writer]
     if rank.number == 0:
-        callbacks += reports(directory, orders, run, rank, rows.training, phases, start_step)
+        report, others = reports(directory, orders, run, rank, rows.training, phases, start_step)
+        writer.told = report.saved
+        callbacks += [report, *others]
     callbacks += [load_object("train.callbacks", name)() for name in run.train.callbacks]
     trainer = LauncherTrainer(
         model,
@@ -191,6 +203,7 @@ def train(
         run=run,
         orders=orders,
         phases=phases,
+        writer=writer,
         checkpoints=directory.checkpoints,
         start_step=start_step,
         metrics=[load_object("train.metrics", name) for name in run.train.metrics],
@@ -203,11 +216,15 @@ def train(
 
     assert plan.steps is not None
     if start_step < plan.steps and not best.is_final:
-        folder = None if checkpoint is None else str(trainer.resume_folder(checkpoint))
-        trainer.train(resume_from_checkpoint=folder)
+        if checkpoint is None:
+            trainer.train()
+        else:
+            with refusing_code(checkpoint.folder):
+                trainer.train(resume_from_checkpoint=str(trainer.resume_folder(checkpoint)))
         rows.training.close()
     elif checkpoint is not None:
         trainer.take_final(checkpoint)
+    barrier()
     if cadence.stopped:
         return RankEnd(rank.number, Outcome.STOPPED, reached.step, time.time())
 
@@ -215,7 +232,7 @@ def train(
         whole = trainer.final_model(lambda: build_model(orders.model, orders.weights, tokenizer, run.seed))
         saving.save_model(whole, tokenizer, directory.model)
         upload(directory, run, rank)
-    saving.barrier()
+    barrier()
     return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
 
 
@@ -271,24 +288,22 @@ def reports(
     rows: TrainingRows,
     phases: Phases,
     start_step: int,
-) -> list[TrainerCallback]:
-    """Rank 0's record of the run, and what the user looks at."""
+) -> tuple[Report, list[TrainerCallback]]:
+    """Rank 0's record of the run, and what else the user looks at."""
     plan = orders.plan
     assert plan.steps is not None
     shape = orders.shape
-    found: list[TrainerCallback] = [
-        Report(
-            plan,
-            rows,
-            phases,
-            MetricsFile(directory.metrics, start_step),
-            Progress(rank.terminal, steps=plan.steps, done=start_step, name=run.name),
-            flops_per_token=None if shape is None else flops_per_token(shape, plan.block_size),
-        )
-    ]
-    if "tensorboard" in run.report_to:
-        found.append(TensorBoardCallback(SummaryWriter(str(directory.tensorboard), purge_step=start_step)))
-    return found
+    report = Report(
+        plan,
+        rows,
+        phases,
+        MetricsFile(directory.metrics, start_step),
+        Progress(rank.terminal, steps=plan.steps, done=start_step, name=run.name),
+        flops_per_token=None if shape is None else flops_per_token(shape, plan.block_size),
+    )
+    if "tensorboard" not in run.report_to:
+        return report, []
+    return report, [TensorBoardCallback(SummaryWriter(str(directory.tensorboard), purge_step=start_step))]
 
 
 def load_object(key: str, path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from launcher.config.schema import RunConfig
 from launcher.data.phases import Phases
@@ -26,6 +28,7 @@ from launcher.run.checkpoints import Checkpoint
 from launcher.run.directory import RunDirectory
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation
+from launcher.worker.checkpoint import CheckpointWriter, has_room_for_copy, host_copy
 from launcher.worker.dataset import (
     Collate,
     RankBatches,
@@ -35,7 +38,7 @@ from launcher.worker.dataset import (
     ValidationRows,
     training_loader,
 )
-from launcher.worker.engine import engine_arguments, fsdp_policy, innermost, is_sharded
+from launcher.worker.engine import DTYPES, engine_arguments, fsdp_policy, innermost, is_sharded
 from launcher.worker.evaluate import Metric, evaluate
 from launcher.worker.reshard import Remove, mend_zero3, reshard
 from launcher.worker.resume import data_state
@@ -125,6 +128,7 @@ class LauncherTrainer(Trainer):
         run: RunConfig,
         orders: Orders,
         phases: Phases,
+        writer: CheckpointWriter,
         checkpoints: Path,
         start_step: int,
         metrics: Sequence[Metric],
@@ -138,6 +142,7 @@ class LauncherTrainer(Trainer):
         self._rows = rows
         self._run = run
         self._store = orders.store
+        self._writer = writer
         self._checkpoints = checkpoints
         self._start_step = start_step
         self._metrics = metrics
@@ -212,30 +217,59 @@ class LauncherTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         step = self.state.global_step
-        folder = saving.begin_checkpoint(self._checkpoints, step, self.rank)
-        if not is_sharded(self._plan):
-            self.save_model(str(folder), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
-        if self.args.should_save:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        saving.commit_checkpoint(
-            self._checkpoints,
-            folder,
-            step=step,
-            samples=self.phases.consumed(step),
-            rank=self.rank,
-            world_size=self._plan.batch.world_size,
-            keep=self._run.checkpoint.keep,
-            best=self._best.step,
-            state={
-                "store": self._store,
-                **data_state(self._rows.training, self.phases, step),
-                "cursors": self._rows.training.cursors(),
-                "best": asdict(self._best),
-            },
-        )
+        with self._writer.writing(step, self._checkpoint_bytes()) as folder:
+            copied = None
+            if is_sharded(self._plan):
+                self._save_optimizer_and_scheduler(str(folder))
+            else:
+                copied = self._copied_state(folder)
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+            self._writer.commit(
+                folder,
+                step=step,
+                samples=self.phases.consumed(step),
+                best=self._best.step,
+                state={
+                    "store": self._store,
+                    **data_state(self._rows.training, self.phases, step),
+                    "cursors": self._rows.training.cursors(),
+                    "best": asdict(self._best),
+                },
+                copied=copied,
+            )
+
+    def _copied_state(self, folder: Path) -> Callable[[], None]:
+        """Writes weights and optimizer as they are now, the way the stock Trainer does and reads.
+
+        Where memory has no room for a copy of them, that has been done.
+        """
+        if not self.args.should_save:
+            return lambda: None
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        state = {"weights": self.bare_model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+        def write(state: Mapping[str, Any]) -> None:
+            self.bare_model.save_pretrained(folder, state_dict=state["weights"])
+            torch.save(state["optimizer"], folder / OPTIMIZER_NAME)
+
+        if not has_room_for_copy(state):
+            write(state)
+            return lambda: None
+        return partial(write, host_copy(state))
+
+    def _checkpoint_bytes(self) -> int:
+        """What a checkpoint takes: each weight, and Adam's two moments of it, in fp32.
+
+        DeepSpeed writes the weights it computes with beside those (stage 3 all but so).
+        """
+        parameters = self._plan.parameters or sum(each.numel() for each in self.bare_model.parameters())
+        beside = {None: 0, 3: 0}.get(zero_stage(self._plan.strategy), DTYPES[self._plan.precision].itemsize)
+        return parameters * (12 + beside)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
