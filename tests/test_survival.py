@@ -122,18 +122,22 @@ def test_early_stopping_is_final_even_if_something_fails_after_it(workplace: Wor
         assert not file.is_file() or b"hf_notarealtoken" not in file.read_bytes()
 
 
-def test_the_journal_says_how_far_a_failed_attempt_came(workplace: Workplace) -> None:
+def test_a_crash_is_tried_again_and_the_journal_says_how_far_it_came(workplace: Workplace) -> None:
     (workplace.folder / "mine.py").write_text(
+        "import pathlib\n"
         "from transformers import TrainerCallback\n"
         "class Fail(TrainerCallback):\n"
         "    def on_step_begin(self, args, state, control, **_):\n"
-        "        if state.global_step == 3:\n"
+        "        if state.global_step == 3 and not pathlib.Path('failed').exists():\n"
+        "            pathlib.Path('failed').touch()\n"
         "            raise ArithmeticError('wrong')\n"
     )
     done = workplace.run("train", "run.yaml", "train.callbacks=[mine:Fail]")
-    assert done.returncode == 1
-    last = journal.read(workplace.folder / "runs" / "small" / "journal.jsonl")[-1]
-    assert (last["outcome"], last["step"]) == ("CRASHED", 3)
+    assert done.returncode == 0, done.stderr
+    assert "attempt 1 ended at step 3: CRASHED: rank 0: ArithmeticError: wrong" in done.stderr
+    told = journal.read(workplace.folder / "runs" / "small" / "journal.jsonl")
+    ends = [(event["outcome"], event["step"]) for event in told if event["event"] == "attempt_ended"]
+    assert ends == [("CRASHED", 3), ("FINISHED", 20)]
 
 
 def test_a_linked_file_is_read_by_the_name_it_was_given(workplace: Workplace) -> None:

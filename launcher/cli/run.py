@@ -110,12 +110,15 @@ def train(
     run: RunFile, overrides: Overrides = None, cluster: ClusterFile = None, workers: Workers = None
 ) -> None:
     """Prepare the text if needed, then train here; the same command again resumes."""
+    from launcher.cli.supervise import train_to_the_end
     from launcher.run.assemble import assemble, write_run
     from launcher.run.directory import check_goes_on, check_same_run, run_directory
     from launcher.run.environment import describe_environment
+    from launcher.run.holding import only_supervisor
+    from launcher.run.local import Local
     from launcher.run.preflight import check_launch
     from launcher.run.samples import check_skip
-    from launcher.run.supervise import is_finished, only_supervisor, supervise
+    from launcher.run.supervise import is_finished
     from launcher.run.text import ready_text
 
     draft = assembled(run, overrides, cluster)
@@ -125,28 +128,22 @@ def train(
     text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
     final = assemble(draft.run, draft.cluster, draft.machine, text)
     _show_plan(final, stream_of_answer=False)
-    with only_supervisor(directory):
+    launching = Local(directory, final.cluster.config.env)
+    with only_supervisor(directory, launching, console.say):
         check_same_run(directory, final.run.config)
         check_goes_on(directory, final.plan, text.store)
         if text.store and (said := check_skip(final.run.config, final.plan, text.store, directory)):
             console.say(said)
-        if is_finished(directory, final.plan.steps):
-            console.say(f"run {final.plan.name} is finished; its model is in {directory.model}")
-            return
-        write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
+        if not is_finished(directory, final.plan.steps):
+            write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
+            # Whoever gives this command wants it trained, whatever was asked of it before.
+            directory.stop_request.unlink(missing_ok=True)
         if final.plan.nodes > 1:
             console.say(
                 f"ready; on each of the {final.plan.nodes} nodes: sh {directory.launch} NODE HOST PORT"
             )
             return
-        step = supervise(
-            directory,
-            world_size=final.plan.batch.world_size,
-            steps=final.plan.steps,
-            environment=final.cluster.config.env,
-        )
-    console.say(f"finished at step {step}; the model is in {directory.model}")
-    console.say(f"next: launcher generate {directory.root}")
+        train_to_the_end(directory, launching)
 
 
 @app.command(epilog="Example: launcher generate runs/gpt2-shakespeare --prompt 'To be'")

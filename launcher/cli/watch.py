@@ -78,7 +78,8 @@ def logs(
 @app.command(epilog="Example: launcher stop runs/gpt2-shakespeare")
 def stop(run_dir: RunFolder) -> None:
     """Ask a run to stop safely, with a checkpoint."""
-    from launcher.run.directory import RunDirectory, write_text
+    from launcher.run.directory import RunDirectory
+    from launcher.run.requests import ask_to_stop
     from launcher.run.status import read_status
 
     directory = RunDirectory(run_dir.absolute())
@@ -90,7 +91,7 @@ def stop(run_dir: RunFolder) -> None:
             hint=f"`launcher status {run_dir}` tells more",
         )
     asked = "was asked before" if found.stop_requested else "is asked"
-    write_text(directory.stop_request, "asked by a person\n")
+    ask_to_stop(directory, "person")
     console.answer(
         f"run {found.name!r} {asked} to stop: its ranks agree on a step, save a checkpoint there and end; "
         "the command that started it goes on from it"

@@ -100,6 +100,11 @@ class RunDirectory:
         return self.root / "requests" / "stop"
 
     @property
+    def stacks_request(self) -> Path:
+        """While it is there, each rank writes the stacks of all its threads to its log, once."""
+        return self.root / "requests" / "stacks"
+
+    @property
     def lock(self) -> Path:
         """Held by the supervisor while it lives."""
         return self.root / ".lock"
@@ -139,6 +144,10 @@ class RunDirectory:
     def record(self, attempt: int, rank: int) -> Path:
         """A rank's own last word on how its attempt ended."""
         return self.logs(attempt) / f"rank-{rank}.end.json"
+
+    def heartbeat(self, attempt: int, rank: int) -> Path:
+        """Where a rank says, every second, that it lives and how far it is; see `run.heartbeat`."""
+        return self.logs(attempt) / f"rank-{rank}.heartbeat"
 
     def next_attempt(self) -> int:
         """One more than the newest attempt that has a folder."""

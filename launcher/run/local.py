@@ -8,60 +8,91 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher.errors import MachineError
 from launcher.render.command import launch_command
 from launcher.run.directory import RunDirectory
+from launcher.run.machine import oom_kills
+from launcher.run.outcome import Facts, Outcome
 
 PR_SET_PDEATHSIG = 1
 KILL_SECONDS = 10
 """How long killed processes are waited for."""
 
 
-def start(directory: RunDirectory, attempt: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start every rank of this node.
+class Local:
+    """Every rank on this machine (`run.launching.Launching`)."""
 
-    The session is its own, so that Ctrl-C in a terminal reaches only the supervisor, which asks for
-    a safe stop. A rank's standard output is ours, for rank 0's progress; what accelerate says on
-    standard error, and a rank before it has a log, goes to the attempt's `launch.log`.
-    """
-    accelerate = Path(sys.executable).with_name("accelerate")
-    if not accelerate.exists():
-        raise MachineError(
-            f"accelerate is not installed beside {sys.executable}",
-            hint="install launcher with `pip install launcher`, in the environment you run it from",
-        )
-    log = directory.launch_log(attempt)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as stream:
-        return subprocess.Popen(
-            launch_command(str(directory.root), accelerate=str(accelerate)),
-            stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno(),
-            stderr=stream,
-            env={**os.environ, **environment, "LAUNCHER_ATTEMPT": str(attempt)},
-            start_new_session=True,
-            preexec_fn=_stop_with_parent,
-        )
+    def __init__(self, directory: RunDirectory, environment: Mapping[str, str]) -> None:
+        self._directory = directory
+        self._environment = environment
+        self._oom_kills_before = 0
+
+    def start(self, attempt: int) -> LocalRanks:
+        """Start every rank of this node.
+
+        The session is its own, so that Ctrl-C in a terminal reaches only the supervisor, which asks for
+        a safe stop. A rank's standard output is ours, for rank 0's progress; what accelerate says on
+        standard error, and a rank before it has a log, goes to the attempt's `launch.log`.
+        """
+        accelerate = Path(sys.executable).with_name("accelerate")
+        if not accelerate.exists():
+            raise MachineError(
+                f"accelerate is not installed beside {sys.executable}",
+                hint="install launcher with `pip install launcher`, in the environment you run it from",
+            )
+        log = self._directory.launch_log(attempt)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._oom_kills_before = oom_kills()
+        with log.open("ab") as stream:
+            process = subprocess.Popen(
+                launch_command(str(self._directory.root), accelerate=str(accelerate)),
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),
+                stderr=stream,
+                env={**os.environ, **self._environment, "LAUNCHER_ATTEMPT": str(attempt)},
+                start_new_session=True,
+                preexec_fn=_stop_with_parent,
+            )
+        return LocalRanks(process)
+
+    def facts(self, signals: Sequence[int]) -> Facts:
+        """Whether the kernel has killed something here for its memory; nobody lends this machine."""
+        return Facts(out_of_memory=oom_kills() > self._oom_kills_before)
+
+    def past(self, attempt: int) -> Facts:
+        return Facts()
+
+    def hands_over(self, outcome: Outcome, why: str) -> bool:
+        return False
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End every rank at once, and wait until they are gone.
+class LocalRanks:
+    """The ranks under one `accelerate launch` (`run.launching.Ranks`)."""
 
-    By descent, not by session: torch's launcher gives each rank a session of its own.
-    """
-    import psutil
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
 
-    try:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def end(self) -> None:
+        """Kill every rank, and wait until they are gone.
+
+        By descent, not by session: torch's launcher gives each rank a session of its own.
+        """
+        import psutil
+
         with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(family, timeout=KILL_SECONDS)
+            top = psutil.Process(self._process.pid)
+            family = [top, *top.children(recursive=True)]
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(family, timeout=KILL_SECONDS)
+        self._process.wait()
 
 
 def _stop_with_parent() -> None:

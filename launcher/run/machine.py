@@ -144,6 +144,25 @@ def _cached(file: Path, name: str) -> Iterator[int]:
     yield from (int(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
+def oom_kills(root: Path = Path("/")) -> int:
+    """How many processes the kernel has killed here for their memory, ever: of this process's control group
+    and those below it (`memory.events`), or of the whole machine (`/proc/vmstat`) where that is not told."""
+    try:
+        group = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()[-1].split(":", 2)
+        files = [root / "sys/fs/cgroup" / group[2].lstrip("/") / "memory.events", root / "proc/vmstat"]
+    except (OSError, IndexError):
+        files = [root / "proc/vmstat"]
+    for file in files:
+        try:
+            lines = file.read_text(encoding="ascii").splitlines()
+        except OSError:
+            continue
+        found = [int(line.split()[1]) for line in lines if line.startswith("oom_kill ")]
+        if found:
+            return found[0]
+    return 0
+
+
 def _limit(file: Path) -> Iterator[int]:
     """The number in `file`, if there is such a file and it holds one: `max` is no limit."""
     try:

@@ -13,6 +13,7 @@ from launcher.errors import RequestError
 from launcher.run import journal
 from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory, is_held
+from launcher.run.heartbeat import read_beat
 
 BLOCK = 1 << 16
 MOST_READ = 1 << 22
@@ -114,15 +115,17 @@ def read_status(directory: RunDirectory, now: float) -> Status:
     training, evaluation = _newest_reports(directory.metrics, begun)
     newest = training[0] if training else {}
     saved = _newest_whole(directory.checkpoints, now)
-    beat = _heartbeat(directory, attempts[-1].number) if attempts else {}
-    step: int = max(newest.get("step", 0), beat.get("step", 0), 0 if saved is None else saved.step)
+    beat = read_beat(directory.heartbeat(attempts[-1].number, rank=0)) if attempts else None
+    step: int = max(
+        newest.get("step", 0), 0 if beat is None else beat.step, 0 if saved is None else saved.step
+    )
     return Status(
         name=directory.root.name,
         folder=directory.root,
         alive=alive(directory),
         stop_requested=directory.stop_request.exists(),
         attempts=attempts,
-        phase=beat.get("phase"),
+        phase=None if beat is None else beat.phase,
         step=step,
         steps=plan["steps"],
         loss=newest.get("loss"),
@@ -217,12 +220,3 @@ def _newest_whole(checkpoints: Path, now: float) -> Saved | None:
         if not each.misfits():
             return Saved(each.step, each.bytes, now - each.created)
     return None
-
-
-def _heartbeat(directory: RunDirectory, attempt: int) -> dict[str, Any]:
-    """What rank 0 said of itself last; nothing where it has not yet spoken."""
-    try:
-        beat: dict[str, Any] = json.loads((directory.logs(attempt) / "rank-0.heartbeat").read_bytes())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return beat

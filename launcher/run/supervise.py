@@ -1,21 +1,48 @@
-"""One attempt, from start to typed outcome: start the ranks, pass on a wish to stop, read how it ended."""
+"""The supervisor: one loop that starts the ranks, watches them, and tries again until a typed end.
+
+It keeps nothing to itself. Whatever the next one must know is in the journal and in the files of the ranks,
+so it may be killed at any time: ranks whose supervisor is gone stop safely, and the next one goes on.
+"""
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from launcher.errors import Interrupted, LauncherError, TrainingError
-from launcher.run import journal, local
+from launcher.run import journal
 from launcher.run.checkpoints import committed
-from launcher.run.directory import RunDirectory, hold, write_text
-from launcher.run.outcome import Outcome, RankEnd, first_failure, read_end
+from launcher.run.directory import RunDirectory
+from launcher.run.following import Following
+from launcher.run.launching import Launching
+from launcher.run.outcome import (
+    Attempt,
+    End,
+    Evidence,
+    Outcome,
+    Patience,
+    RankEnd,
+    Restart,
+    Verdict,
+    attempt_of,
+    decide,
+    first_failure,
+    what_next,
+)
+from launcher.run.requests import ask_to_stop, asked_by
 
+Say = Callable[[str], None]
+POLL_SECONDS = 0.1
+PATIENCE = Patience()
 TAIL_LINES = 15
 """Lines of launch.log shown when no rank lived long enough to say what went wrong."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Each asks for a safe stop."""
 
 
 def is_finished(directory: RunDirectory, steps: int | None) -> bool:
@@ -34,102 +61,243 @@ def is_finished(directory: RunDirectory, steps: int | None) -> bool:
     )
 
 
-def supervise(
-    directory: RunDirectory, *, world_size: int, steps: int | None, environment: Mapping[str, str]
-) -> int:
-    """Run one attempt and return the step it ended at. Call it while holding `only_supervisor`.
+def supervise(directory: RunDirectory, launching: Launching, say: Say, patience: Patience = PATIENCE) -> int:
+    """Run attempts until the run ends, and return the step it finished at. Call it while holding
+    `run.holding.only_supervisor`.
 
-    Ctrl-C or SIGTERM asks the ranks for a safe stop with a checkpoint; a second one ends them at
-    once. Raises Interrupted when stopped so, TrainingError (or the rank's own kind of error) when
-    the attempt failed.
+    Ctrl-C or another of SIGNALS asks the ranks for a safe stop with a checkpoint; a second Ctrl-C ends them
+    at once. Raises Interrupted when stopped so, or when the scheduler starts the run again by itself, and
+    TrainingError (or the rank's own kind of error) when the run failed.
     """
-    attempt = directory.next_attempt()
-    directory.stop_request.unlink(missing_ok=True)
-    journal.record(directory.journal, "attempt_started", attempt=attempt, world_size=world_size)
-    with _signals_ask(directory) as interrupts:
-        process = local.start(directory, attempt, environment)
-        while process.poll() is None:
-            if len(interrupts) > 1:
-                local.end(process)
-            time.sleep(0.1)
-    ends = [end for rank in range(world_size) if (end := read_end(directory.record(attempt, rank)))]
-    outcome = _outcome(ends, world_size)
-    step = max((end.step for end in ends), default=0)
+    plan = directory.read_orders().plan
+    assert plan.steps is not None
+    with _signals_ask(directory) as signals:
+        while True:
+            if asked_by(directory) is not None:
+                return _end(directory, End(Outcome.STOPPED, "asked for before it began"), None, say)
+            number = directory.next_attempt()
+            journal.record(
+                directory.journal,
+                "attempt_started",
+                attempt=number,
+                world_size=plan.batch.world_size,
+                nodes=plan.nodes,
+                from_step=_committed_step(directory),
+            )
+            ended = _run(directory, launching, number, plan.batch.world_size, signals)
+            record_end(directory, number, ended, planned_steps=plan.steps)
+            following = what_next(history(directory), patience)
+            if isinstance(following, End):
+                return _end(directory, following, ended, say)
+            _restart(directory, launching, ended, following, signals, say)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An attempt that is over. `stop_seconds`: from the first wish to stop until the ranks were gone."""
+
+    number: int
+    verdict: Verdict
+    ends: tuple[RankEnd, ...]
+    step: int
+    seconds: float
+    exit_code: int | None
+    signals: tuple[int, ...] = ()
+    stop_seconds: float | None = None
+
+
+def record_end(
+    directory: RunDirectory, number: int, ended: Ended, *, planned_steps: int, **more: Any
+) -> None:
+    """Write down how attempt `number` ended."""
+    first = first_failure(ended.ends)
     journal.record(
         directory.journal,
         "attempt_ended",
-        attempt=attempt,
-        outcome=outcome,
+        attempt=number,
+        outcome=ended.verdict.outcome,
+        reason=ended.verdict.reason,
+        retry=ended.verdict.retry,
+        step=ended.step,
+        planned_steps=planned_steps,
+        seconds=round(ended.seconds, 1),
+        stop_seconds=None if ended.stop_seconds is None else round(ended.stop_seconds, 2),
+        exit_code=ended.exit_code,
+        signals=list(ended.signals),
+        rank=None if first is None else first.rank,
+        **more,
+    )
+
+
+def history(directory: RunDirectory) -> list[Attempt]:
+    """The attempts since the run last ended, oldest first."""
+    found: list[Attempt] = []
+    began: dict[int, dict[str, Any]] = {}
+    for event in journal.read(directory.journal):
+        if event["event"] == "attempt_started":
+            began[event["attempt"]] = event
+        elif event["event"] == "attempt_ended":
+            found.append(attempt_of(began.get(event["attempt"], {}), event))
+        elif event["event"] == "ended":
+            found = []
+    return found
+
+
+def _run(
+    directory: RunDirectory, launching: Launching, number: int, world_size: int, signals: list[int]
+) -> Ended:
+    """One attempt, from start to verdict."""
+    begun = time.monotonic()
+    before = len(signals)
+    ranks = launching.start(number)
+    following = Following(directory, number, world_size)
+    asked: float | None = None
+    by_person = at_once = False
+    while True:
+        if launching.facts(signals[before:]).asks_to_stop:
+            ask_to_stop(directory, "scheduler")
+        by = asked_by(directory)
+        by_person |= by == "person"
+        if by is not None and asked is None:
+            asked = time.monotonic()
+        if (exit_code := ranks.poll()) is not None:
+            break
+        followed = following.look()
+        # Before the first step there is nothing to save.
+        if signals[before:].count(signal.SIGINT) > 1 or (by is not None and not followed.trains):
+            at_once = True
+        if at_once or followed.is_over:
+            if followed.hang is not None:
+                following.collect_stacks()
+            ranks.end()
+        time.sleep(POLL_SECONDS)
+    last = following.look()
+    evidence = Evidence(
+        world_size=world_size,
+        ends=last.ends,
+        facts=launching.facts(signals[before:]),
+        by_person=by_person or signal.SIGINT in signals[before:],
+        at_once=at_once,
+        hang=following.hang,
+        dead=following.dead,
+    )
+    return Ended(
+        number,
+        decide(evidence),
+        last.ends,
+        max(last.step, _committed_step(directory)),
+        time.monotonic() - begun,
+        exit_code,
+        tuple(signals[before:]),
+        None if asked is None else time.monotonic() - asked,
+    )
+
+
+def _restart(
+    directory: RunDirectory,
+    launching: Launching,
+    ended: Ended,
+    restart: Restart,
+    signals: list[int],
+    say: Say,
+) -> None:
+    """Say why, and wait; a wish to stop ends the wait. Raises Interrupted if the scheduler takes over."""
+    outcome, why = ended.verdict.outcome, restart.why
+    journal.record(
+        directory.journal, "restart", attempt=directory.next_attempt(), in_seconds=restart.seconds, why=why
+    )
+    if launching.hands_over(outcome, why):
+        directory.stop_request.unlink(missing_ok=True)
+        raise Interrupted(
+            f"attempt {ended.number} ended at step {ended.step}: {outcome}: {why}; queued again"
+        )
+    if asked_by(directory) == "scheduler":
+        directory.stop_request.unlink(missing_ok=True)
+    say(
+        f"attempt {ended.number} ended at step {ended.step}: {outcome}: {why}; "
+        f"attempt {directory.next_attempt()} begins in {restart.seconds:.0f} s"
+    )
+    until = time.monotonic() + restart.seconds
+    while time.monotonic() < until and asked_by(directory) is None:
+        time.sleep(POLL_SECONDS)
+
+
+def _end(directory: RunDirectory, end: End, ended: Ended | None, say: Say) -> int:
+    """Write down how the run ended; returns its step or raises what tells of it."""
+    step = _committed_step(directory) if ended is None else ended.step
+    error = None if end.outcome is Outcome.FINISHED else _error(directory, end, ended, step)
+    journal.record(
+        directory.journal,
+        "ended",
+        outcome=end.outcome,
+        reason=end.reason,
         step=step,
-        planned_steps=steps,
-        exit_code=process.returncode,
-        signals=interrupts,
+        exit_code=0 if error is None else error.exit_code,
     )
     directory.stop_request.unlink(missing_ok=True)
-    if outcome == Outcome.FINISHED:
-        return step
-    if outcome == Outcome.STOPPED:
-        raise Interrupted(
-            f"stopped safely at step {step} with a checkpoint", hint="run the same command again to go on"
-        )
-    if len(interrupts) > 1:
-        raise Interrupted(
-            "ended at once", hint="run the same command again to go on from the last checkpoint"
-        )
-    raise _failure(directory, attempt, ends)
+    if error is not None:
+        raise error
+    return step
 
 
-def _outcome(ends: list[RankEnd], world_size: int) -> Outcome:
-    failure = first_failure(ends)
-    if failure is not None:
-        return failure.outcome
-    if len(ends) < world_size:
-        return Outcome.CRASHED
-    return Outcome.STOPPED if any(end.outcome == Outcome.STOPPED for end in ends) else Outcome.FINISHED
+def _error(directory: RunDirectory, end: End, ended: Ended | None, step: int) -> LauncherError:
+    """What tells a person of an end that is not FINISHED."""
+    again = "run the same command again to go on"
+    if end.outcome is Outcome.STOPPED:
+        saved = _committed_step(directory)
+        if ended is None or saved < step or not ended.ends:
+            where = f"from step {saved}" if saved else "from the beginning"
+            return Interrupted("ended at once" if ended else "stopped", hint=f"{again} {where}")
+        took = "" if ended.stop_seconds is None else f", {ended.stop_seconds:.1f} s after it was asked"
+        return Interrupted(f"stopped safely at step {step} with a checkpoint{took}", hint=again)
+    assert ended is not None
+    return failure(directory, end, ended)
 
 
-def _failure(directory: RunDirectory, attempt: int, ends: list[RankEnd]) -> LauncherError:
-    first = first_failure(ends)
+def failure(directory: RunDirectory, end: End, ended: Ended) -> LauncherError:
+    """The first failure of the last attempt in its own words, with its own exit code."""
+    said = {Outcome.NO_PROGRESS: f"NO_PROGRESS: {end.reason}"}.get(end.outcome)
+    logs = f"the ranks' own logs are in {directory.logs(ended.number)}"
+    first = first_failure(ended.ends)
+    if ended.verdict.outcome is Outcome.HUNG or (first is None and ended.ends):
+        return TrainingError(said or f"{end.outcome}: {end.reason}", hint=logs)
     if first is None:
-        log = directory.launch_log(attempt)
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
-        return TrainingError(
-            f"a rank was killed or never started; the end of {log}:\n"
-            + "\n".join(f"  {line}" for line in lines),
-            hint=f"the ranks' own logs are in {directory.logs(attempt)}",
-        )
+        return TrainingError(f"{said or end.reason}{_tail(directory, ended.number)}", hint=logs)
     error = LauncherError if first.exit_code != TrainingError.exit_code else TrainingError
-    failure = error(
-        f"rank {first.rank}: {first.error}",
-        hint=first.hint or f"the traceback is in {directory.log(attempt, first.rank)}",
+    found = error(
+        said or f"rank {first.rank}: {first.error}",
+        hint=first.hint or f"the traceback is in {directory.log(ended.number, first.rank)}",
     )
-    failure.exit_code = first.exit_code
-    return failure
+    found.exit_code = first.exit_code
+    return found
+
+
+def _tail(directory: RunDirectory, attempt: int) -> str:
+    """The end of what the starter of the ranks said, where it said anything."""
+    log = directory.launch_log(attempt)
+    if not log.is_file():
+        return ""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+    return f"; the end of {log}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _committed_step(directory: RunDirectory) -> int:
+    newest = committed(directory.checkpoints)[-1:]
+    return newest[0].step if newest else 0
 
 
 @contextmanager
 def _signals_ask(directory: RunDirectory) -> Iterator[list[int]]:
-    """While inside, SIGINT, SIGTERM and SIGHUP write a stop request; yields the signals received so far."""
+    """While inside, SIGNALS write a stop request; yields the signals received so far."""
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        write_text(directory.stop_request, "asked by a signal to the supervisor\n")
+        ask_to_stop(directory, "person" if number == signal.SIGINT else "signal")
 
-    before = {
-        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def only_supervisor(directory: RunDirectory) -> Iterator[None]:
-    """Hold the run, so that two commands never train it at a time, nor one beside ranks left by another."""
-    directory.root.mkdir(parents=True, exist_ok=True)
-    with hold(directory.lock, directory, "another command"):
-        hold(directory.ranks_lock, directory, "ranks whose supervisor is gone").close()
-        yield

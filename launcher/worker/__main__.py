@@ -5,6 +5,7 @@ Started by `accelerate launch --config_file RUN_DIR/accelerate.yaml -m launcher.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -41,12 +42,13 @@ from launcher.worker.dataset import (
     ValidationRows,
     stack,
 )
+from launcher.worker.heart import Heart
 from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import build_model, load_tokenizer
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
 from launcher.worker.pickles import allow_deepspeed, read_as_data, refusing_code
-from launcher.worker.rank import Rank, join, last_word
+from launcher.worker.rank import Rank, join, last_word, say_last
 from launcher.worker.report import Report
 from launcher.worker.resume import check_length, go_on
 from launcher.worker.stop import Agreement, StopSignals
@@ -98,7 +100,8 @@ class Verify(TrainerCallback):
 class Reached(TrainerCallback):
     """The last step that was done, and by whom."""
 
-    def __init__(self) -> None:
+    def __init__(self, heart: Heart) -> None:
+        self._heart = heart
         self.step = 0
         self.trainer: LauncherTrainer | None = None
 
@@ -106,6 +109,13 @@ class Reached(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.step = state.global_step
+        self._heart.step(self.step)
+
+    def end_saving(self) -> None:
+        """After a failure: let a checkpoint that is being written still be committed, if it can be."""
+        if self.trainer is not None:
+            with self._heart.during("saving"), contextlib.suppress(Exception):
+                self.trainer.writer.finish()
 
 
 def main(arguments: list[str]) -> int:
@@ -130,7 +140,7 @@ def main(arguments: list[str]) -> int:
         allow_deepspeed()
     signals = StopSignals()
     signals.install()
-    reached = Reached()
+    reached = Reached(rank.heart)
     try:
         end = train(directory, orders, run, rank, signals, reached)
     except KeyboardInterrupt as interrupt:
@@ -142,7 +152,9 @@ def main(arguments: list[str]) -> int:
             begun = bool(ledger.committed(directory.checkpoints))
             message, hint = explain(error, orders, held, step=reached.step, begun=begun)
             end = replace(end, outcome=Outcome.OUT_OF_MEMORY, error=message, hint=hint)
-    end.write(directory.record(rank.attempt, rank.number))
+        reached.end_saving()
+    rank.heart.stop()
+    say_last(end, directory.record(rank.attempt, rank.number), rank.terminal)
     if end.outcome in (Outcome.CRASHED, Outcome.OUT_OF_MEMORY):
         # The others wait for this rank in a collective: leave without the clean-up that would join them.
         sys.stdout.flush()
@@ -185,7 +197,11 @@ def train(
         early_stopping=run.train.early_stopping,
     )
     writer = CheckpointWriter(
-        directory.checkpoints, rank=rank.number, world_size=rank.world_size, keep=run.checkpoint.keep
+        directory.checkpoints,
+        rank.heart,
+        rank=rank.number,
+        world_size=rank.world_size,
+        keep=run.checkpoint.keep,
     )
     checks = Verify(directory, orders, run, rows, start_step)
     reached.step = start_step
@@ -208,6 +224,7 @@ def train(
         start_step=start_step,
         metrics=[load_object("train.metrics", name) for name in run.train.metrics],
         best=best,
+        heart=rank.heart,
         callbacks=callbacks,
     )
     checks.trainer = reached.trainer = trainer
@@ -224,15 +241,19 @@ def train(
         rows.training.close()
     elif checkpoint is not None:
         trainer.take_final(checkpoint)
-    barrier()
+    with rank.heart.during("saving"):
+        barrier()  # rank 0 may still write
     if cadence.stopped:
         return RankEnd(rank.number, Outcome.STOPPED, reached.step, time.time())
 
-    if rank.number == 0:
-        whole = trainer.final_model(lambda: build_model(orders.model, orders.weights, tokenizer, run.seed))
-        saving.save_model(whole, tokenizer, directory.model)
-        upload(directory, run, rank)
-    barrier()
+    with rank.heart.during("finishing"):
+        if rank.number == 0:
+            whole = trainer.final_model(
+                lambda: build_model(orders.model, orders.weights, tokenizer, run.seed)
+            )
+            saving.save_model(whole, tokenizer, directory.model)
+            upload(directory, run, rank)
+        barrier()
     return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
 
 

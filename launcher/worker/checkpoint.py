@@ -28,6 +28,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from launcher.errors import TrainingError
 from launcher.run import checkpoints as ledger
 from launcher.run.machine import memory_left
+from launcher.worker.heart import Heart
 
 UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 OF_A_RANK: Final = re.compile(r"rank_(\d+)_mp_|^__(\d+)_|^rng_state_(\d+)\.")
@@ -60,8 +61,9 @@ class CheckpointWriter(TrainerCallback):
     checkpoint when training ends. `told`, on rank 0, is called with each that is committed.
     """
 
-    def __init__(self, checkpoints: Path, *, rank: int, world_size: int, keep: int) -> None:
+    def __init__(self, checkpoints: Path, heart: Heart, *, rank: int, world_size: int, keep: int) -> None:
         self._checkpoints = checkpoints
+        self._heart = heart
         self._rank = rank
         self._world_size = world_size
         self._keep = keep
@@ -146,6 +148,7 @@ class CheckpointWriter(TrainerCallback):
         saved = pending.result()
         self._stalled += time.perf_counter() - begun
         stall, self._stalled = self._stalled, 0.0
+        self._heart.saved(saved.seconds)
         self.told(Saved(saved.step, saved.bytes, saved.seconds, stall))
 
     def on_step_begin(
@@ -157,7 +160,8 @@ class CheckpointWriter(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.finish()
+        with self._heart.during("saving"):
+            self.finish()
 
 
 def host_copy(state: Any) -> Any:

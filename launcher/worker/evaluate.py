@@ -28,12 +28,14 @@ def evaluate(
     block_size: int,
     device: torch.device,
     metrics: Sequence[Metric],
-) -> dict[str, float]:
+    goes_on: Callable[[], bool],
+) -> dict[str, float] | None:
     """`eval_loss` (nats per predicted token of all validation blocks), `eval_perplexity`, `eval_tokens`, and
     what the user's `metrics` return.
 
     Every rank runs the same number of forward passes, as sharded engines need; a pass without rows
-    of its own counts nothing.
+    of its own counts nothing. `goes_on` is asked before each one, and must answer alike on every rank;
+    where it says no, evaluation is given up and there is nothing to return.
     """
     passes = math.ceil(len(rows) / (micro_batch * world_size))
     sums = torch.zeros(2, dtype=torch.float64, device=device)
@@ -41,6 +43,9 @@ def evaluate(
     expected: list[np.ndarray[Any, Any]] = []
     model.eval()
     for turn in range(passes):
+        if not goes_on():
+            model.train()
+            return None
         first = (turn * world_size + rank) * micro_batch
         mine = range(first, min(first + micro_batch, len(rows)))
         inputs = to_device(collate([rows[index] for index in mine] or [rows[0]]), device)

@@ -40,6 +40,7 @@ from launcher.worker.dataset import (
 )
 from launcher.worker.engine import DTYPES, engine_arguments, fsdp_policy, innermost, is_sharded
 from launcher.worker.evaluate import Metric, evaluate
+from launcher.worker.heart import Heart
 from launcher.worker.reshard import Remove, mend_zero3, reshard
 from launcher.worker.resume import data_state
 from launcher.worker.schedule import follow_samples
@@ -133,6 +134,7 @@ class LauncherTrainer(Trainer):
         start_step: int,
         metrics: Sequence[Metric],
         best: BestEvaluation,
+        heart: Heart,
         callbacks: list[TrainerCallback],
     ) -> None:
         self._plan = orders.plan  # for what the stock Trainer calls while it is made
@@ -142,11 +144,12 @@ class LauncherTrainer(Trainer):
         self._rows = rows
         self._run = run
         self._store = orders.store
-        self._writer = writer
+        self.writer = writer
         self._checkpoints = checkpoints
         self._start_step = start_step
         self._metrics = metrics
         self._best = best
+        self._heart = heart
 
     @property
     def rank(self) -> int:
@@ -195,20 +198,27 @@ class LauncherTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Every validation token once; see `worker.evaluate`."""
-        found = evaluate(
-            self.bare_model,
-            self._rows.validation,
-            self._rows.collate,
-            rank=self.rank,
-            world_size=self._plan.batch.world_size,
-            micro_batch=max(self._plan.batch.micro_batch, EVALUATION_TOKENS // self._plan.block_size),
-            block_size=self._plan.block_size,
-            device=self.args.device,
-            metrics=self._metrics,
-        )
+        with self._heart.during("evaluating"):
+            found = evaluate(
+                self.bare_model,
+                self._rows.validation,
+                self._rows.collate,
+                rank=self.rank,
+                world_size=self._plan.batch.world_size,
+                micro_batch=max(self._plan.batch.micro_batch, EVALUATION_TOKENS // self._plan.block_size),
+                block_size=self._plan.block_size,
+                device=self.args.device,
+                metrics=self._metrics,
+                goes_on=self._evaluation_goes_on,
+            )
+        assert found is not None
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
+
+    def _evaluation_goes_on(self) -> bool:
+        self._heart.beat()
+        return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell the callbacks. Nothing is kept in the state: metrics.jsonl is the record, and a state
@@ -216,8 +226,12 @@ class LauncherTrainer(Trainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        with self._heart.during("saving"):
+            self._write_checkpoint(model)
+
+    def _write_checkpoint(self, model: torch.nn.Module) -> None:
         step = self.state.global_step
-        with self._writer.writing(step, self._checkpoint_bytes()) as folder:
+        with self.writer.writing(step, self._checkpoint_bytes()) as folder:
             copied = None
             if is_sharded(self._plan):
                 self._save_optimizer_and_scheduler(str(folder))
@@ -227,7 +241,7 @@ class LauncherTrainer(Trainer):
             self._save_rng_state(str(folder))
             if self.args.should_save:
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-            self._writer.commit(
+            self.writer.commit(
                 folder,
                 step=step,
                 samples=self.phases.consumed(step),

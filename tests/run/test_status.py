@@ -14,6 +14,7 @@ from launcher.plan.orders import Orders, format_orders
 from launcher.run import checkpoints as ledger
 from launcher.run import journal, status
 from launcher.run.directory import RunDirectory, hold, is_held
+from launcher.run.heartbeat import Beat, write_beat
 from launcher.run.status import Attempt, find_runs, read_status
 from tests.conftest import small_plan
 
@@ -65,7 +66,8 @@ def test_a_run_that_trains(directory: RunDirectory) -> None:
     torn = save(directory, 10, NOW - 45)
     (torn / "weights").write_bytes(b"w")
     directory.logs(2).mkdir(parents=True)
-    (directory.logs(2) / "rank-0.heartbeat").write_text('{"rank": 0, "phase": "evaluating", "step": 11}   \n')
+    beat = Beat(0, "here", 1, "evaluating", 11, NOW - 2, NOW - 1, quiet=1.0, limit=600.0)
+    write_beat(directory.heartbeat(2, 0), beat)
     with hold(directory.lock, directory, "us"):
         found = read_status(directory, NOW)
     assert (found.state, found.alive, found.phase) == ("running", "supervisor", "evaluating")

@@ -1,78 +1,287 @@
-"""What an attempt came to, from the ranks' last words. Attempts themselves: tests/test_train.py."""
+"""The loop, over ranks that are plain scripts: what it makes of their words, signals and silences.
+
+Attempts of real ranks: tests/test_survival.py.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from launcher.errors import TrainingError
+from launcher.errors import Interrupted, LauncherError, TrainingError
+from launcher.plan.orders import Orders, format_orders
 from launcher.run import checkpoints as ledger
 from launcher.run import journal
-from launcher.run.directory import RunDirectory
-from launcher.run.outcome import Outcome, RankEnd
-from launcher.run.supervise import _failure, _outcome, is_finished
-
-
-def ends(*outcomes: Outcome) -> list[RankEnd]:
-    """One last word for each rank, in the order they came."""
-    return [RankEnd(rank, outcome, 5, 100.0 + rank) for rank, outcome in enumerate(outcomes)]
-
+from launcher.run.directory import RunDirectory, write_text
+from launcher.run.holding import only_supervisor
+from launcher.run.outcome import Facts, Outcome, Patience
+from launcher.run.supervise import is_finished, supervise
+from tests.conftest import small_plan
 
 F, S, C, M = Outcome.FINISHED, Outcome.STOPPED, Outcome.CRASHED, Outcome.OUT_OF_MEMORY
+QUICK = Patience(attempts=2, shortest=0.01, factor=2)
+PRELUDE = """
+import os, pathlib, sys, time
+from launcher.run.directory import RunDirectory
+from launcher.run.heartbeat import Beat, write_beat
+from launcher.run.outcome import Outcome, RankEnd
+directory, attempt = RunDirectory(pathlib.Path(sys.argv[1])), int(sys.argv[2])
+directory.logs(attempt).mkdir(parents=True)
+
+def beat(rank, step, quiet=0.0, phase="training", **more):
+    beat = Beat(rank, os.uname().nodename, os.getpid(), phase, step, 0.0, time.time(), quiet, 60.0, **more)
+    write_beat(directory.heartbeat(attempt, rank), beat)
+
+def say(rank, outcome, step, error=None, **more):
+    end = RankEnd(rank, Outcome(outcome), step, time.time(), error, **more)
+    end.write(directory.record(attempt, rank))
+
+def until_asked():
+    while not directory.stop_request.exists():
+        time.sleep(0.01)
+"""
+
+
+class Scripted:
+    """Ranks that do what a script says, one script for each attempt, the last one again and again."""
+
+    def __init__(self, directory: RunDirectory, *scripts: str) -> None:
+        self._directory = directory
+        self._scripts = scripts
+        self.attempts = 0
+        self.known = Facts()
+        self.takes_over = False
+
+    def start(self, attempt: int) -> ScriptedRanks:
+        script = self._scripts[min(self.attempts, len(self._scripts) - 1)]
+        self.attempts += 1
+        command = [sys.executable, "-c", PRELUDE + script, str(self._directory.root), str(attempt)]
+        return ScriptedRanks(subprocess.Popen(command))
+
+    def facts(self, signals: Sequence[int]) -> Facts:
+        return self.known
+
+    def past(self, attempt: int) -> Facts:
+        return self.known
+
+    def hands_over(self, outcome: Outcome, why: str) -> bool:
+        return self.takes_over
+
+
+class ScriptedRanks:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    """A run of two ranks and 20 steps, as it is written."""
+    found = RunDirectory(tmp_path / "run")
+    orders = Orders("0", "", small_plan(), model={}, weights=None, store=None, vocabulary=None)
+    write_text(found.orders, format_orders(orders))
+    return found
+
+
+def events(directory: RunDirectory, name: str) -> list[dict[str, Any]]:
+    return [event for event in journal.read(directory.journal) if event["event"] == name]
+
+
+def end_of(directory: RunDirectory, launching: Scripted) -> LauncherError:
+    """What a run that does not finish ends with."""
+    with pytest.raises(LauncherError) as caught:
+        supervise(directory, launching, lambda text: None, QUICK)
+    return caught.value
+
+
+@pytest.fixture
+def later() -> Iterator[Callable[[Callable[[], bool], Callable[[], object]], None]]:
+    """Do something, in another thread, as soon as something holds."""
+    threads: list[threading.Thread] = []
+
+    def do(holds: Callable[[], bool], what: Callable[[], object]) -> None:
+        def wait() -> None:
+            while not holds():
+                time.sleep(0.01)
+            what()
+
+        threads.append(threading.Thread(target=wait))
+        threads[-1].start()
+
+    yield do
+    for thread in threads:
+        thread.join(timeout=20)
+
+
+def test_it_tries_again_while_there_are_new_steps_and_then_says_why_it_gives_up(
+    directory: RunDirectory,
+) -> None:
+    said: list[str] = []
+    launching = Scripted(
+        directory,
+        'say(1, "CRASHED", 3, "OSError: gone"); time.sleep(0.1); say(0, "CRASHED", 3, "its echo")',
+        'say(1, "CRASHED", 4, "OSError: gone")',
+        'say(0, "CRASHED", 4, "OSError: gone again")',
+    )
+    with pytest.raises(TrainingError) as caught:
+        supervise(directory, launching, said.append, QUICK)
+    assert caught.value.message.startswith("NO_PROGRESS: 2 attempts in a row brought no new step")
+    assert "OSError: gone again" in caught.value.message
+    assert str(directory.log(4, 0)) in (caught.value.hint or "")
+    assert [event["step"] for event in events(directory, "attempt_ended")] == [3, 4, 4, 4]
+    assert {event["outcome"] for event in events(directory, "attempt_ended")} == {"CRASHED"}
+    assert [event["in_seconds"] for event in events(directory, "restart")] == [0.01, 0.01, 0.02]
+    (end,) = events(directory, "ended")
+    assert (end["outcome"], end["exit_code"], end["step"]) == ("NO_PROGRESS", 1, 4)
+    assert len(said) == 3
+    assert "rank 1: OSError: gone" in said[0]
+    # Whoever starts it again has all chances anew.
+    end_of(directory, launching)
+    assert len(events(directory, "attempt_ended")) == 4 + 3
 
 
 @pytest.mark.parametrize(
-    ("said", "world_size", "outcome"),
+    ("word", "code", "outcome"),
     [
-        ((F, F), 2, F),
-        ((S, S), 2, S),
-        ((F, S), 2, S),
-        ((F,), 2, C),
-        ((S,), 2, C),
-        ((), 1, C),
-        ((C, F), 2, C),
-        ((M, C), 2, M),
-        ((C, M), 2, C),
-        ((S, M), 2, M),
-        ((M,), 2, M),
+        ('"CRASHED", 0, "data.train: gone", hint="put it back", exit_code=2, retry=False', 2, C),
+        ('"OUT_OF_MEMORY", 4, "it held much", hint="train.micro_batch=1"', 1, M),
+        ('"DIVERGED", 4, "the loss is nan", hint="data.skip.steps"', 1, Outcome.DIVERGED),
     ],
 )
-def test_the_outcome_of_an_attempt(said: tuple[Outcome, ...], world_size: int, outcome: Outcome) -> None:
-    assert _outcome(ends(*said), world_size) == outcome
+def test_what_another_attempt_would_meet_again_ends_at_once_with_its_own_words(
+    directory: RunDirectory, word: str, code: int, outcome: Outcome
+) -> None:
+    launching = Scripted(directory, f"say(1, {word})")
+    error = end_of(directory, launching)
+    assert launching.attempts == 1
+    assert error.exit_code == code
+    assert f"rank 1: {word.split(chr(34))[3]}" == error.message
+    assert error.hint == word.split('hint="')[1].split('"')[0]
+    assert events(directory, "ended")[0]["outcome"] == outcome
 
 
-@given(said=st.lists(st.sampled_from(Outcome), max_size=4), missing=st.integers(0, 2))
-def test_an_attempt_has_finished_only_if_every_rank_says_so(said: list[Outcome], missing: int) -> None:
-    found = _outcome(ends(*said), len(said) + missing)
-    assert (found == F) == (not missing and all(each == F for each in said))
-    assert found != S or not missing
+def test_where_no_rank_lived_to_say_it_the_end_of_the_launch_log_is_shown(directory: RunDirectory) -> None:
+    log = 'directory.launch_log(attempt).write_bytes(b"\\n".join(b"line %d \\xff" % n for n in range(100)))'
+    error = end_of(directory, Scripted(directory, log))
+    assert "killed or never started" in error.message
+    assert "line 99" in error.message
+    assert "line 10 " not in error.message
 
 
-def test_the_rank_that_failed_first_is_named_with_its_own_code(tmp_path: Path) -> None:
-    said = [
-        RankEnd(0, C, 4, 20.0, "DistBackendError: connection closed by peer"),
-        RankEnd(1, C, 4, 10.0, "data.train: gone", hint="put it back", exit_code=2),
-    ]
-    failure = _failure(RunDirectory(tmp_path), 1, said)
-    assert (failure.message, failure.hint) == ("rank 1: data.train: gone", "put it back")
-    assert failure.exit_code == 2
-    own = _failure(RunDirectory(tmp_path), 1, [RankEnd(0, C, 4, 20.0, "ArithmeticError: x")])
-    assert own.exit_code == TrainingError.exit_code
-    assert str(RunDirectory(tmp_path).log(1, 0)) in (own.hint or "")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_asks_for_a_safe_stop(
+    directory: RunDirectory, later: Callable[..., None], number: int
+) -> None:
+    words = 'beat(0, 2); until_asked(); say(0, "STOPPED", 7); say(1, "STOPPED", 7)'
+    later(directory.heartbeat(1, 0).exists, lambda: os.kill(os.getpid(), number))
+    ledger.commit(ledger.begin(directory.checkpoints, 7), step=7, samples=56, world_size=2, created=0.0)
+    error = end_of(directory, Scripted(directory, words))
+    assert isinstance(error, Interrupted)
+    assert error.exit_code == 130
+    assert "stopped safely at step 7 with a checkpoint, " in error.message
+    (ended,) = events(directory, "attempt_ended")
+    assert (ended["outcome"], ended["signals"]) == ("STOPPED", [number])
+    assert ended["stop_seconds"] < 10
+    assert not directory.stop_request.exists()
 
 
-def test_where_no_rank_lived_to_say_it_the_end_of_the_launch_log_is_shown(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path)
-    directory.logs(1).mkdir(parents=True)
-    directory.launch_log(1).write_bytes(b"\n".join(b"line %d \xff" % n for n in range(100)))
-    failure = _failure(directory, 1, ends(F))
-    assert isinstance(failure, TrainingError)
-    assert "killed or never started" in failure.message
-    assert "line 99" in failure.message
-    assert "line 10 " not in failure.message
+def test_a_second_ctrl_c_ends_the_ranks_at_once(directory: RunDirectory, later: Callable[..., None]) -> None:
+    later(directory.heartbeat(1, 0).exists, lambda: os.kill(os.getpid(), signal.SIGINT))
+    later(directory.stop_request.exists, lambda: os.kill(os.getpid(), signal.SIGINT))
+    error = end_of(directory, Scripted(directory, "beat(0, 2); time.sleep(60)"))
+    assert (error.message, error.exit_code) == ("ended at once", 130)
+
+
+def test_a_wish_is_honoured_at_once_while_there_is_nothing_to_save(
+    directory: RunDirectory, later: Callable[..., None]
+) -> None:
+    later(directory.heartbeat(1, 0).exists, lambda: write_text(directory.stop_request, "please"))
+    error = end_of(directory, Scripted(directory, 'beat(0, 0, phase="starting"); time.sleep(60)'))
+    assert isinstance(error, Interrupted)
+    assert events(directory, "attempt_ended")[0]["outcome"] == "STOPPED"
+
+
+def test_a_wish_is_honoured_between_two_attempts(directory: RunDirectory, later: Callable[..., None]) -> None:
+    launching = Scripted(directory, 'say(0, "CRASHED", 1, "x")')
+    later(lambda: bool(events(directory, "restart")), lambda: write_text(directory.stop_request, "please"))
+    with pytest.raises(Interrupted):
+        supervise(directory, launching, lambda text: None, Patience(shortest=60))
+    assert launching.attempts == 1
+
+
+def test_what_the_scheduler_takes_goes_on_without_limit(directory: RunDirectory) -> None:
+    launching = Scripted(
+        directory,
+        *['beat(0, 0); until_asked(); say(0, "STOPPED", 0); say(1, "STOPPED", 0)'] * 4,
+    )
+    launching.known = Facts(preempted=True)
+
+    def say(text: str) -> None:
+        launching.takes_over = launching.attempts == 3
+
+    with pytest.raises(Interrupted) as caught:
+        supervise(directory, launching, say, QUICK)
+    assert "PREEMPTED" in caught.value.message
+    assert [event["outcome"] for event in events(directory, "attempt_ended")] == ["PREEMPTED"] * 4
+    assert not events(directory, "ended"), "the next supervisor goes on"
+    assert not directory.stop_request.exists()
+
+
+def test_a_rank_that_does_not_get_on_is_named_and_ended(directory: RunDirectory) -> None:
+    words = (
+        'beat(0, 5, 61.0, waits=True, at="distributed_c10d.py:1 all_reduce"); '
+        'beat(1, 5, 61.0, at="mine.py:7 on_step_begin"); time.sleep(60)'
+    )
+    error = end_of(directory, Scripted(directory, words))
+    assert error.message.startswith("NO_PROGRESS")
+    (hung, *_) = events(directory, "hung")
+    assert (hung["rank"], hung["step"]) == (1, 5)
+    how = events(directory, "attempt_ended")[0]["reason"]
+    assert "rank 1 did not get on while the others waited for 61 s" in how
+    assert "in mine.py:7 on_step_begin" in how
+    assert events(directory, "attempt_ended")[0]["outcome"] == "HUNG"
+
+
+def test_a_rank_that_is_gone_brings_the_others_down(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.run.following.ECHO_SECONDS", 0.5)
+    words = "beat(0, 5); (os.fork() or (beat(1, 5), os._exit(9))); os.wait(); time.sleep(60)"
+    begun = time.monotonic()
+    error = end_of(directory, Scripted(directory, words))
+    assert time.monotonic() - begun < 30
+    assert "rank 1 was killed" in error.message
+
+
+def test_an_attempt_that_lost_its_supervisor_is_written_down_by_the_next(directory: RunDirectory) -> None:
+    journal.record(directory.journal, "attempt_started", attempt=1, world_size=2, nodes=1, from_step=0)
+    launching = Scripted(directory, 'say(0, "STOPPED", 6); say(1, "STOPPED", 6)')
+    launching.start(1)
+    while not directory.record(1, 1).exists():
+        time.sleep(0.05)
+    with only_supervisor(directory, launching, lambda text: None):
+        pass
+    (ended,) = events(directory, "attempt_ended")
+    assert (ended["outcome"], ended["step"], ended["orphaned"]) == ("CRASHED", 6, True)
+    assert "stopped safely" in ended["reason"]
+    with only_supervisor(directory, launching, lambda text: None):
+        pass
+    assert len(events(directory, "attempt_ended")) == 1
 
 
 def test_finished_is_the_last_attempt_at_this_length_with_its_model(tmp_path: Path) -> None:

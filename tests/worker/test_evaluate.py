@@ -103,7 +103,9 @@ def evaluated(store: Path, way: Way, micro_batch: int, rank: int, world_size: in
         block_size=BLOCK,
         device=torch.device("cpu"),
         metrics=[counted],
+        goes_on=lambda: True,
     )
+    assert found is not None
     assert model.training, "training goes on as it was"
     return found
 
@@ -197,6 +199,26 @@ def test_a_row_of_one_token_has_nothing_to_predict_and_spoils_nothing(tmp_path: 
     assert evaluated(store, Way("pad"), 1, 0, 1) == pytest.approx(expected(store, Way("pad")), rel=1e-5)
 
 
+def test_it_is_given_up_where_it_may_not_go_on(tmp_path: Path) -> None:
+    asked: list[int] = []
+    model = small_model().train()
+    found = evaluate(
+        model,
+        read(validation(tmp_path, documents(9)), Way("concat")),
+        stack,
+        rank=0,
+        world_size=1,
+        micro_batch=1,
+        block_size=BLOCK,
+        device=torch.device("cpu"),
+        metrics=[],
+        goes_on=lambda: len(asked) < 2 and not asked.append(0),  # type: ignore[func-returns-value]
+    )
+    assert found is None
+    assert len(asked) == 2
+    assert model.training
+
+
 def test_perplexity_of_a_ruined_model_is_a_number(tmp_path: Path) -> None:
     store = validation(tmp_path, documents(3))
     model: Any = small_model()
@@ -212,7 +234,9 @@ def test_perplexity_of_a_ruined_model_is_a_number(tmp_path: Path) -> None:
         block_size=BLOCK,
         device=torch.device("cpu"),
         metrics=[],
+        goes_on=lambda: True,
     )
+    assert found is not None
     assert found["eval_loss"] > 700
     assert math.isfinite(found["eval_perplexity"])
     assert found.keys() == {"eval_loss", "eval_perplexity", "eval_tokens"}

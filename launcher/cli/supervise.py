@@ -1,0 +1,56 @@
+"""`launcher supervise`: what `train` ends in, and a job script."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from launcher import console
+from launcher.cli.arguments import RunFolder
+
+if TYPE_CHECKING:
+    from launcher.run.directory import RunDirectory
+    from launcher.run.launching import Launching
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: launcher supervise runs/gpt2-shakespeare")
+def supervise(run: RunFolder) -> None:
+    """Train a run directory as it is written, until it ends: what `train` and a job script do."""
+    from launcher.run.directory import RunDirectory
+    from launcher.run.holding import only_supervisor
+
+    directory = RunDirectory(run.absolute())
+    launching = launching_of(directory)
+    with only_supervisor(directory, launching, console.say):
+        train_to_the_end(directory, launching)
+
+
+def launching_of(directory: RunDirectory) -> Launching:
+    """How the ranks of a written run are started here. Raises RequestError where they cannot be."""
+    from launcher.config.load import load_cluster
+    from launcher.errors import RequestError
+    from launcher.run.local import Local
+
+    plan = directory.read_orders().plan
+    if plan.nodes > 1:
+        raise RequestError(
+            f"this run is planned for {plan.nodes} nodes",
+            hint=f"on each of the {plan.nodes} nodes: sh {directory.launch} NODE HOST PORT",
+        )
+    return Local(directory, load_cluster(directory.cluster).config.env)
+
+
+def train_to_the_end(directory: RunDirectory, launching: Launching) -> None:
+    """Supervise the run, which is held, and say where its model is. Raises what `run.supervise` does."""
+    from launcher.run.supervise import is_finished, supervise
+
+    plan = directory.read_orders().plan
+    if is_finished(directory, plan.steps):
+        console.say(f"run {plan.name} is finished; its model is in {directory.model}")
+        return
+    step = supervise(directory, launching, console.say)
+    console.say(f"finished at step {step}; the model is in {directory.model}")
+    console.say(f"next: launcher generate {directory.root}")

@@ -1,0 +1,105 @@
+"""Following one attempt by its files: heartbeats and last words, wherever its ranks run."""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import dataclass
+
+from launcher.run import journal
+from launcher.run.directory import RunDirectory, write_text
+from launcher.run.heartbeat import Beat, Watch, read_beat
+from launcher.run.outcome import FAILURES, Hang, RankEnd, read_end
+
+ECHO_SECONDS = 5.0
+"""How long the other ranks may still speak once one has failed or is gone; then they are ended."""
+STACKS_SECONDS = 3.0
+"""How long ranks are given to write their stacks before they are ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """How far an attempt is. `trains`: a rank is past its first step. `is_over`: nothing more is to come of
+    it, so that it is to be ended."""
+
+    ends: tuple[RankEnd, ...]
+    step: int
+    trains: bool
+    hang: Hang | None
+    is_over: bool
+
+
+class Following:
+    """The files of attempt `number`, read as they change."""
+
+    def __init__(self, directory: RunDirectory, number: int, world_size: int) -> None:
+        self._directory = directory
+        self._number = number
+        self._ranks = range(world_size)
+        self._watch = Watch()
+        self._failed: float | None = None
+        self.dead: tuple[int, ...] = ()
+        """The ranks that were gone first, without a last word: the others followed."""
+        self.hang: Hang | None = None
+
+    def look(self) -> Followed:
+        """Read every file again."""
+        now = time.monotonic()
+        ends = {rank: end for rank in self._ranks if (end := self._end(rank)) is not None}
+        self._watch.see(self._read(), now)
+        dead = tuple(
+            rank for rank, beat in self._watch.beats.items() if rank not in ends and not _lives(beat)
+        )
+        failed = dead or any(end.outcome in FAILURES for end in ends.values())
+        self._failed = None if not failed else now if self._failed is None else self._failed
+        if not set(self.dead) <= set(dead):
+            self.dead = ()  # it was only slow to be read: its last word has come
+        self.dead = self.dead or dead
+        if self.hang is None and self._failed is None:
+            self.hang = self._watch.hang(time.time(), frozenset(ends))
+            if self.hang is not None:
+                self._tell(self.hang)
+        return Followed(
+            ends=tuple(ends.values()),
+            step=max([self._watch.step, *(end.step for end in ends.values())]),
+            trains=any(beat.phase != "starting" for beat in self._watch.beats.values()),
+            hang=self.hang,
+            is_over=self.hang is not None or (self._failed is not None and now - self._failed > ECHO_SECONDS),
+        )
+
+    def collect_stacks(self) -> None:
+        """Have every rank that can write the stacks of its threads to its log."""
+        write_text(self._directory.stacks_request, "")
+        time.sleep(STACKS_SECONDS)
+        self._directory.stacks_request.unlink(missing_ok=True)
+
+    def _tell(self, hang: Hang) -> None:
+        journal.record(
+            self._directory.journal,
+            "hung",
+            attempt=self._number,
+            rank=hang.ranks[0],
+            ranks=list(hang.ranks),
+            step=hang.step,
+            seconds=round(hang.seconds, 1),
+            how=hang.how,
+        )
+
+    def _end(self, rank: int) -> RankEnd | None:
+        return read_end(self._directory.record(self._number, rank))
+
+    def _read(self) -> dict[int, Beat]:
+        found = ((rank, read_beat(self._directory.heartbeat(self._number, rank))) for rank in self._ranks)
+        return {rank: beat for rank, beat in found if beat is not None}
+
+
+def _lives(beat: Beat) -> bool:
+    """Whether the process that wrote it is there; one on another machine is taken to be."""
+    if beat.host != socket.gethostname():
+        return True
+    import psutil
+
+    try:
+        return psutil.Process(beat.pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

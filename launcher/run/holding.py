@@ -1,0 +1,84 @@
+"""Who trains a run: one supervisor at a time, and none beside ranks that another has left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from launcher.errors import RunDirectoryError
+from launcher.run import journal
+from launcher.run.directory import RunDirectory, hold
+from launcher.run.following import Following
+from launcher.run.launching import Launching
+from launcher.run.outcome import Evidence, decide
+from launcher.run.supervise import Ended, record_end
+
+ORPHANS_SECONDS = 600.0
+"""How long ranks whose supervisor was killed may take to stop safely."""
+POLL_SECONDS = 0.5
+
+
+@contextmanager
+def only_supervisor(
+    directory: RunDirectory, launching: Launching, say: Callable[[str], None]
+) -> Iterator[None]:
+    """Hold the run, so that two commands never train it at a time.
+
+    Ranks whose supervisor was killed are waited for, and how their attempt ended is written down. Raises
+    RunDirectoryError where another command, or ranks started by hand, train it.
+    """
+    directory.root.mkdir(parents=True, exist_ok=True)
+    with hold(directory.lock, directory, "another command"):
+        left = _open_attempt(directory)
+        if left is None:
+            hold(directory.ranks_lock, directory, "ranks that were started by hand").close()
+        else:
+            _wait_for(directory, left["attempt"], say)
+            _close(directory, left, launching)
+        yield
+
+
+def _open_attempt(directory: RunDirectory) -> dict[str, Any] | None:
+    """The attempt that began and, by the journal, never ended."""
+    events = journal.read(directory.journal)
+    told = [event for event in events if event["event"] in ("attempt_started", "attempt_ended")]
+    return told[-1] if told and told[-1]["event"] == "attempt_started" else None
+
+
+def _wait_for(directory: RunDirectory, attempt: int, say: Callable[[str], None]) -> None:
+    said, until = False, time.monotonic() + ORPHANS_SECONDS
+    while True:
+        try:
+            hold(directory.ranks_lock, directory, "ranks whose supervisor is gone").close()
+        except RunDirectoryError:
+            if time.monotonic() > until:
+                raise
+        else:
+            return
+        if not said:
+            said = True
+            say(
+                f"attempt {attempt} lost its supervisor; waiting for its ranks to save and stop, "
+                f"{ORPHANS_SECONDS:.0f} s at most"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _close(directory: RunDirectory, left: dict[str, Any], launching: Launching) -> None:
+    """Write down how an attempt ended whose supervisor did not live to see it."""
+    number, world_size = left["attempt"], left["world_size"]
+    following = Following(directory, number, world_size)
+    last = following.look()
+    evidence = Evidence(
+        world_size=world_size,
+        ends=last.ends,
+        facts=launching.past(number),
+        dead=following.dead,
+        orphaned=True,
+    )
+    steps = directory.read_orders().plan.steps
+    assert steps is not None
+    ended = Ended(number, decide(evidence), last.ends, last.step, time.time() - left["time"], None)
+    record_end(directory, number, ended, planned_steps=steps, orphaned=True)

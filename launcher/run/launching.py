@@ -1,0 +1,36 @@
+"""What the supervisor needs of whatever starts the ranks: this machine (`run.local`), or a scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from launcher.run.outcome import Facts, Outcome
+
+
+class Ranks(Protocol):
+    """The ranks of one attempt, once started."""
+
+    def poll(self) -> int | None:
+        """The exit code of what started them; None while it runs."""
+
+    def end(self) -> None:
+        """Kill every rank on every node, and return once they are gone. May be called again."""
+
+
+class Launching(Protocol):
+    """One way to start ranks and to learn what became of them. No call takes longer than a second or so,
+    except `end`: the supervisor asks several times a second."""
+
+    def start(self, attempt: int) -> Ranks:
+        """Start every rank of every node, with LAUNCHER_ATTEMPT set to `attempt`."""
+
+    def facts(self, signals: Sequence[int]) -> Facts:
+        """What is known of the attempt now, given the signals that the supervisor got during it."""
+
+    def past(self, attempt: int) -> Facts:
+        """What is known of an earlier attempt, whose supervisor did not live to see it end."""
+
+    def hands_over(self, outcome: Outcome, why: str) -> bool:
+        """Whether the scheduler itself starts the run again after `outcome`, once asked here (a requeue): the
+        supervisor then ends, and the next one goes on by the journal."""

@@ -1,0 +1,33 @@
+"""Wishes to a run, as files: `requests/stop`. Any text is a person's wish, so `touch` does as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+from launcher.run.directory import RunDirectory, write_text
+
+By = Literal["person", "signal", "scheduler"]
+WORDS: Final[Mapping[By, str]] = {
+    "person": "asked by a person\n",
+    "signal": "asked by a signal to the supervisor\n",
+    "scheduler": "asked because the scheduler takes the nodes\n",
+}
+
+
+def ask_to_stop(directory: RunDirectory, by: By) -> None:
+    """Ask the ranks for a safe stop. A person's wish stands, whoever else asks."""
+    if by == "person" or asked_by(directory) is None:
+        write_text(directory.stop_request, WORDS[by])
+
+
+def asked_by(directory: RunDirectory) -> By | None:
+    """Who asked for a stop; None: nobody."""
+    try:
+        text = directory.stop_request.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    for by in ("signal", "scheduler"):
+        if text == WORDS[by]:
+            return by
+    return "person"
