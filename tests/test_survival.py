@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from launcher.run import journal
+from launcher.run.checkpoints import committed
+from launcher.run.directory import RunDirectory
 from tests.conftest import Workplace, losses, metrics, small_run, write_json
 
 LONG = ("train.steps=100000", "train.eval_every=100000", "checkpoint.every=100000")
@@ -28,10 +30,7 @@ def training(workplace: Workplace, *arguments: str) -> Iterator[subprocess.Popen
     numbers = workplace.folder / "runs" / "small" / "metrics.jsonl"
     family: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 120
-        while not (numbers.exists() and numbers.stat().st_size) and time.monotonic() < deadline:
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.1)
+        wait_for(lambda: numbers.exists() and numbers.stat().st_size > 0, process)
         family = psutil.Process(process.pid).children(recursive=True)
         yield process
     finally:
@@ -39,6 +38,13 @@ def training(workplace: Workplace, *arguments: str) -> Iterator[subprocess.Popen
             if each.is_running():
                 each.kill()
         process.wait()
+
+
+def wait_for(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not holds() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.1)
 
 
 def ranks(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -60,22 +66,74 @@ def test_a_second_ctrl_c_ends_every_rank_at_once(workplace: Workplace) -> None:
         assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in both)
 
 
-def test_ranks_whose_supervisor_is_killed_stop_safely_and_meanwhile_keep_others_out(
+def test_a_run_whose_supervisor_is_killed_is_taken_up_once_its_ranks_have_stopped(
     workplace: Workplace,
 ) -> None:
+    directory = RunDirectory(workplace.folder / "runs" / "small")
     with training(workplace, *LONG) as process:
         (rank,) = ranks(process)
         rank.send_signal(signal.SIGSTOP)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        kept_out = workplace.run("train", "run.yaml", *LONG)
-        assert kept_out.returncode == 2, kept_out.stderr
-        assert "being trained by ranks whose supervisor is gone" in kept_out.stderr
-        rank.send_signal(signal.SIGCONT)
-        rank.wait(timeout=60)
-    directory = workplace.folder / "runs" / "small"
-    last = metrics(directory)[-1]["step"]
-    assert (directory / "checkpoints" / f"step-{last:08d}" / "MANIFEST.json").is_file()
+        command = [sys.executable, "-m", "launcher", "supervise", str(directory.root)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as following:
+            assert following.stderr is not None
+            assert "attempt 1 lost its supervisor; waiting for its ranks" in following.stderr.readline()
+            rank.send_signal(signal.SIGCONT)
+            rank.wait(timeout=60)
+            saved = committed(directory.checkpoints)[-1].step
+            wait_for(lambda: metrics(directory.root)[-1]["step"] > saved, following)
+            following.send_signal(signal.SIGTERM)
+            _, said = following.communicate(timeout=60)
+    assert following.returncode == 130
+    assert "stopped safely at step" in said
+    first, second = (event for event in journal.read(directory.journal) if event["event"] == "attempt_ended")
+    assert (first["outcome"], first["step"], first["orphaned"]) == ("CRASHED", saved, True)
+    assert second["outcome"] == "STOPPED"
+    assert second["step"] == committed(directory.checkpoints)[-1].step > saved
+
+
+FAULTS = """
+import os, signal
+import torch
+from transformers import TrainerCallback
+
+class Faults(TrainerCallback):
+    def on_step_begin(self, args, state, control, model, **_):
+        first = args.process_index == 1 and state.global_step
+        fault = (os.environ["LAUNCHER_ATTEMPT"], first)
+        if fault == ("1", 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == ("2", 5):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if fault == ("3", 7):
+            with torch.no_grad():
+                model.module.lm_head.weight[0, 0] = float("nan")
+"""
+
+
+def test_killed_frozen_and_diverged(workplace: Workplace) -> None:
+    """One run of two ranks that meets all three: each is named, and what can go on goes on."""
+    (workplace.folder / "mine.py").write_text(FAULTS)
+    arguments = ("--cluster", "two.yaml", "train.callbacks=[mine:Faults]", "checkpoint.every=4")
+    done = workplace.run("train", "run.yaml", *arguments, "train.log_every=2", LAUNCHER_HANG_SECONDS="4")
+    directory = RunDirectory(workplace.folder / "runs" / "small")
+    assert done.returncode == 1, done.stderr
+    killed, frozen, diverged = (
+        event for event in journal.read(directory.journal) if event["event"] == "attempt_ended"
+    )
+    assert (killed["outcome"], killed["reason"]) == ("CRASHED", "rank 1 was killed")
+    assert frozen["outcome"] == "HUNG"
+    assert frozen["reason"].startswith("rank 1 did not run at all")
+    (hung,) = (event for event in journal.read(directory.journal) if event["event"] == "hung")
+    assert (hung["rank"], hung["attempt"]) == (1, 2)
+    for rank in (0, 1):
+        assert "launcher/worker/trainer.py" in directory.log(2, rank).read_text(), "its stacks"
+    assert (diverged["outcome"], diverged["retry"]) == ("DIVERGED", False)
+    assert "training diverged in steps 7 to 8: loss is nan at step 8; nothing was saved" in done.stderr
+    assert "data.skip.steps=[7-8]" in done.stderr
+    assert [each.step for each in committed(directory.checkpoints)] == [4]
+    assert not committed(directory.checkpoints)[0].damage()
 
 
 def test_a_run_does_not_go_on_with_other_text(workplace: Workplace) -> None:

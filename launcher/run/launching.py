@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from launcher.run.outcome import Facts, Outcome
+
+RANK_ENVIRONMENT: Mapping[str, str] = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
+"""For whatever starts the ranks. torch's launcher, told to end, kills its ranks after so many seconds: enough
+to save a checkpoint, where the supervisor is gone. Where it lives, it does not wait so long."""
 
 
 class Ranks(Protocol):

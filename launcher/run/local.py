@@ -14,6 +14,7 @@ from pathlib import Path
 from launcher.errors import MachineError
 from launcher.render.command import launch_command
 from launcher.run.directory import RunDirectory
+from launcher.run.launching import RANK_ENVIRONMENT
 from launcher.run.machine import oom_kills
 from launcher.run.outcome import Facts, Outcome
 
@@ -52,7 +53,12 @@ class Local:
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr.fileno(),
                 stderr=stream,
-                env={**os.environ, **self._environment, "LAUNCHER_ATTEMPT": str(attempt)},
+                env={
+                    **os.environ,
+                    **RANK_ENVIRONMENT,
+                    **self._environment,
+                    "LAUNCHER_ATTEMPT": str(attempt),
+                },
                 start_new_session=True,
                 preexec_fn=_stop_with_parent,
             )

@@ -29,7 +29,7 @@ from launcher.plan.shape import flops_per_token
 from launcher.plan.sharding import zero_stage
 from launcher.run import checkpoints as ledger
 from launcher.run.directory import RunDirectory, write_text
-from launcher.run.outcome import Outcome, RankEnd
+from launcher.run.outcome import FAILURES, Outcome, RankEnd
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
 from launcher.worker.checkpoint import CheckpointWriter, barrier
@@ -42,6 +42,7 @@ from launcher.worker.dataset import (
     ValidationRows,
     stack,
 )
+from launcher.worker.divergence import Diverged, Divergence
 from launcher.worker.heart import Heart
 from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.metrics import MetricsFile, Progress
@@ -148,6 +149,8 @@ def main(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this rank's last word
         held = held_memory(reached.trainer, orders.plan.device) if is_out_of_memory(error) else None
         end = last_word(rank.number, reached.step, error)
+        if isinstance(error, Diverged):
+            end = replace(end, outcome=Outcome.DIVERGED)
         if held is not None:
             begun = bool(ledger.committed(directory.checkpoints))
             message, hint = explain(error, orders, held, step=reached.step, begun=begun)
@@ -155,7 +158,7 @@ def main(arguments: list[str]) -> int:
         reached.end_saving()
     rank.heart.stop()
     say_last(end, directory.record(rank.attempt, rank.number), rank.terminal)
-    if end.outcome in (Outcome.CRASHED, Outcome.OUT_OF_MEMORY):
+    if end.outcome in FAILURES:
         # The others wait for this rank in a collective: leave without the clean-up that would join them.
         sys.stdout.flush()
         os._exit(end.exit_code)
@@ -187,14 +190,19 @@ def train(
 
     check_length(phases, plan, start_step)
     model = build_model(orders.model, orders.weights, tokenizer, run.seed)
+    agreement = Agreement(rank.world_size)
+    divergence = Divergence(
+        directory, start_step, orders.vocabulary, tolerates_overflow=plan.precision == "fp16"
+    )
     cadence = Cadence(
         plan,
-        Agreement(rank.world_size),
+        agreement,
         signals,
         rank=rank.number,
         stop_request=directory.stop_request,
         best=best,
         early_stopping=run.train.early_stopping,
+        divergence=divergence,
     )
     writer = CheckpointWriter(
         directory.checkpoints,
@@ -225,9 +233,13 @@ def train(
         metrics=[load_object("train.metrics", name) for name in run.train.metrics],
         best=best,
         heart=rank.heart,
+        cadence=cadence,
+        divergence=divergence,
+        agreement=agreement,
         callbacks=callbacks,
     )
     checks.trainer = reached.trainer = trainer
+    trainer.args.eval_on_start = checkpoint is not None and checkpoint.state().get("evaluation_is_due", False)
     # Ranks draw unlike dropout masks; the weights were drawn alike before.
     set_seed((run.seed + rank.number) % 2**32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from launcher.config.schema import EarlyStopping
 from launcher.plan.choose import Every, Plan
+from launcher.worker.divergence import EXPLODED, Divergence
 from launcher.worker.stop import Agreement, StopSignals, Wishes
 
 
@@ -64,6 +65,7 @@ class Cadence(TrainerCallback):
         stop_request: Path,
         best: BestEvaluation,
         early_stopping: EarlyStopping | None,
+        divergence: Divergence,
     ) -> None:
         self._plan = plan
         self._agreement = agreement
@@ -72,10 +74,14 @@ class Cadence(TrainerCallback):
         self._stop_request = stop_request
         self._best = best
         self._early_stopping = early_stopping
+        self._divergence = divergence
+        self._carried = Wishes()
         self._evaluation_clock = Clock(plan.eval_every)
         self._saving_clock = Clock(plan.checkpoint_every)
         self.stopped = False
         """Whether training ended because someone asked for it."""
+        self.evaluation_is_due = False
+        """Whether that was in an evaluation, which is then to be made when the run goes on."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -87,7 +93,9 @@ class Cadence(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         step, last = state.global_step, state.global_step == self._plan.steps
-        agreed = self._agreement.settle()
+        agreed, self._carried = self._carried | self._agreement.settle(), Wishes()
+        if agreed.give_up:
+            raise self._divergence.error(EXPLODED, step)
         self.stopped = agreed.stop and not last
         evaluates = self._plan.eval_every != Every()
         if agreed.evaluate or _falls_on(self._plan.eval_every, step) or (last and evaluates):
@@ -101,6 +109,32 @@ class Cadence(TrainerCallback):
         if not (last or self.stopped):
             # Only now: a clock that was just restarted must not ask again.
             self._agreement.propose(self._wishes())
+        return control
+
+    def evaluation_goes_on(self, step: int) -> bool:
+        """Asked before each forward pass of an evaluation at `step`: False once all ranks agree to stop.
+
+        The evaluation of the last step is always made: nothing would take it up.
+        """
+        if step == self._plan.steps:
+            return True
+        agreed = self._agreement.settle()
+        self._carried |= replace(agreed, stop=False)
+        if agreed.stop:
+            self.stopped = self.evaluation_is_due = True
+            return False
+        self._agreement.propose(replace(self._wishes(), save=False, evaluate=False))
+        return True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Whoever asked for a stop while a checkpoint was written need not wait for another one."""
+        if not (self.stopped or self._best.is_final or state.global_step == self._plan.steps):
+            agreed = self._agreement.settle()
+            self._carried |= agreed
+            self.stopped = self._agreement.any(agreed.stop or self._wishes().stop)
+            control.should_training_stop |= self.stopped
         return control
 
     def on_train_end(
@@ -130,6 +164,7 @@ class Cadence(TrainerCallback):
             stop=self._signals.ask_to_stop or (leads and self._stop_request.exists()),
             save=leads and self._saving_clock.is_due(),
             evaluate=leads and self._evaluation_clock.is_due(),
+            give_up=self._divergence.has_exploded,
         )
 
 

@@ -68,6 +68,14 @@ def fsdp_policy(plan: Plan) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=DTYPES[plan.precision], reduce_dtype=torch.float32)
 
 
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """A rank's own part of a tensor: FSDP's shard, ZeRO-3's partition, or the tensor."""
+    sharded: Any = tensor
+    if hasattr(sharded, "to_local"):
+        return sharded.to_local()  # type: ignore[no-any-return]
+    return getattr(sharded, "ds_tensor", tensor)
+
+
 def innermost(optimizer: Any) -> torch.optim.Optimizer:
     """PyTorch's own optimizer inside what accelerate and DeepSpeed have wrapped it in."""
     while hasattr(optimizer, "optimizer"):

@@ -34,8 +34,8 @@ def evaluate(
     what the user's `metrics` return.
 
     Every rank runs the same number of forward passes, as sharded engines need; a pass without rows
-    of its own counts nothing. `goes_on` is asked before each one, and must answer alike on every rank;
-    where it says no, evaluation is given up and there is nothing to return.
+    of its own counts nothing. `goes_on` is asked before each one, and must answer alike on every rank; where
+    it says no, evaluation is given up and there is nothing to return.
     """
     passes = math.ceil(len(rows) / (micro_batch * world_size))
     sums = torch.zeros(2, dtype=torch.float64, device=device)

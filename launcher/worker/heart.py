@@ -25,6 +25,7 @@ from launcher.run.heartbeat import INTERVAL, LIMITS, Beat, Phase, lowered, train
 LOCATED_SECONDS = 2.0
 """Once the main thread has been quiet for so long, where it is is told too."""
 STEPS_REMEMBERED = 20
+PLACE_CHARACTERS = 200
 WAITING = ("distributed/distributed_c10d.py", "torch/autograd/graph.py", "deepspeed/comm/comm.py")
 """Where the main thread is while it waits for other ranks: in a collective, or a backward pass with one."""
 
@@ -140,7 +141,7 @@ def _place(frame: FrameType | None) -> str | None:
     if frame is None:
         return None
     file = Path(frame.f_code.co_filename)
-    return f"{file.parent.name}/{file.name}:{frame.f_lineno} {frame.f_code.co_name}"
+    return f"{file.parent.name}/{file.name}:{frame.f_lineno} {frame.f_code.co_name}"[-PLACE_CHARACTERS:]
 
 
 def _waits(frame: FrameType | None) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from launcher.plan.orders import Orders
 from launcher.plan.relief import reliefs
-from launcher.worker.engine import innermost
+from launcher.worker.engine import innermost, own_part
 
 if TYPE_CHECKING:
     from launcher.worker.trainer import LauncherTrainer
@@ -31,7 +31,7 @@ def held_memory(trainer: LauncherTrainer | None, device: str) -> dict[str, int]:
     total = torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
     if trainer is None:
         return {"everything": total}
-    weights = [_here(parameter) for parameter in trainer.bare_model.parameters()]
+    weights = [own_part(parameter) for parameter in trainer.bare_model.parameters()]
     gradients = [parameter.grad for parameter in trainer.bare_model.parameters()]
     held = {
         "parameters": _bytes(weights, device),
@@ -72,14 +72,6 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _here(tensor: torch.Tensor) -> torch.Tensor:
-    """A rank's own part of a tensor: FSDP's shard, ZeRO-3's partition, or the tensor."""
-    sharded: Any = tensor
-    if hasattr(sharded, "to_local"):
-        return sharded.to_local()  # type: ignore[no-any-return]
-    return getattr(sharded, "ds_tensor", tensor)
-
-
 def _optimizer_tensors(trainer: LauncherTrainer) -> Iterable[torch.Tensor]:
     """Moments, and DeepSpeed's fp32 copies of the weights, which are the parameters that it steps."""
     if trainer.optimizer is None:
@@ -88,8 +80,10 @@ def _optimizer_tensors(trainer: LauncherTrainer) -> Iterable[torch.Tensor]:
     for parameter, state in innermost(trainer.optimizer).state.items():
         if id(parameter) not in weights:
             yield parameter
-        yield from (_here(value) for value in state.values() if isinstance(value, torch.Tensor))
+        yield from (own_part(value) for value in state.values() if isinstance(value, torch.Tensor))
 
 
 def _bytes(tensors: Iterable[torch.Tensor], device: str) -> int:
-    return sum(one.numel() * one.element_size() for one in map(_here, tensors) if one.device.type == device)
+    return sum(
+        one.numel() * one.element_size() for one in map(own_part, tensors) if one.device.type == device
+    )

@@ -49,6 +49,15 @@ class Wishes:
     stop: bool = False
     save: bool = False
     evaluate: bool = False
+    give_up: bool = False
+    """Training has diverged."""
+
+    def __or__(self, other: Wishes) -> Wishes:
+        """What either of the two wants."""
+        return Wishes(*(one or two for one, two in zip(self.flags(), other.flags(), strict=True)))
+
+    def flags(self) -> tuple[bool, ...]:
+        return self.stop, self.save, self.evaluate, self.give_up
 
 
 class Agreement:
@@ -60,7 +69,7 @@ class Agreement:
 
     def propose(self, mine: Wishes) -> None:
         """Put this rank's wishes in, without waiting for the others'. Call `settle` before the next."""
-        flags = torch.tensor([mine.stop, mine.save, mine.evaluate], dtype=torch.int32)
+        flags = torch.tensor(mine.flags(), dtype=torch.int32)
         work = None
         if self._group is not None:
             work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -74,5 +83,12 @@ class Agreement:
         self._pending = None
         if work is not None:
             work.wait()
-        stop, save, evaluate = (bool(flag) for flag in flags.tolist())
-        return Wishes(stop, save, evaluate)
+        return Wishes(*map(bool, flags.tolist()))
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on any rank. Waits for all of them; what was proposed stays as it is."""
+        if self._group is None:
+            return mine
+        flag = torch.tensor([mine], dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())

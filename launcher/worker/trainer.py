@@ -27,7 +27,7 @@ from launcher.plan.sharding import zero_stage
 from launcher.run.checkpoints import Checkpoint
 from launcher.run.directory import RunDirectory
 from launcher.worker import saving
-from launcher.worker.cadence import BestEvaluation
+from launcher.worker.cadence import BestEvaluation, Cadence
 from launcher.worker.checkpoint import CheckpointWriter, has_room_for_copy, host_copy
 from launcher.worker.dataset import (
     Collate,
@@ -38,12 +38,14 @@ from launcher.worker.dataset import (
     ValidationRows,
     training_loader,
 )
+from launcher.worker.divergence import Divergence
 from launcher.worker.engine import DTYPES, engine_arguments, fsdp_policy, innermost, is_sharded
 from launcher.worker.evaluate import Metric, evaluate
 from launcher.worker.heart import Heart
 from launcher.worker.reshard import Remove, mend_zero3, reshard
 from launcher.worker.resume import data_state
 from launcher.worker.schedule import follow_samples
+from launcher.worker.stop import Agreement
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,9 @@ class LauncherTrainer(Trainer):
         metrics: Sequence[Metric],
         best: BestEvaluation,
         heart: Heart,
+        cadence: Cadence,
+        divergence: Divergence,
+        agreement: Agreement,
         callbacks: list[TrainerCallback],
     ) -> None:
         self._plan = orders.plan  # for what the stock Trainer calls while it is made
@@ -150,6 +155,9 @@ class LauncherTrainer(Trainer):
         self._metrics = metrics
         self._best = best
         self._heart = heart
+        self._cadence = cadence
+        self._divergence = divergence
+        self._agreement = agreement
 
     @property
     def rank(self) -> int:
@@ -197,7 +205,8 @@ class LauncherTrainer(Trainer):
         return torch.tensor(self._plan.batch.batch_size * self._rows.labels, device=device)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Every validation token once; see `worker.evaluate`."""
+        """Every validation token once; see `worker.evaluate`. Given up where all ranks agree to stop: the
+        run then stops here, with a checkpoint that says that the evaluation is due."""
         with self._heart.during("evaluating"):
             found = evaluate(
                 self.bare_model,
@@ -211,19 +220,24 @@ class LauncherTrainer(Trainer):
                 metrics=self._metrics,
                 goes_on=self._evaluation_goes_on,
             )
-        assert found is not None
+        if found is None:
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+        self._cadence.evaluation_is_due = False
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
     def _evaluation_goes_on(self) -> bool:
         self._heart.beat()
-        return True
+        return self._cadence.evaluation_goes_on(self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell the callbacks. Nothing is kept in the state: metrics.jsonl is the record, and a state
-        that grows with every line would grow every checkpoint."""
+        that grows with every line would grow every checkpoint. Raises Diverged where they are not finite."""
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        if "loss" in logs:
+            self._divergence.report(logs, self.state.global_step)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         with self._heart.during("saving"):
@@ -231,6 +245,9 @@ class LauncherTrainer(Trainer):
 
     def _write_checkpoint(self, model: torch.nn.Module) -> None:
         step = self.state.global_step
+        flaw = self._divergence.flaw(self.bare_model.parameters())
+        if self._agreement.any(flaw is not None):
+            raise self._divergence.error(flaw or "the weights of another rank are not finite", step)
         with self.writer.writing(step, self._checkpoint_bytes()) as folder:
             copied = None
             if is_sharded(self._plan):
@@ -251,6 +268,7 @@ class LauncherTrainer(Trainer):
                     **data_state(self._rows.training, self.phases, step),
                     "cursors": self._rows.training.cursors(),
                     "best": asdict(self._best),
+                    "evaluation_is_due": self._cadence.evaluation_is_due,
                 },
                 copied=copied,
             )

@@ -15,7 +15,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from launcher.config.schema import EarlyStopping
 from launcher.plan.choose import Every, Plan
+from launcher.run.directory import RunDirectory
 from launcher.worker.cadence import BestEvaluation, Cadence, Clock
+from launcher.worker.divergence import Diverged, Divergence
 from launcher.worker.stop import Agreement, StopSignals
 from tests.conftest import small_plan
 
@@ -39,6 +41,7 @@ class Drive:
         self.request = folder / "requests" / "stop"
         self.signals = StopSignals()
         self.best = best or BestEvaluation()
+        self.divergence = Divergence(RunDirectory(folder), 0, 100, tolerates_overflow=False)
         self.cadence = Cadence(
             plan,
             Agreement(1),
@@ -47,6 +50,7 @@ class Drive:
             stop_request=self.request,
             best=self.best,
             early_stopping=early,
+            divergence=self.divergence,
         )
         self._losses = iter(losses or [])
         self._arguments = TrainingArguments(output_dir=str(folder), use_cpu=True)
@@ -54,8 +58,13 @@ class Drive:
         self.saved: list[int] = []
         self.last = 0
 
-    def go(self, at: dict[int, Callable[[], object]] | None = None, start: int = 0) -> Drive:
-        """Take every step; `at` happens during a step."""
+    def go(
+        self,
+        at: dict[int, Callable[[], object]] | None = None,
+        start: int = 0,
+        during: dict[str, Callable[[], object]] | None = None,
+    ) -> Drive:
+        """Take every step; `at` happens during a step, `during` in each evaluation's 3rd pass, or save."""
         state, control = TrainerState(), TrainerControl()
         self.cadence.on_train_begin(self._arguments, state, control)
         for step in range(start + 1, STEPS + 1):
@@ -64,15 +73,29 @@ class Drive:
             self.cadence.on_step_end(self._arguments, state, control)
             if control.should_evaluate:
                 control.should_evaluate = False
-                self.evaluated.append(step)
-                found = {"eval_loss": next(self._losses, 1.0)}
-                self.cadence.on_evaluate(self._arguments, state, control, metrics=found)
+                self._evaluate(state, control, during)
             if control.should_save:
                 control.should_save = False
+                (during or {}).get("save", lambda: None)()
                 self.saved.append(step)
+                self.cadence.on_save(self._arguments, state, control)
             if control.should_training_stop:
                 break
         return self
+
+    def _evaluate(
+        self, state: TrainerState, control: TrainerControl, during: dict[str, Callable[[], object]] | None
+    ) -> None:
+        """Five forward passes, as `LauncherTrainer.evaluate` takes them."""
+        for turn in range(5):
+            if turn == 2:
+                (during or {}).get("evaluate", lambda: None)()
+            if not self.cadence.evaluation_goes_on(state.global_step):
+                control.should_save = control.should_training_stop = True
+                return
+        self.evaluated.append(state.global_step)
+        found = {"eval_loss": next(self._losses, 1.0)}
+        self.cadence.on_evaluate(self._arguments, state, control, metrics=found)
 
 
 def every(evaluations: Every, saves: Every) -> Plan:
@@ -148,6 +171,47 @@ def test_asked_at_the_last_step_it_has_finished_rather_than_stopped(tmp_path: Pa
         assert run.last == STEPS
         assert run.saved == [STEPS]
         assert not run.cadence.stopped
+
+
+def test_asked_in_an_evaluation_it_gives_that_up_and_stops_there(tmp_path: Path) -> None:
+    run = Drive(tmp_path, every(Every(steps=5), Every(steps=100)))
+    run.go(during={"evaluate": lambda: setattr(run.signals, "received", signal.SIGTERM)})
+    assert (run.last, run.saved, run.evaluated) == (5, [5], [])
+    assert run.cadence.stopped
+    assert run.cadence.evaluation_is_due
+
+
+def test_the_evaluation_of_the_last_step_is_always_made(tmp_path: Path) -> None:
+    run = Drive(tmp_path, every(Every(steps=STEPS), Every(steps=100)))
+    run.go(during={"evaluate": lambda: setattr(run.signals, "received", signal.SIGTERM)})
+    assert (run.last, run.saved, run.evaluated) == (STEPS, [STEPS], [STEPS])
+    assert not run.cadence.stopped
+
+
+def test_asked_while_it_saves_it_stops_there_and_saves_no_second_time(tmp_path: Path) -> None:
+    run = Drive(tmp_path, every(Every(), Every(steps=4)))
+    run.go(during={"save": lambda: setattr(run.signals, "received", signal.SIGTERM)})
+    assert (run.last, run.saved) == (4, [4])
+    assert run.cadence.stopped
+
+
+def test_what_was_due_before_an_evaluation_is_not_forgotten_in_it(tmp_path: Path) -> None:
+    plan = every(Every(steps=5), Every(seconds=0.2))
+    run = Drive(tmp_path, plan).go({5: lambda: time.sleep(0.21)})
+    assert (run.evaluated, run.saved) == ([5, 10, 12], [6, 12])
+
+
+def test_an_exploded_loss_ends_it_one_step_later_with_nothing_saved(tmp_path: Path) -> None:
+    run = Drive(tmp_path, every(Every(), Every(steps=6)))
+    run.divergence.report({"loss": 3.0}, 1)
+
+    def explode() -> None:
+        for step in range(2, 7):
+            run.divergence.report({"loss": 60.0}, step)
+
+    with pytest.raises(Diverged, match="in steps 2 to 6: the loss has exploded"):
+        run.go({5: explode})
+    assert (run.last, run.saved) == (6, [])
 
 
 def test_early_stopping_counts_evaluations_without_improvement(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,13 +32,11 @@ class Writing:
         self.told: list[Saved] = []
         self.writer.told = self.told.append
 
-    def save_and_wait(self, step: int, write: Callable[[Path], object], *, copied: bool) -> None:
+    def save_and_wait(self, step: int, write: Callable[[Path], None], *, copied: bool) -> None:
         self.save(step, write, copied=copied)
         self.writer.finish()
 
-    def save(
-        self, step: int, write: Callable[[Path], object], *, size: int = 0, copied: bool = False
-    ) -> None:
+    def save(self, step: int, write: Callable[[Path], None], *, size: int = 0, copied: bool = False) -> None:
         with self.writer.writing(step, size) as folder:
             if not copied:
                 write(folder)
@@ -47,7 +46,7 @@ class Writing:
                 samples=step,
                 best=None,
                 state={"step": step},
-                copied=(lambda: (write(folder), None)[1]) if copied else None,
+                copied=partial(write, folder) if copied else None,
             )
 
     def begin_step(self) -> None:
@@ -86,7 +85,12 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path: Path) -> None:
     writing = Writing(tmp_path)
     may_end = threading.Event()
     writing.save(1, small)
-    writing.save(2, lambda folder: (may_end.wait(10), small(folder)), copied=True)
+
+    def late(folder: Path) -> None:
+        may_end.wait(10)
+        small(folder)
+
+    writing.save(2, late, copied=True)
     assert writing.steps() == [1], "it is not there before it is whole"
     writing.begin_step()
     assert [each.step for each in writing.told] == [1]
