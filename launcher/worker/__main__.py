@@ -17,6 +17,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.utils.logging import disable_progress_bar
 
 from launcher.config.schema import DataSection, RunConfig
 from launcher.data.blocks import Blocks
@@ -136,6 +137,7 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return error.exit_code
+    disable_progress_bar()  # of transformers: the log is a file
     read_as_data(os.environ)
     if zero_stage(orders.plan.strategy) is not None:
         allow_deepspeed()

@@ -88,13 +88,10 @@ class Timed(io.TextIOWrapper):
         self._begins = True
 
     def write(self, text: str) -> int:
-        lines = text.splitlines(keepends=True)
-        if not lines:
-            return 0
         time = f"{datetime.now(UTC).isoformat(timespec='milliseconds').removesuffix('+00:00')}Z "
-        first = time if self._begins else ""
-        super().write(first + time.join(lines))
-        self._begins = lines[-1].endswith("\n")
+        begins, self._begins = self._begins, text.endswith("\n") if text else self._begins
+        whole = text.removesuffix("\n").replace("\n", f"\n{time}")
+        super().write((time if begins and text else "") + whole + "\n" * text.endswith("\n"))
         return len(text)
 
 
