@@ -23,7 +23,8 @@ from launcher.errors import RequestError, TrainingError
 MANIFEST = "MANIFEST.json"
 STATE = "launcher.json"
 """In a checkpoint: what launcher itself must know to go on."""
-VERSION = 1
+VERSION = 2
+"""Of the manifest. It holds its own hash too since version 2."""
 FOLDERS = "step-" + 8 * "[0-9]"
 """What a committed checkpoint's folder is called."""
 REASON = "WHY.txt"
@@ -144,7 +145,7 @@ def commit(
     names = names_in(temporary)
     files = {**(sealed or {}), **seal(temporary, [name for name in names if name not in (sealed or {})])}
     final = temporary.with_name(f"step-{step:08d}")
-    manifest = {
+    manifest: dict[str, Any] = {
         "version": VERSION,
         "step": step,
         "samples": samples,
@@ -153,7 +154,7 @@ def commit(
         "files": {name: {"bytes": files[name][0], "sha256": files[name][1]} for name in names},
     }
     with (temporary / MANIFEST).open("w", encoding="utf-8") as stream:
-        json.dump(manifest, stream, indent=2)
+        json.dump({**manifest, "sha256": _own_hash(manifest)}, stream, indent=2)
         stream.flush()
         os.fsync(stream.fileno())
     for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
@@ -265,6 +266,8 @@ def _read(folder: Path) -> Checkpoint | None:
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in fields["files"].items()}
         if not all(_stays_inside(name) for name in files):
             return None
+        if fields["version"] != 1 and fields.pop("sha256") != _own_hash(fields):
+            return None
         return Checkpoint(
             folder, fields["step"], fields["samples"], fields["world_size"], fields["created"], files
         )
@@ -278,6 +281,10 @@ def _read(folder: Path) -> Checkpoint | None:
         TypeError,
     ):
         return None
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _stays_inside(name: str) -> bool:

@@ -40,4 +40,6 @@ def refresh(checkpoint: Path) -> None:
     for name in manifest["files"]:
         content = (checkpoint / name).read_bytes()
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (checkpoint / MANIFEST).write_text(json.dumps({**manifest, "sha256": own}))
