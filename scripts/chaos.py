@@ -481,7 +481,7 @@ def worlds(bench: Bench, count: int) -> Row:
 
 
 def supervised(bench: Bench, count: int) -> Row:
-    """`launcher train`: its supervisor, a rank or all killed, or a rank frozen; then the same command again."""
+    """`launcher train`: its supervisor, a rank or all killed, a rank frozen; then the same command again."""
     for number in range(count):
         name = f"supervised-{number}"
         directory = RunDirectory(bench.folder / "runs" / name)
