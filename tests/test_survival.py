@@ -94,7 +94,7 @@ def test_a_run_whose_supervisor_is_killed_is_taken_up_once_its_ranks_have_stoppe
 
 
 FAULTS = """
-import os, signal
+import os, signal, time
 import torch
 from transformers import TrainerCallback
 
@@ -106,9 +106,10 @@ class Faults(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == ("2", 5):
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(1000)
         if fault == ("3", 7):
             with torch.no_grad():
-                model.module.lm_head.weight[0, 0] = float("nan")
+                model.lm_head.weight[0, 0] = float("nan")
 """
 
 
@@ -128,7 +129,8 @@ def test_killed_frozen_and_diverged(workplace: Workplace) -> None:
     (hung,) = (event for event in journal.read(directory.journal) if event["event"] == "hung")
     assert (hung["rank"], hung["attempt"]) == (1, 2)
     for rank in (0, 1):
-        assert "launcher/worker/trainer.py" in directory.log(2, rank).read_text(), "its stacks"
+        assert "most recent call first" in directory.log(2, rank).read_text()
+    assert "in on_step_begin" in directory.log(2, 1).read_text(), "where it was stopped"
     assert (diverged["outcome"], diverged["retry"]) == ("DIVERGED", False)
     assert "training diverged in steps 7 to 8: loss is nan at step 8; nothing was saved" in done.stderr
     assert "data.skip.steps=[7-8]" in done.stderr
@@ -180,22 +182,41 @@ def test_early_stopping_is_final_even_if_something_fails_after_it(workplace: Wor
         assert not file.is_file() or b"hf_notarealtoken" not in file.read_bytes()
 
 
-def test_a_crash_is_tried_again_and_the_journal_says_how_far_it_came(workplace: Workplace) -> None:
-    (workplace.folder / "mine.py").write_text(
-        "import pathlib\n"
-        "from transformers import TrainerCallback\n"
-        "class Fail(TrainerCallback):\n"
-        "    def on_step_begin(self, args, state, control, **_):\n"
-        "        if state.global_step == 3 and not pathlib.Path('failed').exists():\n"
-        "            pathlib.Path('failed').touch()\n"
-        "            raise ArithmeticError('wrong')\n"
-    )
-    done = workplace.run("train", "run.yaml", "train.callbacks=[mine:Fail]")
+TURNS = """
+import os, signal
+from transformers import TrainerCallback
+
+class Turns(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        turn = (os.environ["LAUNCHER_ATTEMPT"], state.global_step)
+        if turn == ("1", 3):
+            raise ArithmeticError("wrong")
+        if turn == ("2", 10):
+            os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_crash_is_tried_again_and_an_evaluation_that_was_stopped_in_is_made_up_for(
+    workplace: Workplace,
+) -> None:
+    (workplace.folder / "mine.py").write_text(TURNS)
+    several_passes = "data.validation=0.5"
+    arguments = ("train", "run.yaml", "train.callbacks=[mine:Turns]", several_passes)
+    stopped = workplace.run(*arguments)
+    directory = workplace.folder / "runs" / "small"
+    assert stopped.returncode == 130, stopped.stderr
+    assert "attempt 1 ended at step 3: CRASHED: rank 0: ArithmeticError: wrong" in stopped.stderr
+    assert "stopped safely at step 10 with a checkpoint" in stopped.stderr
+    assert (10, "eval_loss") not in losses(directory)
+    done = workplace.run(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "attempt 1 ended at step 3: CRASHED: rank 0: ArithmeticError: wrong" in done.stderr
-    told = journal.read(workplace.folder / "runs" / "small" / "journal.jsonl")
+    told = journal.read(directory / "journal.jsonl")
     ends = [(event["outcome"], event["step"]) for event in told if event["event"] == "attempt_ended"]
-    assert ends == [("CRASHED", 3), ("FINISHED", 20)]
+    assert ends == [("CRASHED", 3), ("STOPPED", 10), ("FINISHED", 20)]
+    lines = [line for line in metrics(directory) if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [10, 20]
+    undisturbed = workplace.train("name=undisturbed", several_passes)
+    assert losses(directory) == losses(undisturbed)
 
 
 def test_a_linked_file_is_read_by_the_name_it_was_given(workplace: Workplace) -> None:

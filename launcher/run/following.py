@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launcher.run import journal
 from launcher.run.directory import RunDirectory, write_text
-from launcher.run.heartbeat import Beat, Watch, read_beat
-from launcher.run.outcome import FAILURES, Hang, RankEnd, read_end
+from launcher.run.heartbeat import LIMITS, Beat, Watch, read_beat
+from launcher.run.outcome import FAILURES, Hang, RankEnd, named, read_end
 
 ECHO_SECONDS = 5.0
 """How long the other ranks may still speak once one has failed or is gone; then they are ended."""
+LOOK_SECONDS = 0.5
 STACKS_SECONDS = 3.0
 """How long ranks are given to write their stacks before they are ended."""
 
@@ -34,17 +39,25 @@ class Following:
 
     def __init__(self, directory: RunDirectory, number: int, world_size: int) -> None:
         self._directory = directory
-        self._number = number
+        self.number = number
         self._ranks = range(world_size)
         self._watch = Watch()
+        self._begun = time.monotonic()
+        self._looked: tuple[float, Followed] | None = None
         self._failed: float | None = None
         self.dead: tuple[int, ...] = ()
         """The ranks that were gone first, without a last word: the others followed."""
         self.hang: Hang | None = None
 
     def look(self) -> Followed:
-        """Read every file again."""
+        """How far it is; the files are read at most every LOOK_SECONDS."""
         now = time.monotonic()
+        if self._looked is None or now - self._looked[0] >= LOOK_SECONDS:
+            self._looked = now, self.read(now)
+        return self._looked[1]
+
+    def read(self, now: float) -> Followed:
+        """Read every file again; `now` is the monotonic clock's."""
         ends = {rank: end for rank in self._ranks if (end := self._end(rank)) is not None}
         self._watch.see(self._read(), now)
         dead = tuple(
@@ -56,7 +69,7 @@ class Following:
             self.dead = ()  # it was only slow to be read: its last word has come
         self.dead = self.dead or dead
         if self.hang is None and self._failed is None:
-            self.hang = self._watch.hang(time.time(), frozenset(ends))
+            self.hang = self._watch.hang(time.time(), frozenset(ends)) or self._missing(now, ends)
             if self.hang is not None:
                 self._tell(self.hang)
         return Followed(
@@ -68,16 +81,45 @@ class Following:
         )
 
     def collect_stacks(self) -> None:
-        """Have every rank that can write the stacks of its threads to its log."""
+        """Have every rank that can write the stacks of its threads to its log. One of this machine that was
+        stopped by a signal is let go on for that."""
         write_text(self._directory.stacks_request, "")
+        for beat in self._watch.beats.values():
+            if _is_here(beat):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(beat.pid, signal.SIGCONT)
         time.sleep(STACKS_SECONDS)
         self._directory.stacks_request.unlink(missing_ok=True)
+
+    def living_here(self) -> list[int]:
+        """Process ids of the ranks on this machine that have not ended: what is left of an attempt."""
+        return [beat.pid for beat in self._watch.beats.values() if _is_here(beat) and self._is_ours(beat.pid)]
+
+    def _is_ours(self, pid: int) -> bool:
+        """Whether that process is a rank of this run, and not another one that has its number by now."""
+        import psutil
+
+        try:
+            process = psutil.Process(pid)
+            words = process.cmdline()
+        except psutil.Error:
+            return False
+        return "launcher.worker" in words and str(self._directory.root) in words
+
+    def _missing(self, now: float, ends: Mapping[int, RankEnd]) -> Hang | None:
+        """Ranks that never came up; None while there is time, or there are none."""
+        seconds = now - self._begun
+        missing = tuple(rank for rank in self._ranks if rank not in self._watch.beats and rank not in ends)
+        if not missing or seconds <= LIMITS["starting"]:
+            return None
+        how = f"{named(missing)} never came up, for {seconds:.0f} s"
+        return Hang(missing, 0, seconds, how, time.time())
 
     def _tell(self, hang: Hang) -> None:
         journal.record(
             self._directory.journal,
             "hung",
-            attempt=self._number,
+            attempt=self.number,
             rank=hang.ranks[0],
             ranks=list(hang.ranks),
             step=hang.step,
@@ -86,16 +128,20 @@ class Following:
         )
 
     def _end(self, rank: int) -> RankEnd | None:
-        return read_end(self._directory.record(self._number, rank))
+        return read_end(self._directory.record(self.number, rank))
 
     def _read(self) -> dict[int, Beat]:
-        found = ((rank, read_beat(self._directory.heartbeat(self._number, rank))) for rank in self._ranks)
+        found = ((rank, read_beat(self._directory.heartbeat(self.number, rank))) for rank in self._ranks)
         return {rank: beat for rank, beat in found if beat is not None}
+
+
+def _is_here(beat: Beat) -> bool:
+    return beat.host == socket.gethostname()
 
 
 def _lives(beat: Beat) -> bool:
     """Whether the process that wrote it is there; one on another machine is taken to be."""
-    if beat.host != socket.gethostname():
+    if not _is_here(beat):
         return True
     import psutil
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from launcher.run.outcome import Hang
+from launcher.run.outcome import Hang, named
 
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
 LIMITS: Mapping[Phase, float] = {
@@ -32,7 +32,7 @@ FROZEN_SECONDS = 120.0
 """A heartbeat file that has not changed for so long is of a process that does not run at all."""
 INTERVAL = 1.0
 """Seconds between two writings."""
-STALE_SECONDS = 5.0
+STALE_SECONDS = 3.0
 """What tells, once something hangs, a process that does not run from one that waits."""
 LIMIT_VARIABLE = "LAUNCHER_HANG_SECONDS"
 """An environment variable that lowers the limit of a training step to so many seconds: to try it out."""
@@ -134,11 +134,10 @@ class Watch:
         if not late:
             return None
         ranks, why = _culprits(beats, stale)
-        named = _named(ranks)
         worst = max(ranks, key=lambda rank: beats[rank].quiet + stale[rank])
         seconds = beats[worst].quiet + stale[worst]
         at = f", in {beats[worst].at}" if beats[worst].at else ""
-        how = f"{named} {why} for {seconds:.0f} s, {_doing(beats[worst])}{at}"
+        how = f"{named(ranks)} {why} for {seconds:.0f} s, {_doing(beats[worst])}{at}"
         return Hang(ranks, beats[worst].step, seconds, how, time)
 
 
@@ -153,10 +152,6 @@ def _culprits(beats: Mapping[int, Beat], stale: Mapping[int, float]) -> tuple[tu
     behind = min(beat.step for beat in beats.values())
     last = tuple(sorted(rank for rank, beat in beats.items() if beat.step == behind))
     return last, "did not get on"
-
-
-def _named(ranks: tuple[int, ...]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
 def _doing(beat: Beat) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,8 +38,9 @@ def only_supervisor(
         if left is None:
             hold(directory.ranks_lock, directory, "ranks that were started by hand").close()
         else:
-            _wait_for(directory, left["attempt"], say)
-            _close(directory, left, launching)
+            following = Following(directory, left["attempt"], left["world_size"])
+            _wait_for(following, directory, say)
+            _close(following, directory, left, launching)
         yield
 
 
@@ -47,30 +51,38 @@ def _open_attempt(directory: RunDirectory) -> dict[str, Any] | None:
     return told[-1] if told and told[-1]["event"] == "attempt_started" else None
 
 
-def _wait_for(directory: RunDirectory, attempt: int, say: Callable[[str], None]) -> None:
+def _wait_for(following: Following, directory: RunDirectory, say: Callable[[str], None]) -> None:
+    """Return once no rank of the attempt is left. Those that do not get on are killed."""
     said, until = False, time.monotonic() + ORPHANS_SECONDS
     while True:
+        hung = following.look().hang
+        left = following.living_here()
         try:
             hold(directory.ranks_lock, directory, "ranks whose supervisor is gone").close()
         except RunDirectoryError:
-            if time.monotonic() > until:
-                raise
+            if time.monotonic() > until and not left:
+                raise  # they are on other machines
         else:
-            return
+            if not left:
+                return
         if not said:
             said = True
             say(
-                f"attempt {attempt} lost its supervisor; waiting for its ranks to save and stop, "
+                f"attempt {following.number} lost its supervisor; waiting for its ranks to save and stop, "
                 f"{ORPHANS_SECONDS:.0f} s at most"
             )
+        if hung is not None or time.monotonic() > until:
+            say(f"killing what is left of attempt {following.number}: {'late' if hung is None else hung.how}")
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
 
-def _close(directory: RunDirectory, left: dict[str, Any], launching: Launching) -> None:
+def _close(following: Following, directory: RunDirectory, left: dict[str, Any], launching: Launching) -> None:
     """Write down how an attempt ended whose supervisor did not live to see it."""
     number, world_size = left["attempt"], left["world_size"]
-    following = Following(directory, number, world_size)
-    last = following.look()
+    last = following.read(time.monotonic())
     evidence = Evidence(
         world_size=world_size,
         ends=last.ends,

@@ -92,8 +92,8 @@ class LocalRanks:
         import psutil
 
         with contextlib.suppress(psutil.NoSuchProcess):
-            top = psutil.Process(self._process.pid)
-            family = [top, *top.children(recursive=True)]
+            family = psutil.Process(self._process.pid).children(recursive=True)
+            self._process.kill()
             for member in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     member.kill()

@@ -155,14 +155,12 @@ def decide(evidence: Evidence) -> Verdict:
     if taken is not None:
         return taken
     if evidence.facts.out_of_memory and len(evidence.ends) < evidence.world_size:
-        return Verdict(
-            Outcome.OUT_OF_MEMORY, f"{_named(evidence.dead)} killed for the memory of this machine"
-        )
+        return Verdict(Outcome.OUT_OF_MEMORY, f"{_were_killed(evidence.dead)} for the memory of this machine")
     hang = evidence.hang
     if hang is not None and (first is None or first.time >= hang.time):
         return Verdict(Outcome.HUNG, hang.how)
     if evidence.dead:
-        return Verdict(Outcome.CRASHED, f"{_named(evidence.dead)} killed")
+        return Verdict(Outcome.CRASHED, _were_killed(evidence.dead))
     if first is not None:
         return Verdict(Outcome.CRASHED, f"rank {first.rank}: {first.error}")
     if evidence.orphaned:
@@ -196,10 +194,15 @@ def _taken(facts: Facts) -> Verdict | None:
     return None
 
 
-def _named(ranks: Sequence[int]) -> str:
+def named(ranks: Sequence[int]) -> str:
+    """Ranks, as a sentence begins with them."""
     if not ranks:
-        return "a rank was"
-    return f"rank {ranks[0]} was" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} were"
+        return "a rank"
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _were_killed(ranks: Sequence[int]) -> str:
+    return f"{named(ranks)} {'was' if len(ranks) < 2 else 'were'} killed"
 
 
 @dataclass(frozen=True, slots=True)

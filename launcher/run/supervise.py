@@ -38,6 +38,8 @@ from launcher.run.requests import ask_to_stop, asked_by
 
 Say = Callable[[str], None]
 POLL_SECONDS = 0.1
+START_SECONDS = 2.0
+"""Ranks that have not begun to train so long after a wish to stop are ended."""
 PATIENCE = Patience()
 TAIL_LINES = 15
 """Lines of launch.log shown when no rank lived long enough to say what went wrong."""
@@ -164,14 +166,15 @@ def _run(
             break
         followed = following.look()
         # Before the first step there is nothing to save.
-        if signals[before:].count(signal.SIGINT) > 1 or (by is not None and not followed.trains):
+        waits_in_vain = asked is not None and not followed.trains and time.monotonic() - asked > START_SECONDS
+        if signals[before:].count(signal.SIGINT) > 1 or waits_in_vain:
             at_once = True
         if at_once or followed.is_over:
             if followed.hang is not None:
                 following.collect_stacks()
             ranks.end()
         time.sleep(POLL_SECONDS)
-    last = following.look()
+    last = following.read(time.monotonic())
     evidence = Evidence(
         world_size=world_size,
         ends=last.ends,

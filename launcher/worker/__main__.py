@@ -246,6 +246,8 @@ def train(
     set_seed((run.seed + rank.number) % 2**32)
 
     assert plan.steps is not None
+    if agreement.any(cadence.is_asked_to_stop()):  # while it started: nothing is there to be saved
+        return RankEnd(rank.number, Outcome.STOPPED, start_step, time.time())
     if start_step < plan.steps and not best.is_final:
         if checkpoint is None:
             trainer.train()

@@ -133,7 +133,7 @@ class Cadence(TrainerCallback):
         if not (self.stopped or self._best.is_final or state.global_step == self._plan.steps):
             agreed = self._agreement.settle()
             self._carried |= agreed
-            self.stopped = self._agreement.any(agreed.stop or self._wishes().stop)
+            self.stopped = self._agreement.any(agreed.stop or self.is_asked_to_stop())
             control.should_training_stop |= self.stopped
         return control
 
@@ -158,10 +158,14 @@ class Cadence(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
+    def is_asked_to_stop(self) -> bool:
+        """Whether this rank knows of a wish to stop. Only rank 0 looks for the file."""
+        return self._signals.ask_to_stop or (self._rank == 0 and self._stop_request.exists())
+
     def _wishes(self) -> Wishes:
         leads = self._rank == 0
         return Wishes(
-            stop=self._signals.ask_to_stop or (leads and self._stop_request.exists()),
+            stop=self.is_asked_to_stop(),
             save=leads and self._saving_clock.is_due(),
             evaluate=leads and self._evaluation_clock.is_due(),
             give_up=self._divergence.has_exploded,

@@ -47,7 +47,8 @@ class Heart:
         self._steps: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._step_began = time.monotonic()
         self._save_seconds: float | None = None
-        self._ended = threading.Event()
+        self._ended = False
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._tell, name="heart", daemon=True)
         self._main = threading.main_thread().ident
 
@@ -56,7 +57,8 @@ class Heart:
 
     def stop(self) -> None:
         """Be silent from now on: this rank has said its last word."""
-        self._ended.set()
+        self._ended = True
+        self._wake.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
@@ -71,18 +73,23 @@ class Heart:
         if self._phase == "training":
             self._steps.append(now - self._step_began)
         self._step_began = now
-        self._phase, self._step = "training", step
-        self.beat()
+        self._step = step
+        self._enter("training")
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
         """The main thread is at something else than training."""
         before, began = self._phase, time.monotonic()
-        self._phase = phase
-        self.beat()
+        self._enter(phase)
         yield
         self._step_began += time.monotonic() - began
-        self._phase = before
+        self._enter(before)
+
+    def _enter(self, phase: Phase) -> None:
+        """Tell of another phase at once."""
+        if phase != self._phase:
+            self._phase = phase
+            self._wake.set()
         self.beat()
 
     def saved(self, seconds: float) -> None:
@@ -98,7 +105,7 @@ class Heart:
         # Counted in ticks: time in which the whole process stood still is not the main thread's.
         quiet, seen, last = 0.0, -1, time.monotonic()
         stacks_told = False
-        while not self._ended.wait(INTERVAL if seen >= 0 else 0):
+        while not self._ended:
             now = time.monotonic()
             quiet += min(now - last, 2 * INTERVAL)
             last = now
@@ -113,6 +120,8 @@ class Heart:
             if asked and not stacks_told:
                 faulthandler.dump_traceback(file=sys.stderr)
             stacks_told = asked
+            self._wake.wait(INTERVAL)
+            self._wake.clear()
 
     def _now(self, quiet: float, limit: float) -> Beat:
         at, waits = None, False

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.run.heartbeat import LIMIT_VARIABLE, LIMITS, Beat, read_beat
+from launcher.worker.heart import Heart
+
+
+@pytest.fixture
+def heart(tmp_path: Path) -> Iterator[Heart]:
+    found = Heart(tmp_path / "rank-1.heartbeat", tmp_path / "stacks", 1, {LIMIT_VARIABLE: "3"})
+    found.start()
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Callable[[Callable[[Beat], bool]], Beat]:
+    """The first beat of which something holds."""
+
+    def wait(holds: Callable[[Beat], bool]) -> Beat:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            beat = read_beat(tmp_path / "rank-1.heartbeat")
+            if beat is not None and holds(beat):
+                return beat
+            time.sleep(0.05)
+        raise AssertionError("it was never told")
+
+    return wait
+
+
+def test_it_tells_how_far_it_is_and_where_it_is_stuck(
+    heart: Heart,
+    told: Callable[[Callable[[Beat], bool]], Beat],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    begun = told(lambda beat: True)
+    assert (begun.rank, begun.phase, begun.step, begun.limit) == (1, "starting", 0, LIMITS["starting"])
+    heart.step(1)
+    heart.step(2)
+    with heart.during("saving"):
+        assert told(lambda beat: beat.phase == "saving").limit == LIMITS["saving"]
+    trains = told(lambda beat: beat.phase == "training")
+    assert (trains.step, trains.limit) == (2, 3.0)
+    assert trains.step_seconds is not None
+    assert trains.save_seconds is not None
+    stuck = told(lambda beat: beat.quiet > beat.limit)
+    assert stuck.at is not None
+    assert "worker/test_heart.py" in stuck.at
+    assert not stuck.waits
+    time.sleep(1.2)
+    said = capfd.readouterr().err
+    assert said.count("Timeout (") == 1, "all stacks, by themselves, once"
+    assert "in test_it_tells_how_far_it_is_and_where_it_is_stuck" in said
+    (tmp_path / "stacks").touch()
+    time.sleep(2.2)
+    assert capfd.readouterr().err.count("in test_it_tells_how_far_it_is_and_where_it_is_stuck") == 1
+    heart.beat()
+    assert told(lambda beat: beat.quiet < 1).at is None
+
+
+def test_it_ends_with_its_rank(tmp_path: Path) -> None:
+    heart = Heart(tmp_path / "rank-1.heartbeat", tmp_path / "stacks", 1, {})
+    heart.start()
+    heart.stop()
+    assert not [thread for thread in threading.enumerate() if thread.name == "heart"]
