@@ -1,0 +1,417 @@
+"""Launcher on this machine's GPU: against the stock Trainer and a hand-written compiled loop, item by item,
+and its predictions of memory and time against what was measured.
+
+    ./scripts/bench_gpu FILE.json [--seconds 500] [--only 'NAME;NAME'] [--profile 'NAME;NAME']
+
+Each row is a process of its own, launcher's the real `launcher train`. Several start and compile at a time,
+and one is measured at a time, so that all fit into ten minutes. Rows are taken in order of what they matter,
+and those that the time does not suffice for are left out of the JSON: the pages that `scripts/gpu_pages.py`
+makes of it call them not measured. Nothing is needed from outside: the text is the Python standard library's
+source, the vocabulary GPT-2's in size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from gpu_meter import VARIABLE, Measuring
+from gpu_rows import ENDLESS
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
+BLOCK = 1024
+SHAPES: Mapping[str, tuple[int, int, int]] = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+"""Layers, heads and width (Radford et al. 2019, table 2)."""
+
+AT_A_TIME = 5
+ROW_SECONDS = 240
+"""After which a row is given up."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing to measure. `memory`: GB it may take on the GPU, so that rows in the making fit beside it."""
+
+    name: str
+    kind: str
+    model: str
+    micro_batch: int
+    memory: int
+    compiled: bool = True
+    checkpointing: bool = False
+    accumulation: int = 1
+    dropout: float = 0.0
+    precision: str = "bf16"
+    settings: dict[str, Any] = field(default_factory=dict)
+    warm: int = 6
+    window: int = 8
+    windows: int = 5
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.accumulation * BLOCK
+
+
+FAST = ("tanh_gelu", "causal_attention", "chunked_loss", "padded_vocabulary", "fused_adamw", "tf32")
+BRIEF: Mapping[str, Any] = {"compiled": False, "warm": 1, "window": 2, "windows": 2}
+"""Rows that are about memory: a few steps, not compiled."""
+
+MEMORY: Sequence[tuple[str, int, bool, int]] = (
+    ("gpt2", 8, False, 12),
+    ("gpt2", 16, False, 20),
+    ("gpt2", 8, True, 8),
+    ("gpt2", 32, True, 16),
+    ("gpt2-medium", 4, False, 16),
+    ("gpt2-medium", 16, False, 35),
+    ("gpt2-medium", 8, True, 14),
+    ("gpt2-large", 4, False, 28),
+    ("gpt2-large", 8, True, 25),
+    ("gpt2-xl", 2, False, 40),
+    ("gpt2-xl", 8, False, 75),
+    ("gpt2-xl", 8, True, 45),
+)
+"""Model, micro-batch, gradient checkpointing, and GB to keep free for it."""
+
+STRATEGIES: Sequence[tuple[str, str, str]] = (
+    ("zero2", "none", "bf16"),
+    ("zero3", "none", "bf16"),
+    ("fsdp", "none", "bf16"),
+    ("ddp", "none", "fp16"),
+    ("zero2", "optimizer", "bf16"),
+    ("zero3", "parameters", "bf16"),
+    ("fsdp", "parameters", "bf16"),
+    ("zero1", "none", "bf16"),
+    ("zero2", "none", "fp16"),
+    ("ddp", "none", "fp32"),
+)
+"""Strategy, offload and precision, on one GPU: what each holds there, and that it runs at all."""
+
+
+def rows() -> list[Row]:
+    """In order of what they matter."""
+    return [
+        *against("gpt2", 32, 45),
+        *ablation(),
+        *against("gpt2-xl", 8, 95),
+        *(
+            Row(
+                f"{model}, micro-batch {micro_batch}{', checkpointed' if on else ''}",
+                *("launcher", model, micro_batch, gigabytes),
+                checkpointing=on,
+                **BRIEF,
+            )
+            for model, micro_batch, on, gigabytes in MEMORY
+        ),
+        *(
+            Row(
+                f"gpt2-medium, {strategy}, offload {offload}, {precision}",
+                *("launcher", "gpt2-medium", 8, 30),
+                precision=precision,
+                settings={"train.strategy": strategy, "train.offload": offload},
+                **BRIEF,
+            )
+            for strategy, offload, precision in STRATEGIES
+        ),
+        *against("gpt2-medium", 16, 60),
+        *against("gpt2-large", 16, 85),
+        Row("gpt2 stock, micro-batch 8", "stock", "gpt2", 8, 16, **BRIEF),
+        Row("gpt2 launcher, dropout 0.1", "launcher", "gpt2", 32, 30, dropout=0.1),
+        Row("gpt2 stock, dropout 0.1", "stock", "gpt2", 32, 50, dropout=0.1, compiled=False),
+        Row("gpt2 launcher, accumulation 4", "launcher", "gpt2", 32, 30, accumulation=4, window=3),
+        Row("gpt2 launcher, micro-batch 64", "launcher", "gpt2", 64, 45),
+        Row("gpt2-xl launcher, micro-batch 16", "launcher", "gpt2-xl", 16, 90, window=4),
+    ]
+
+
+def against(model: str, micro_batch: int, gigabytes: int) -> list[Row]:
+    """Launcher, the stock Trainer as it comes, and the loop."""
+    ours = gigabytes * 2 // 3
+    return [
+        Row(f"{model} launcher", "launcher", model, micro_batch, ours),
+        Row(f"{model} stock", "stock", model, micro_batch, gigabytes, compiled=False),
+        Row(f"{model} loop", "loop", model, micro_batch, ours),
+    ]
+
+
+def ablation() -> list[Row]:
+    """Launcher's gpt2 with one thing switched off, and the stock Trainer with the one switch it has."""
+    return [
+        *(
+            Row(f"gpt2 without {item}", "launcher", "gpt2", 32, 30, settings={f"train.fast.{item}": False})
+            for item in FAST
+        ),
+        Row("gpt2 without compile", "launcher", "gpt2", 32, 30, compiled=False),
+        Row("gpt2 stock, compiled", "stock", "gpt2", 32, 45),
+    ]
+
+
+class Started:
+    """One row's processes."""
+
+    def __init__(self, row: Row, number: int, work: Path, profile: bool) -> None:
+        self.row = row
+        self.result = work / f"row-{number}.json"
+        self.log = work / f"row-{number}.log"
+        self.since = time.time()
+        self._name = f"row-{number}"
+        measuring = Measuring(
+            result=str(self.result),
+            turn=str(work / "turn"),
+            started=self.since,
+            tokens=row.tokens,
+            warm=row.warm,
+            window=row.window,
+            windows=row.windows,
+            profile=profile,
+        )
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command(work),
+                cwd=work,
+                stdout=log,
+                stderr=log,
+                env=environment(**{VARIABLE: json.dumps(asdict(measuring))}),
+                start_new_session=True,
+            )
+        self._work = work
+
+    def _command(self, work: Path) -> list[str]:
+        row = self.row
+        if row.kind == "launcher":
+            file = work / f"{self._name}.yaml"
+            file.write_text(json.dumps(run_of(row, self._name, work)))
+            settings = [f"{key}={json.dumps(value)}" for key, value in row.settings.items()]
+            return [sys.executable, "-m", "launcher", "train", str(file), *settings]
+        layers, heads, width = SHAPES[row.model]
+        asked = {
+            "layers": layers,
+            "heads": heads,
+            "width": width,
+            "block_size": BLOCK,
+            "micro_batch": row.micro_batch,
+            "accumulation": row.accumulation,
+            "dropout": row.dropout,
+            "compile": row.compiled,
+            "checkpointing": row.checkpointing,
+            "precision": row.precision,
+        }
+        return [sys.executable, str(SCRIPTS / "gpu_rows.py"), row.kind, json.dumps(asked)]
+
+    def finished(self) -> dict[str, Any] | None:
+        """What was measured, or why nothing was; None while the row goes on. Its processes are ended."""
+        if self.result.exists():
+            found = {**asdict(self.row), **json.loads(self.result.read_text()), **self._plan()}
+        elif self._process.poll() is not None or time.time() - self.since > ROW_SECONDS:
+            found = {**asdict(self.row), "error": self._last_words(), **self._plan()}
+        else:
+            return None
+        found["seconds"] = time.time() - self.since
+        self.end()
+        return found
+
+    def end(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = [*psutil.Process(self._process.pid).children(recursive=True)]
+            for member in [*family, psutil.Process(self._process.pid)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(family, timeout=10)
+        self._process.wait()
+
+    def _plan(self) -> dict[str, Any]:
+        """What launcher predicted for its rows."""
+        file = self._work / "runs" / self._name / "plan.json"
+        return {"plan": json.loads(file.read_text())["plan"]} if file.exists() else {}
+
+    def _last_words(self) -> str:
+        logs = [self.log, *sorted((self._work / "runs" / self._name).glob("logs/*/*.log"))]
+        return "\n".join(log.read_text(errors="replace")[-1500:] for log in logs)
+
+
+def prepare(work: Path) -> None:
+    """Make the token store that all of launcher's rows train on."""
+    file = work / "prepare.yaml"
+    file.write_text(json.dumps(run_of(rows()[0], "prepare", work)))
+    command = [sys.executable, "-m", "launcher", "data", "prepare", str(file)]
+    subprocess.run(command, cwd=work, env=environment(), check=True)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of every row: launcher from this tree, and the meter beside it."""
+    path = [str(ROOT), str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "4", **more}
+
+
+def run_of(row: Row, name: str, work: Path) -> dict[str, Any]:
+    """The run.yaml of a row."""
+    dropouts = {f"{where}_pdrop": row.dropout for where in ("resid", "embd", "attn")}
+    return {
+        "name": name,
+        "model": {"name": row.model, "tokenizer": str(work / "tokenizer"), "overrides": dropouts},
+        "data": {
+            "train": [f"{sysconfig.get_path('stdlib')}/*.py"],
+            "sample_by": "document",
+            "validation": 0,
+            "block_size": BLOCK,
+            "cache_dir": str(work / "stores"),
+        },
+        "train": {
+            "batch_size": row.micro_batch * row.accumulation,
+            "micro_batch": row.micro_batch,
+            "steps": ENDLESS,
+            "log_every": 10,
+            "precision": row.precision,
+            "strategy": "ddp",
+            "compile": row.compiled,
+            "gradient_checkpointing": row.checkpointing,
+            "callbacks": ["gpu_meter:Meter"],
+        },
+        "checkpoint": {"every": ENDLESS},
+        "report_to": [],
+    }
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 50,257 entries: every byte, 50,000 pairs of bytes, and the end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(first, second) for first in alphabet for second in alphabet][:50_000]
+    words = [*alphabet, *(first + second for first, second in pairs), "<|endoftext|>"]
+    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(folder)
+
+
+def ceilings() -> dict[str, float]:
+    """What this GPU reaches: FLOP/s of a large bf16 product, and bytes/s of a copy, read and written."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x, y = (torch.empty(1 << 30, device="cuda", dtype=torch.float32) for _ in range(2))
+    found: dict[str, float] = {}
+    for name, work, size in (
+        ("matmul_flops", lambda: a @ b, 2.0 * 8192**3),
+        ("copy_bytes", lambda: y.copy_(x), 2.0 * x.nbytes),
+    ):
+        for _ in range(5):
+            work()
+        torch.cuda.synchronize()
+        since = time.perf_counter()
+        for _ in range(20):
+            work()
+        torch.cuda.synchronize()
+        found[name] = 20 * size / (time.perf_counter() - since)
+    return found
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for package in ("torch", "transformers", "accelerate", "deepspeed", "triton", "liger_kernel"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def measure(chosen: Sequence[Row], profiled: Sequence[str], seconds: float, file: Path) -> None:
+    """Take the rows in order, as many as `seconds` suffice for; `file` is written after each."""
+    import torch
+
+    until = time.monotonic() + seconds
+    device = torch.cuda.get_device_properties(0)
+    answer: dict[str, Any] = {
+        "gpu": device.name,
+        "memory": device.total_memory,
+        "versions": versions(),
+        "ceilings": ceilings(),
+        "rows": [],
+    }
+    torch.cuda.empty_cache()
+    room = device.total_memory / 1e9 - 10
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        write_tokenizer(work / "tokenizer")
+        prepare(work)
+        waiting, going = list(enumerate(chosen)), list[Started]()
+        try:
+            while going or (waiting and time.monotonic() < until):
+                # The first starts alone: the text is prepared, and a start is timed with nothing beside it.
+                most = AT_A_TIME if answer["rows"] else 1
+                held = sum(each.row.memory for each in going)
+                if waiting and len(going) < most and held + waiting[0][1].memory <= room:
+                    if time.monotonic() < until - 30:
+                        number, row = waiting.pop(0)
+                        going.append(Started(row, number, work, row.name in profiled))
+                        continue
+                    waiting.clear()
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.2)
+                for each in list(going):
+                    if (found := each.finished()) is not None:
+                        going.remove(each)
+                        answer["rows"].append(found)
+                        file.write_text(json.dumps(answer, indent=1))
+                        tell(found)
+                        for table in work.glob(f"{each.result.stem}.profile.txt"):
+                            name = each.row.name.replace(" ", "-").replace(",", "")
+                            file.with_name(f"profile-{name}.txt").write_text(table.read_text())
+        finally:
+            for each in going:
+                each.end()
+
+
+def tell(found: Mapping[str, Any]) -> None:
+    if "error" in found:
+        print(f"{found['name']}: FAILED after {found['seconds']:.0f} s\n{found['error']}", flush=True)
+        return
+    print(
+        f"{found['name']}: {found['tokens_per_second']:,.0f} tokens/s, peak"
+        f" {found['peak_allocated'] / 2**30:.2f} GiB, first step after {found['start_to_first_step']:.0f} s,"
+        f" {found['seconds']:.0f} s in all",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("json", type=Path, help="where to write what was found")
+    parser.add_argument("--seconds", type=float, default=500, help="start no row that would end later")
+    parser.add_argument("--only", default="", help="names of rows, with semicolons between: no others")
+    parser.add_argument("--profile", default="", help="names of rows to add tables of kernels for")
+    asked = parser.parse_args()
+    only = [name for name in asked.only.split(";") if name]
+    chosen = [row for row in rows() if not only or row.name in only]
+    measure(chosen, asked.profile.split(";"), asked.seconds, asked.json)
+
+
+if __name__ == "__main__":
+    main()
