@@ -209,16 +209,11 @@ class Attempt:
             log = os.open(self.directory.launch_log(self.number), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            os.environ |= {
-                "RANK": f"{rank}",
-                "LOCAL_RANK": f"{rank}",
-                "WORLD_SIZE": f"{self.ranks}",
-                "LOCAL_WORLD_SIZE": f"{self.ranks}",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": f"{port}",
-                "LAUNCHER_ATTEMPT": f"{self.number}",
-                "ACCELERATE_USE_CPU": "true",
-            }
+            os.environ |= {"LAUNCHER_ATTEMPT": f"{self.number}", "ACCELERATE_USE_CPU": "true"}
+            if self.ranks > 1:  # accelerate gives a single process none of these either
+                os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "MASTER_PORT": f"{port}"}
+                size = f"{self.ranks}"
+                os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
             first(rank)
             code = worker.main([str(self.directory.root)])
         except BaseException:  # noqa: BLE001 - it must not go on as the parent

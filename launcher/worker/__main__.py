@@ -49,7 +49,7 @@ from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import build_model, load_tokenizer
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
-from launcher.worker.pickles import allow_deepspeed, read_as_data, refusing_code
+from launcher.worker.pickles import allow_deepspeed, read_as_data
 from launcher.worker.rank import Rank, join, last_word, say_last
 from launcher.worker.report import Report
 from launcher.worker.resume import check_length, go_on
@@ -249,11 +249,7 @@ def train(
     if agreement.any(cadence.is_asked_to_stop()):  # while it started: nothing is there to be saved
         return RankEnd(rank.number, Outcome.STOPPED, start_step, time.time())
     if start_step < plan.steps and not best.is_final:
-        if checkpoint is None:
-            trainer.train()
-        else:
-            with refusing_code(checkpoint.folder):
-                trainer.train(resume_from_checkpoint=str(trainer.resume_folder(checkpoint)))
+        trainer.train_from(checkpoint)
         rows.training.close()
     elif checkpoint is not None:
         trainer.take_final(checkpoint)

@@ -42,6 +42,7 @@ from launcher.worker.divergence import Divergence
 from launcher.worker.engine import DTYPES, engine_arguments, fsdp_policy, innermost, is_sharded
 from launcher.worker.evaluate import Metric, evaluate
 from launcher.worker.heart import Heart
+from launcher.worker.pickles import refusing_code
 from launcher.worker.reshard import Remove, mend_zero3, reshard
 from launcher.worker.resume import data_state
 from launcher.worker.schedule import follow_samples
@@ -308,7 +309,15 @@ class LauncherTrainer(Trainer):
         if checkpoint is not None and zero_stage(self._plan.strategy) == 3:
             mend_zero3(innermost(self.optimizer), self.args.weight_decay)
 
-    def resume_folder(self, checkpoint: Checkpoint) -> Path:
+    def train_from(self, checkpoint: Checkpoint | None) -> None:
+        """Train to the end of the plan or to a stop. Raises TrainingError where the checkpoint holds code."""
+        if checkpoint is None:
+            self.train()
+            return
+        with refusing_code(checkpoint.folder):
+            self.train(resume_from_checkpoint=str(self._resume_folder(checkpoint)))
+
+    def _resume_folder(self, checkpoint: Checkpoint) -> Path:
         """Where this world reads the checkpoint from: itself, or what DeepSpeed makes of another world's."""
         stage, world = zero_stage(self._plan.strategy), self._plan.batch.world_size
         if stage is None or checkpoint.world_size == world:
