@@ -161,11 +161,16 @@ class Bench:
     def differs(self, directory: RunDirectory, kind: str, ranks: int) -> str:
         """What of a disturbed run is not as it should be; empty: nothing."""
         reference = self.reference(kind, ranks)
-        if weights_of(directory) != weights_of(reference):
-            return "other weights"
-        if losses_of(directory) != losses_of(reference):
-            return "other losses"
-        return "" if rows_of(directory) == rows_of(reference) else "other rows"
+        ours, theirs = losses_of(directory), losses_of(reference)
+        attempts = range(1, directory.next_attempt())
+        ends = [read_end(directory.record(attempt, 0)) for attempt in attempts]
+        about = f"on {ranks} ranks; attempts ended at {[end and end.step for end in ends]}"
+        for one, other in zip(ours, theirs, strict=False):
+            if one != other:
+                return f"another loss from step {one[0]} on ({one[1]}, {other[1]}) {about}"
+        if len(ours) != len(theirs) or weights_of(directory) != weights_of(reference):
+            return f"other weights {about}"
+        return "" if rows_of(directory) == rows_of(reference) else f"other rows {about}"
 
 
 def write_ready(folder: Path, kind: str, ranks: int, template: Path) -> None:

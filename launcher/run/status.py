@@ -49,9 +49,9 @@ class Saved:
 class Status:
     """How a run stands. Times are in seconds, sizes in bytes; None: not known (yet).
 
-    `alive`: who lives to carry it on, by the locks they hold. `phase`: what rank 0 was doing by its last
-    heartbeat. `tokens_per_second` and `mfu` are of the last report; `seconds_left` is by the pace of the last
-    REPORTS of them, evaluations and saving included.
+    `alive`: who lives to carry it on, by the locks they hold. `ended`: how the run itself came to its end.
+    `phase`: what rank 0 did by its last heartbeat. `tokens_per_second` and `mfu` are of the last report;
+    `seconds_left` is by the pace of the last REPORTS of them, evaluations and saving included.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Status:
     alive: Alive | None
     stop_requested: bool
     attempts: Sequence[Attempt]
+    ended: str | None
     phase: str | None
     step: int
     steps: int | None
@@ -86,7 +87,7 @@ class Status:
             return "running" if last.outcome is None else "restarting"
         if last is None:
             return "not started"
-        return "killed" if last.outcome is None else last.outcome.lower().replace("_", " ")
+        return (self.ended or last.outcome or "killed").lower().replace("_", " ")
 
 
 def find_runs(folder: Path) -> list[RunDirectory]:
@@ -125,6 +126,7 @@ def read_status(directory: RunDirectory, now: float) -> Status:
         alive=alive(directory),
         stop_requested=directory.stop_request.exists(),
         attempts=attempts,
+        ended=events[-1]["outcome"] if events and events[-1]["event"] == "ended" else None,
         phase=None if beat is None else beat.phase,
         step=step,
         steps=plan["steps"],

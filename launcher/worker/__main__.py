@@ -33,7 +33,7 @@ from launcher.run.directory import RunDirectory, write_text
 from launcher.run.outcome import FAILURES, Outcome, RankEnd
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
-from launcher.worker.checkpoint import CheckpointWriter, barrier
+from launcher.worker.checkpoint import CheckpointWriter, barrier, newest_good
 from launcher.worker.dataset import (
     Collate,
     PadToLongest,
@@ -178,7 +178,7 @@ def train(
     """Build, verify, train, save; returns how it ended."""
     plan = orders.plan
     tokenizer, rows = open_rows(directory, orders, run)
-    checkpoint = ledger.latest_good(directory.checkpoints)
+    checkpoint = newest_good(directory.checkpoints, rank=rank.number, world_size=rank.world_size)
     start_step = 0 if checkpoint is None else checkpoint.step
     best = BestEvaluation()
     if checkpoint is not None:

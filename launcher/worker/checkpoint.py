@@ -54,6 +54,26 @@ def barrier() -> None:
         dist.barrier()
 
 
+def newest_good(checkpoints: Path, *, rank: int, world_size: int) -> ledger.Checkpoint | None:
+    """The newest checkpoint that verifies, the same on every rank: rank 0 alone reads every byte of it.
+
+    Raises TrainingError on a rank that does not see it.
+    """
+    good = ledger.latest_good(checkpoints) if rank == 0 else None
+    chosen = [None if good is None else good.step]
+    if world_size > 1:
+        dist.broadcast_object_list(chosen, src=0)
+    if rank == 0 or chosen[0] is None:
+        return good
+    for each in ledger.committed(checkpoints):
+        if each.step == chosen[0]:
+            return each
+    raise TrainingError(
+        f"rank {rank} does not see the checkpoint of step {chosen[0]} in {checkpoints}",
+        hint="output_dir must be a folder that every node shares",
+    )
+
+
 class CheckpointWriter(TrainerCallback):
     """Writes one checkpoint after another, `keep` of which stay; on every rank, the same calls.
 

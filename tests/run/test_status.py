@@ -101,6 +101,8 @@ def test_the_state_follows_the_locks_and_the_journal(directory: RunDirectory) ->
         assert state() == "running without its supervisor"
     event(directory, 2.0, "attempt_ended", attempt=1, outcome="NODE_FAILED", step=3)
     assert state() == "node failed"
+    event(directory, 3.0, "ended", outcome="NO_PROGRESS", reason="3 attempts in a row", step=3, exit_code=1)
+    assert state() == "no progress"
     with hold(directory.lock, directory, "us"):
         assert state() == "restarting"
 
