@@ -22,6 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from launcher.config.schema import RunConfig
 from launcher.data.phases import Phases
 from launcher.errors import RequestError
+from launcher.plan.choose import Plan
 from launcher.plan.orders import Orders
 from launcher.plan.sharding import zero_stage
 from launcher.run.checkpoints import Checkpoint
@@ -68,7 +69,6 @@ EVALUATION_TOKENS = 2048
 OPEN_DEFAULTS: Mapping[str, Any] = {
     "optim": "adamw_torch_fused",
     "logging_first_step": True,
-    "ddp_find_unused_parameters": False,
     "ddp_broadcast_buffers": False,
 }
 """What launcher sets differently from transformers, and `train.extra` may set otherwise."""
@@ -113,11 +113,21 @@ def training_arguments(run: RunConfig, orders: Orders, directory: RunDirectory) 
         "ignore_data_skip": True,
     }
     try:
-        return TrainingArguments(**{**OPEN_DEFAULTS, **train.extra, **ours})
+        return TrainingArguments(**{**OPEN_DEFAULTS, **_same_sums(plan), **train.extra, **ours})
     except (TypeError, ValueError) as error:
         raise RequestError(
             f"train.extra: TrainingArguments refuses it: {error}", hint="look at the values in train.extra"
         ) from error
+
+
+def _same_sums(plan: Plan) -> dict[str, Any]:
+    """What makes a step's sums the same whether an attempt begins with it or not.
+
+    After its first backward pass DDP lays gradients out anew, in the order they came. From three ranks on the
+    order in which gloo adds depends on that, and so did the last bit of the first step after a resume. DDP
+    keeps its first layout where it looks for unused parameters, which takes a walk over the graph each step.
+    """
+    return {"ddp_find_unused_parameters": plan.device == "cpu" and plan.batch.world_size > 2}
 
 
 class LauncherTrainer(Trainer):
