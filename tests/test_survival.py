@@ -206,6 +206,8 @@ def test_a_crash_is_tried_again_and_an_evaluation_that_was_stopped_in_is_made_up
     directory = workplace.folder / "runs" / "small"
     assert stopped.returncode == 130, stopped.stderr
     assert "attempt 1 ended at step 3: CRASHED: rank 0: ArithmeticError: wrong" in stopped.stderr
+    assert "Traceback" in RunDirectory(directory).log(1, 0).read_text()
+    assert "Traceback" not in stopped.stderr
     assert "stopped safely at step 10 with a checkpoint" in stopped.stderr
     assert (10, "eval_loss") not in losses(directory)
     done = workplace.run(*arguments)

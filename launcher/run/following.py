@@ -17,6 +17,8 @@ from launcher.run.outcome import FAILURES, Hang, RankEnd, named, read_end
 
 ECHO_SECONDS = 5.0
 """How long the other ranks may still speak once one has failed or is gone; then they are ended."""
+LEAVE_SECONDS = 60.0
+"""How long a process may take to end after its last word."""
 LOOK_SECONDS = 0.5
 STACKS_SECONDS = 3.0
 """How long ranks are given to write their stacks before they are ended."""
@@ -45,6 +47,7 @@ class Following:
         self._begun = time.monotonic()
         self._looked: tuple[float, Followed] | None = None
         self._failed: float | None = None
+        self._said: float | None = None
         self.dead: tuple[int, ...] = ()
         """The ranks that were gone first, without a last word: the others followed."""
         self.hang: Hang | None = None
@@ -77,7 +80,9 @@ class Following:
             step=max([self._watch.step, *(end.step for end in ends.values())]),
             trains=any(beat.phase != "starting" for beat in self._watch.beats.values()),
             hang=self.hang,
-            is_over=self.hang is not None or (self._failed is not None and now - self._failed > ECHO_SECONDS),
+            is_over=self.hang is not None
+            or (self._failed is not None and now - self._failed > ECHO_SECONDS)
+            or self._have_left(ends, now),
         )
 
     def collect_stacks(self) -> None:
@@ -90,6 +95,16 @@ class Following:
                     os.kill(beat.pid, signal.SIGCONT)
         time.sleep(STACKS_SECONDS)
         self._directory.stacks_request.unlink(missing_ok=True)
+
+    def _have_left(self, ends: Mapping[int, RankEnd], now: float) -> bool:
+        """Whether every rank has said its last word and is gone, or was to be: whatever started them needs
+        seconds to notice, and a process may hang as it ends."""
+        if len(ends) < len(self._ranks):
+            return False
+        self._said = self._said or now
+        gone = [_is_here(beat) and not _lives(beat) for beat in self._watch.beats.values()]
+        all_gone = len(gone) == len(self._ranks) and all(gone)
+        return now - self._said > (0 if all_gone else LEAVE_SECONDS)
 
     def living_here(self) -> list[int]:
         """Process ids of the ranks on this machine that have not ended: what is left of an attempt."""

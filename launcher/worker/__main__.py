@@ -46,6 +46,7 @@ from launcher.worker.dataset import (
 from launcher.worker.divergence import Diverged, Divergence
 from launcher.worker.heart import Heart
 from launcher.worker.isolation import Isolate, prove_isolation
+from launcher.worker.leaving import leave
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import build_model, load_tokenizer
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
@@ -352,4 +353,4 @@ def load_object(key: str, path: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
