@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from launcher.errors import ConfigError, Interrupted, LauncherError
@@ -32,6 +33,22 @@ def answer(text: str) -> None:
 def answer_json(value: Any) -> None:
     """The answer as JSON, on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str), flush=True)
+
+
+def answer_json_line(value: Any) -> None:
+    """One of many answers, as a line of JSON on stdout."""
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+
+
+@contextmanager
+def live_answer() -> Iterator[Callable[[str], None]]:
+    """While inside, each text given to what is yielded is drawn in place of the one before, on a terminal."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=Console(file=sys.stdout), auto_refresh=False) as drawn:
+        yield lambda text: drawn.update(Text.from_ansi(text), refresh=True)
 
 
 def show_error(error: LauncherError) -> None:

@@ -166,7 +166,7 @@ class Bench:
             {line["step"]: line["loss"] for line in lines if "loss" in line},
             next(line["eval_loss"] for line in reversed(lines) if "eval_loss" in line),
             _logits_apart(directory, cell),
-            next(line for line in logs.splitlines() if line.startswith("verified: ")),
+            next(line for line in logs.splitlines() if "verified: " in line),
         )
 
 

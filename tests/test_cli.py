@@ -37,7 +37,8 @@ COMMANDS: Mapping[str, TyperCommand] = {" ".join(words): command for words, comm
 def test_the_commands_are_those_that_work() -> None:
     assert set(COMMANDS) == {
         *("init", "plan", "train", "generate", "explain", "doctor"),
-        *("data prepare", "data verify", "data show", "checkpoint list", "checkpoint export"),
+        *("supervise", "status", "logs", "stop", "data prepare", "data verify", "data show"),
+        *("checkpoint list", "checkpoint verify", "checkpoint export"),
     }
 
 
@@ -65,7 +66,7 @@ def test_every_option_says_what_it_is_for(name: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([name] for name in ("status", "logs", "stop", "submit", "report", "frobnicate")),
+        *([name] for name in ("submit", "report", "frobnicate")),
         ["plan"],
         ["plan", "run.yaml", "--frobnicate"],
         ["data", "frobnicate"],
@@ -265,10 +266,46 @@ def test_checkpoints_are_listed_and_the_damaged_one_marked(workplace: Workplace)
         (10, 80, 2048),
         (20, 160, 2048),
     ]
-    assert [each["damage"] for each in found] == [None, None]
-    verified = answered(workplace, "checkpoint", "list", "runs/small", "--verify")
-    assert [bool(each["damage"]) for each in verified] == [False, True]
-    rows = workplace.run("checkpoint", "list", "runs/small", "--verify").stdout.splitlines()
-    assert rows[0].split() == ["step", "samples", "size", "saved", "state"]
-    assert [(row.split()[0], row.split()[-1]) for row in rows[1:]] == [("10", "good"), ("20", "DAMAGED")]
+    rows = workplace.run("checkpoint", "list", "runs/small").stdout.splitlines()
+    assert rows[0].split() == ["step", "samples", "size", "saved"]
+    assert [row.split()[0] for row in rows[1:]] == ["10", "20"]
     assert "2.0 KiB" in rows[1]
+
+    assert workplace.run("checkpoint", "verify", "runs/small", "10").returncode == 0
+    (folder / "step-00000030").mkdir()
+    verified = workplace.run("checkpoint", "verify", "runs/small")
+    assert verified.returncode == 1
+    assert verified.stdout.splitlines() == [
+        "step-00000010: good",
+        "step-00000020: DAMAGED",
+        "  model.safetensors does not have the hash it was written with",
+        "step-00000030: DAMAGED",
+        "  no readable MANIFEST.json",
+    ]
+    as_json = workplace.run("checkpoint", "verify", "runs/small", "20", "--json")
+    assert as_json.returncode == 1
+    assert [each["checkpoint"] for each in json.loads(as_json.stdout)] == ["step-00000020"]
+    nowhere = workplace.run("checkpoint", "verify", "runs/small", "7")
+    assert (nowhere.returncode, "there are: 10, 20, 30" in nowhere.stderr) == (2, True)
+
+
+def test_a_run_is_looked_at_from_its_folder_and_what_does_not_run_is_not_stopped(
+    workplace: Workplace,
+) -> None:
+    nothing = workplace.run("status")
+    assert (nothing.returncode, "there is no run in runs" in nothing.stderr) == (2, True)
+    workplace.run("plan", "run.yaml", "--write", "runs/small")
+    workplace.run("plan", "run.yaml", "--write", "runs/other")
+    (one,) = answered(workplace, "status", "runs/small")
+    assert (one["name"], one["state"], one["step"], one["steps"]) == ("small", "not started", 0, 20)
+    assert "small: not started" in workplace.run("status", "runs/small").stdout
+    rows = workplace.run("status").stdout.splitlines()
+    assert [row.split()[0] for row in rows] == ["run", "other", "small"]
+    watched = workplace.run("status", "--watch")
+    assert [line.split()[0] for line in watched.stdout.splitlines()] == ["other", "small"]
+    refused = workplace.run("stop", "runs/small")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "run 'small' is not running: it is not started" in refused.stderr
+    assert not (workplace.folder / "runs" / "small" / "requests").exists()
+    unread = workplace.run("logs", "runs/small")
+    assert (unread.returncode, "it has not been started yet" in unread.stderr) == (2, True)

@@ -188,3 +188,22 @@ def test_a_bar_counts_from_where_it_begins(monkeypatch: pytest.MonkeyPatch) -> N
 def test_durations() -> None:
     said = [console.duration(seconds) for seconds in (0.4, 99, 100, 3599, 5000, 360_000)]
     assert said == ["0 s", "99 s", "2 min", "1 h 00 min", "1 h 23 min", "100 h 00 min"]
+
+
+def test_a_live_answer_is_drawn_in_place() -> None:
+    drawn = """
+from launcher import console
+with console.live_answer() as show:
+    for step in ("step 1", "step 2"):
+        show(console.section("small: running", [("progress", step)]))
+"""
+    ours, theirs = pty.openpty()
+    subprocess.run(
+        [sys.executable, "-c", drawn], stdout=theirs, env={**os.environ, "TERM": "xterm"}, check=True
+    )
+    os.close(theirs)
+    seen = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    first, _, _ = seen.partition("step 2")
+    assert "step 1" in first
+    assert f"{ESCAPE}[1A" in first, "it went back up over what stood there"

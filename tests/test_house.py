@@ -30,7 +30,8 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "worker": frozenset(
         {
             *("errors", "config", "plan", "data"),
-            *("run.directory", "run.checkpoints", "run.outcome", "run.environment", "run.heartbeat"),
+            *("run.directory", "run.checkpoints", "run.outcome", "run.environment", "run.machine"),
+            "run.heartbeat",
         }
     ),
     "cli": frozenset({"errors", "console", "config", "data", "plan", "render", "run", "report"}),
@@ -43,6 +44,7 @@ MAY_READ_ENVIRONMENT: Final = (
     "config/load.py",
     "run/",
     "worker/__main__.py",
+    *("worker/export.py", "worker/reshard.py"),  # they are started too, and set one for all they import
     "console.py",
     "cli/__init__.py",
 )

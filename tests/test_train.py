@@ -137,12 +137,9 @@ def test_stopped_and_resumed_it_ends_in_the_same_weights(mine: Workplace, cluste
     parts = mine.train("name=parts", *cluster)
     assert losses(parts) == losses(whole)
     assert weights(parts) == weights(whole)
-    listed = mine.run("checkpoint", "list", str(parts), "--verify", "--json")
-    found = json.loads(listed.stdout)
-    assert [(each["step"], each["samples"], each["damage"]) for each in found] == [
-        (10, 80, []),
-        (20, 160, []),
-    ]
+    found = json.loads(mine.run("checkpoint", "list", str(parts), "--json").stdout)
+    assert [(each["step"], each["samples"]) for each in found] == [(10, 80), (20, 160)]
+    assert mine.run("checkpoint", "verify", str(parts)).returncode == 0
 
 
 def test_ctrl_c_stops_safely_and_a_second_command_is_kept_out(workplace: Workplace) -> None:

@@ -16,7 +16,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 import typer
 
 from launcher import __version__, console
-from launcher.cli import checkpoint, data, run, supervise
+from launcher.cli import checkpoint, data, run, supervise, watch
 from launcher.errors import Interrupted, LauncherError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(run.app)
 app.add_typer(supervise.app)
+app.add_typer(watch.app)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 

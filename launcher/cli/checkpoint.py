@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,26 +11,20 @@ from launcher import console
 from launcher.cli.arguments import AsJson, RunFolder
 from launcher.errors import RequestError
 
+if TYPE_CHECKING:
+    from launcher.run.directory import RunDirectory
+
 app = typer.Typer(help="The ledger of a run's checkpoints.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("list", epilog="Example: launcher checkpoint list runs/gpt2-shakespeare")
-def checkpoint_list(
-    run_dir: RunFolder,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read every byte and compare it with the manifest.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
+def checkpoint_list(run_dir: RunFolder, as_json: AsJson = False) -> None:
     """List a run's committed checkpoints, oldest first."""
     from datetime import datetime
 
     from launcher.run.checkpoints import committed
-    from launcher.run.directory import RunDirectory
 
-    directory = RunDirectory(run_dir.absolute())
-    directory.read_orders()
-    found = [(each, each.damage() if verify else None) for each in committed(directory.checkpoints)]
+    found = committed(_directory(run_dir).checkpoints)
     if as_json:
         console.answer_json(
             [
@@ -40,26 +34,46 @@ def checkpoint_list(
                     "bytes": each.bytes,
                     "created": each.created,
                     "folder": str(each.folder),
-                    "damage": damage,
                 }
-                for each, damage in found
+                for each in found
             ]
         )
         return
-    states = {True: "good", False: "DAMAGED"}
     rows = [
         (
             f"{each.step}",
             f"{each.samples}",
             console.gibibytes(each.bytes),
             datetime.fromtimestamp(each.created).isoformat(" ", "seconds"),
-            "not read" if damage is None else states[not damage],
         )
-        for each, damage in found
+        for each in found
     ]
-    console.answer(
-        console.table(("step", "samples", "size", "saved", "state"), rows) if rows else "no checkpoint yet"
-    )
+    console.answer(console.table(("step", "samples", "size", "saved"), rows) if rows else "no checkpoint yet")
+
+
+@app.command("verify", epilog="Example: launcher checkpoint verify runs/gpt2-shakespeare 500")
+def checkpoint_verify(
+    run_dir: RunFolder,
+    step: Annotated[
+        int | None, typer.Argument(metavar="[STEP]", min=1, help="The checkpoint's step; without it, all.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte of the checkpoints and compare it with what was written; exit 1 where any differs."""
+    from launcher.run.checkpoints import damages
+
+    found = damages(_directory(run_dir).checkpoints, step)
+    if as_json:
+        console.answer_json([{"checkpoint": name, "damage": damage} for name, damage in found.items()])
+    else:
+        for name, damage in found.items():
+            console.answer(
+                "\n".join([f"{name}: {'DAMAGED' if damage else 'good'}", *(f"  {d}" for d in damage)])
+            )
+        if not found:
+            console.answer("no checkpoint yet")
+    if any(found.values()):
+        raise SystemExit(1)
 
 
 @app.command("export", epilog="Example: launcher checkpoint export runs/gpt2-shakespeare --step 500")
@@ -79,10 +93,8 @@ def checkpoint_export(
     import sys
 
     from launcher.run.checkpoints import good_at
-    from launcher.run.directory import RunDirectory
 
-    directory = RunDirectory(run_dir.absolute())
-    directory.read_orders()
+    directory = _directory(run_dir)
     found = good_at(directory.checkpoints, step)
     target = (to or directory.exports / found.folder.name).absolute()
     if target.exists():
@@ -97,3 +109,11 @@ def checkpoint_export(
         console.answer_json({"step": found.step, "model": str(target)})
     else:
         console.answer(str(target))
+
+
+def _directory(run_dir: Path) -> RunDirectory:
+    from launcher.run.directory import RunDirectory
+
+    directory = RunDirectory(run_dir.absolute())
+    directory.require(directory.orders)
+    return directory

@@ -7,13 +7,15 @@ is a checkpoint, and nothing else is.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from launcher.errors import RequestError, TrainingError
@@ -21,9 +23,19 @@ from launcher.errors import RequestError, TrainingError
 MANIFEST = "MANIFEST.json"
 STATE = "launcher.json"
 """In a checkpoint: what launcher itself must know to go on."""
-VERSION = 1
+VERSION = 2
+"""Of the manifest. It holds its own hash too since version 2."""
 FOLDERS = "step-" + 8 * "[0-9]"
 """What a committed checkpoint's folder is called."""
+REASON = "WHY.txt"
+"""In a folder that was set aside: what is wrong with it."""
+REPLACED = ".replaced"
+"""How the name ends of a checkpoint that is being replaced by one of the same step."""
+THREADS = 4
+"""Files hashed, and seen to disk, at a time."""
+
+Files = dict[str, tuple[int, str]]
+"""Name to size in bytes and sha256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +47,7 @@ class Checkpoint:
     samples: int
     world_size: int
     created: float
-    files: dict[str, tuple[int, str]]
+    files: Files
 
     @property
     def bytes(self) -> int:
@@ -46,57 +58,120 @@ class Checkpoint:
         noted: dict[str, Any] = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         return noted
 
-    def damage(self) -> list[str]:
-        """What is wrong with each file that is missing or not what was written; empty: all good."""
-        found = []
-        for name, (size, digest) in self.files.items():
+    def misfits(self) -> dict[str, str]:
+        """What is wrong with each file that is missing or of another size; nothing is read."""
+        found = {}
+        here = self.folder.resolve()
+        for name, (size, _) in self.files.items():
             file = self.folder / name
-            if not file.is_file():
-                found.append(f"{name} is missing")
-            elif file.stat().st_size != size:
-                found.append(f"{name} has {file.stat().st_size} bytes, {size} were written")
-            elif _sha256(file) != digest:
-                found.append(f"{name} does not have the hash it was written with")
+            try:
+                now = file.stat().st_size
+            except OSError:
+                found[name] = f"{name} is missing"
+                continue
+            if now != size:
+                found[name] = f"{name} has {now} bytes, {size} were written"
+            elif not file.resolve().is_relative_to(here):
+                found[name] = f"{name} leads out of the checkpoint's folder"
         return found
+
+    def damage(self) -> list[str]:
+        """What is wrong with each file that is missing or not what was written; empty: all good.
+
+        Every byte is read.
+        """
+        found = self.misfits()
+        whole = [name for name in self.files if name not in found]
+        for name, (_, digest) in zip(whole, _sealed(self.folder, whole), strict=True):
+            if digest != self.files[name][1]:
+                found[name] = f"{name} does not have the hash it was written with"
+        return [found[name] for name in self.files if name in found]
 
 
 def begin(checkpoints: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into; what a crash left there is removed."""
+    """An empty folder to write the checkpoint of `step` into; what crashes have left is removed."""
+    if not checkpoints.exists():
+        checkpoints.mkdir(parents=True)
+        _fsync(checkpoints.parent)
+    for left in checkpoints.glob(".step-*"):
+        if not _restored(left):
+            shutil.rmtree(left)
     temporary = checkpoints / f".step-{step:08d}.writing"
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     return temporary
 
 
-def commit(temporary: Path, *, step: int, samples: int, world_size: int, created: float) -> Checkpoint:
+def check_room(folder: Path, *, size: int, files: int) -> None:
+    """Raise TrainingError unless the file system of `folder` has room for `size` bytes in `files` files."""
+    found = os.statvfs(folder)
+    hint = "make room and run the same command again, or set checkpoint.keep lower"
+    if (free := found.f_bavail * found.f_frsize) < size:
+        raise TrainingError(
+            f"a checkpoint needs about {size / 2**30:.2f} GiB in {folder.parent}, "
+            f"and {free / 2**30:.2f} GiB are free",
+            hint=hint,
+        )
+    # File systems that make inodes as they need them say that they have none at all.
+    if found.f_files and found.f_favail < files:
+        raise TrainingError(
+            f"a checkpoint needs about {files} files in {folder.parent}, and there are inodes for "
+            f"{found.f_favail}",
+            hint=hint,
+        )
+
+
+def seal(folder: Path, names: Iterable[str]) -> Files:
+    """See the files `names` of `folder` on disk; their sizes and hashes.
+
+    The process that wrote them should be the one: it has them in memory, and on some network file systems
+    only it can see them to disk.
+    """
+    names = list(names)
+    with ThreadPoolExecutor(THREADS) as threads:
+        synced = threads.map(lambda name: _fsync(folder / name), names)
+        found = _sealed(folder, names)
+        list(synced)
+    return dict(zip(names, found, strict=True))
+
+
+def commit(
+    temporary: Path, *, step: int, samples: int, world_size: int, created: float, sealed: Files | None = None
+) -> Checkpoint:
     """Make the checkpoint in `temporary` the one of `step`: hash, manifest, fsync, rename.
 
-    One of the same step that is there already (the run went back and came here again) is replaced.
+    `sealed`: what `seal` has given for some of the files. A checkpoint of the same step that is there already
+    (the run went back and came here again) is replaced, and until then it can be had back.
     """
-    files = {}
-    for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
-        _fsync(file)
-        files[file.relative_to(temporary).as_posix()] = (file.stat().st_size, _sha256(file))
+    names = names_in(temporary)
+    files = {**(sealed or {}), **seal(temporary, [name for name in names if name not in (sealed or {})])}
     final = temporary.with_name(f"step-{step:08d}")
-    manifest = {
+    manifest: dict[str, Any] = {
         "version": VERSION,
         "step": step,
         "samples": samples,
         "world_size": world_size,
         "created": created,
-        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()},
+        "files": {name: {"bytes": files[name][0], "sha256": files[name][1]} for name in names},
     }
     with (temporary / MANIFEST).open("w", encoding="utf-8") as stream:
-        json.dump(manifest, stream, indent=2)
+        json.dump({**manifest, "sha256": _own_hash(manifest)}, stream, indent=2)
         stream.flush()
         os.fsync(stream.fileno())
-    _fsync(temporary)
+    for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+        _fsync(folder)
+    replaced = final.with_name(f".{final.name}{REPLACED}")
     if final.exists():
-        _remove(final)
+        final.rename(replaced)
     temporary.rename(final)
     _fsync(final.parent)
-    return Checkpoint(final, step, samples, world_size, created, files)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    return Checkpoint(final, step, samples, world_size, created, {name: files[name] for name in names})
+
+
+def names_in(folder: Path) -> list[str]:
+    """Every file in `folder`, as a manifest names them."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def committed(checkpoints: Path) -> list[Checkpoint]:
@@ -107,7 +182,26 @@ def committed(checkpoints: Path) -> list[Checkpoint]:
 
 def latest_good(checkpoints: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None."""
+    for left in checkpoints.glob(f".step-*{REPLACED}"):
+        _restored(left)
     return next((each for each in reversed(committed(checkpoints)) if not each.damage()), None)
+
+
+def damages(checkpoints: Path, step: int | None) -> dict[str, list[str]]:
+    """What is wrong with each checkpoint's folder, or with that of `step`, by name; every byte is read.
+
+    Raises RequestError where there is none of `step`.
+    """
+    found = {folder.name: _read(folder) for folder in sorted(checkpoints.glob(FOLDERS))}
+    if step is not None:
+        name = f"step-{step:08d}"
+        if name not in found:
+            raise _no_checkpoint(step, [int(each.removeprefix("step-")) for each in found])
+        found = {name: found[name]}
+    return {
+        name: [f"no readable {MANIFEST}"] if checkpoint is None else checkpoint.damage()
+        for name, checkpoint in found.items()
+    }
 
 
 def good_at(checkpoints: Path, step: int | None) -> Checkpoint:
@@ -120,8 +214,7 @@ def good_at(checkpoints: Path, step: int | None) -> Checkpoint:
         return newest
     found = {each.step: each for each in committed(checkpoints)}
     if step not in found:
-        there = ", ".join(map(str, found)) or "none"
-        raise RequestError(f"there is no checkpoint of step {step}", hint=f"there are: {there}")
+        raise _no_checkpoint(step, found)
     if damage := found[step].damage():
         raise TrainingError(
             f"the checkpoint of step {step} is damaged: {'; '.join(damage)}", hint="name another step"
@@ -129,11 +222,16 @@ def good_at(checkpoints: Path, step: int | None) -> Checkpoint:
     return found[step]
 
 
+def _no_checkpoint(step: int, there: Iterable[int]) -> RequestError:
+    steps = ", ".join(map(str, there)) or "none"
+    return RequestError(f"there is no checkpoint of step {step}", hint=f"there are: {steps}")
+
+
 def set_aside_damaged(checkpoints: Path, newer_than: int) -> list[tuple[str, str]]:
     """Move everything newer than step `newer_than` out of the way, into `quarantine/`.
 
     After `latest_good` has chosen a step, what is newer is damaged or unfinished. Returns each
-    folder's name and what is wrong with it.
+    folder's name and what is wrong with it, which is also written into it.
     """
     moved = []
     for folder in sorted(checkpoints.glob(FOLDERS)):
@@ -144,14 +242,21 @@ def set_aside_damaged(checkpoints: Path, newer_than: int) -> list[tuple[str, str
         target = _free_name(checkpoints / "quarantine" / folder.name)
         target.parent.mkdir(exist_ok=True)
         folder.rename(target)
+        with contextlib.suppress(OSError):  # on a full disk the log alone has it
+            (target / REASON).write_text(reason + "\n", encoding="utf-8")
         moved.append((folder.name, reason))
     return moved
 
 
 def prune(checkpoints: Path, *, keep: int, protect: Collection[int]) -> None:
-    """Delete all but the newest `keep`, and those of the steps in `protect`. Call after a commit."""
-    for checkpoint in committed(checkpoints)[:-keep]:
-        if checkpoint.step not in protect:
+    """Delete all but the newest `keep`, and those of the steps in `protect`. Call after a commit.
+
+    One whose files are not of their sizes is not among the kept: it goes when there are `keep` newer ones.
+    """
+    newest_first = committed(checkpoints)[::-1]
+    whole = [checkpoint.step for checkpoint in newest_first if not checkpoint.misfits()]
+    for checkpoint in newest_first:
+        if len(whole) >= keep and checkpoint.step < whole[keep - 1] and checkpoint.step not in protect:
             _remove(checkpoint.folder)
 
 
@@ -159,6 +264,10 @@ def _read(folder: Path) -> Checkpoint | None:
     try:
         fields: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in fields["files"].items()}
+        if not all(_stays_inside(name) for name in files):
+            return None
+        if fields["version"] != 1 and fields.pop("sha256") != _own_hash(fields):
+            return None
         return Checkpoint(
             folder, fields["step"], fields["samples"], fields["world_size"], fields["created"], files
         )
@@ -167,10 +276,30 @@ def _read(folder: Path) -> Checkpoint | None:
         NotADirectoryError,
         UnicodeDecodeError,
         json.JSONDecodeError,
+        AttributeError,
         KeyError,
         TypeError,
     ):
         return None
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _restored(left: Path) -> bool:
+    """Give a checkpoint its name back that a crash kept from being replaced; whether this is one."""
+    final = left.with_name(left.name.removeprefix(".").removesuffix(REPLACED))
+    if not left.name.endswith(REPLACED) or final.exists():
+        return False
+    with contextlib.suppress(FileNotFoundError):  # another process was quicker
+        left.rename(final)
+    return True
 
 
 def _remove(folder: Path) -> None:
@@ -187,6 +316,12 @@ def _free_name(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}.{number}")
     return free
+
+
+def _sealed(folder: Path, names: Sequence[str]) -> list[tuple[int, str]]:
+    """Size and sha256 of each file, several at a time: hashing lets other threads run."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(lambda name: ((folder / name).stat().st_size, _sha256(folder / name)), names))
 
 
 def _sha256(file: Path) -> str:

@@ -7,16 +7,18 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from launcher.config.load import differences, load_run
-from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, RequestError, RunDirectoryError
-from launcher.plan.choose import Plan
-from launcher.plan.orders import Orders, parse_orders
+
+if TYPE_CHECKING:  # typed configurations take 0.2 s to import, and watching a run needs none
+    from launcher.config.schema import RunConfig
+    from launcher.plan.choose import Plan
+    from launcher.plan.orders import Orders
 
 MAY_CHANGE = frozenset(
     {
@@ -31,6 +33,8 @@ on, and its folder be named otherwise."""
 
 LOCKS = frozenset({".lock", ".ranks.lock"})
 """All there is in a folder that a run has only been given, and not yet been written to."""
+LOOK_SECONDS = 0.2
+"""Far longer than looking whether a lock is held takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +156,20 @@ class RunDirectory:
 
     def read_config(self) -> RunConfig:
         """The configuration of this run. Raises RunDirectoryError if there is none."""
-        self._require(self.config)
+        from launcher.config.load import load_run
+
+        self.require(self.config)
         return load_run(self.config).config
 
     def read_orders(self) -> Orders:
         """The worker's orders. Raises RunDirectoryError if there are none."""
-        self._require(self.orders)
+        from launcher.plan.orders import parse_orders
+
+        self.require(self.orders)
         return parse_orders(self.orders.read_text(encoding="utf-8"))
 
-    def _require(self, file: Path) -> None:
+    def require(self, file: Path) -> None:
+        """Raise RunDirectoryError unless `file`, which every run has, is there."""
         if not file.is_file():
             raise RunDirectoryError(
                 f"{self.root} is not a run directory: it has no {file.name}",
@@ -234,6 +243,8 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
 
 def changed_for_good(before: RunConfig, run: RunConfig) -> list[str]:
     """The keys that differ and may not, were `before` to go on as `run`."""
+    from launcher.config.load import differences
+
     return [key for key in differences(before, run) if key not in MAY_CHANGE]
 
 
@@ -286,7 +297,11 @@ def hold(lock: Path, directory: RunDirectory, by: str) -> TextIO:
     """
     stream = lock.open("w", encoding="utf-8")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOOK_SECONDS)  # it may be `is_held` that looks
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         stream.close()
         raise RunDirectoryError(
@@ -295,6 +310,18 @@ def hold(lock: Path, directory: RunDirectory, by: str) -> TextIO:
             hint="wait for it to end, or give this run another name",
         ) from error
     return stream
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process that lives holds `lock`."""
+    try:
+        with lock.open(encoding="utf-8") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def check_writable(folder: Path, key: str) -> None:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from launcher.errors import MachineError
 from launcher.plan.hardware import GIGA, GPU, find_gpu, from_nvml
@@ -90,6 +91,32 @@ def memory_limits(root: Path) -> Iterator[int]:
     versions). A container may see only its own group, as the root of the tree, under a name that does
     not stand there: then that root's limit counts.
     """
+    for group, files in _memory_groups(root):
+        yield from _limit(group / files.limit)
+
+
+def memory_left(root: Path = Path("/")) -> int:
+    """Bytes of memory that may still be filled: of this machine's, and of what a control group is held to.
+
+    What files are read from memory instead of from disk (`inactive_file`) is given up when it is needed.
+    """
+    import psutil
+
+    left = int(psutil.virtual_memory().available)
+    for group, files in _memory_groups(root):
+        for limit, used in zip(_limit(group / files.limit), _limit(group / files.used), strict=False):
+            left = min(left, limit - used + sum(_cached(group / "memory.stat", files.cached)))
+    return max(left, 0)
+
+
+class _MemoryFiles(NamedTuple):
+    limit: str
+    used: str
+    cached: str
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[Path, _MemoryFiles]]:
+    """This process's control group for memory and each above it, and what its files are called."""
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -97,13 +124,24 @@ def memory_limits(root: Path) -> Iterator[int]:
     for group in groups:
         number, controllers, name = group.split(":", 2)
         if number == "0":
-            tree, file = root / "sys/fs/cgroup", "memory.max"
+            tree = root / "sys/fs/cgroup"
+            files = _MemoryFiles("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            tree, file = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            tree = root / "sys/fs/cgroup/memory"
+            files = _MemoryFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         for depth in range(len(Path(name).parts)):
-            yield from _limit(tree.joinpath(*Path(name).parts[1 : depth + 1]) / file)
+            yield tree.joinpath(*Path(name).parts[1 : depth + 1]), files
+
+
+def _cached(file: Path, name: str) -> Iterator[int]:
+    """The number that `file` has under `name`, if there is such a file."""
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    yield from (int(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 def oom_kills(root: Path = Path("/")) -> int:

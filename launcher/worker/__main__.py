@@ -5,6 +5,7 @@ Started by `accelerate launch --config_file RUN_DIR/accelerate.yaml -m launcher.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.utils.logging import disable_progress_bar
 
 from launcher.config.schema import DataSection, RunConfig
 from launcher.data.blocks import Blocks
@@ -25,11 +27,13 @@ from launcher.data.store import SPLITS, TOKENIZER_FOLDER, open_store
 from launcher.errors import LauncherError, RequestError
 from launcher.plan.orders import Orders
 from launcher.plan.shape import flops_per_token
+from launcher.plan.sharding import zero_stage
 from launcher.run import checkpoints as ledger
 from launcher.run.directory import RunDirectory, write_text
 from launcher.run.outcome import FAILURES, Outcome, RankEnd
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
+from launcher.worker.checkpoint import CheckpointWriter, barrier, newest_good
 from launcher.worker.chunked_loss import prove_chunked_loss
 from launcher.worker.dataset import (
     Collate,
@@ -40,15 +44,16 @@ from launcher.worker.dataset import (
     ValidationRows,
     stack,
 )
-from launcher.worker.fast import make_fast, set_matmul_precision, taken_by
 from launcher.worker.divergence import Diverged, Divergence
+from launcher.worker.fast import make_fast, set_matmul_precision, taken_by
 from launcher.worker.heart import Heart
 from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.leaving import leave
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import load_tokenizer, trained_model
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
-from launcher.worker.rank import Rank, join, last_word
+from launcher.worker.pickles import allow_deepspeed, read_as_data
+from launcher.worker.rank import Rank, join, last_word, say_last
 from launcher.worker.report import Report
 from launcher.worker.resume import check_length, go_on
 from launcher.worker.stop import Agreement, StopSignals
@@ -135,6 +140,12 @@ class Reached(TrainerCallback):
         self.step = state.global_step
         self._heart.step(self.step)
 
+    def end_saving(self) -> None:
+        """After a failure: let a checkpoint that is being written still be committed, if it can be."""
+        if self.trainer is not None:
+            with self._heart.during("saving"), contextlib.suppress(Exception):
+                self.trainer.writer.finish()
+
 
 def main(arguments: list[str]) -> int:
     """Run one rank; returns its exit code."""
@@ -153,6 +164,10 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return error.exit_code
+    disable_progress_bar()  # of transformers: the log is a file
+    read_as_data(os.environ)
+    if zero_stage(orders.plan.strategy) is not None:
+        allow_deepspeed()
     signals = StopSignals()
     signals.install()
     reached = Reached(rank.heart)
@@ -169,8 +184,9 @@ def main(arguments: list[str]) -> int:
             begun = bool(ledger.committed(directory.checkpoints))
             message, hint = explain(error, orders, held, step=reached.step, begun=begun)
             end = replace(end, outcome=Outcome.OUT_OF_MEMORY, error=message, hint=hint)
+        reached.end_saving()
     rank.heart.stop()
-    end.write(directory.record(rank.attempt, rank.number))
+    say_last(end, directory.record(rank.attempt, rank.number), rank.terminal)
     if end.outcome in FAILURES:
         # The others wait for this rank in a collective: leave without the clean-up that would join them.
         sys.stdout.flush()
@@ -189,13 +205,13 @@ def train(
     """Build, verify, train, save; returns how it ended."""
     plan = orders.plan
     tokenizer, rows = open_rows(directory, orders, run)
-    checkpoint = ledger.latest_good(directory.checkpoints)
+    checkpoint = newest_good(directory.checkpoints, rank=rank.number, world_size=rank.world_size)
     start_step = 0 if checkpoint is None else checkpoint.step
     best = BestEvaluation()
     if checkpoint is not None:
         best = BestEvaluation(**checkpoint.state()["best"])
     phases = go_on(directory, run, rows.training, checkpoint)
-    saving.barrier()
+    barrier()
     if rank.number == 0:
         write_text(directory.phases, phases_text(phases.phases))
         for name, reason in ledger.set_aside_damaged(directory.checkpoints, start_step):
@@ -219,11 +235,21 @@ def train(
         early_stopping=run.train.early_stopping,
         divergence=divergence,
     )
+    writer = CheckpointWriter(
+        directory.checkpoints,
+        rank.heart,
+        rank=rank.number,
+        world_size=rank.world_size,
+        keep=run.checkpoint.keep,
+    )
     checks = Verify(directory, orders, run, rows, start_step)
     reached.step = start_step
-    callbacks: list[TrainerCallback] = [checks, reached, cadence]
+    # The writer waits for the last checkpoint before the report is closed.
+    callbacks: list[TrainerCallback] = [checks, reached, cadence, writer]
     if rank.number == 0:
-        callbacks += reports(directory, orders, run, rank, rows.training, phases, start_step)
+        report, others = reports(directory, orders, run, rank, rows.training, phases, start_step)
+        writer.told = report.saved
+        callbacks += [report, *others]
     callbacks += [load_object("train.callbacks", name)() for name in run.train.callbacks]
     trainer = LauncherTrainer(
         model,
@@ -232,6 +258,7 @@ def train(
         run=run,
         orders=orders,
         phases=phases,
+        writer=writer,
         checkpoints=directory.checkpoints,
         start_step=start_step,
         metrics=[load_object("train.metrics", name) for name in run.train.metrics],
@@ -252,11 +279,12 @@ def train(
     if agreement.any(cadence.is_asked_to_stop()):  # while it started: nothing is there to be saved
         return RankEnd(rank.number, Outcome.STOPPED, start_step, time.time())
     if start_step < plan.steps and not best.is_final:
-        folder = None if checkpoint is None else str(trainer.resume_folder(checkpoint))
-        trainer.train(resume_from_checkpoint=folder)
+        trainer.train_from(checkpoint)
         rows.training.close()
     elif checkpoint is not None:
         trainer.take_final(checkpoint)
+    with rank.heart.during("saving"):
+        barrier()  # rank 0 may still write
     if cadence.stopped:
         return RankEnd(rank.number, Outcome.STOPPED, reached.step, time.time())
 
@@ -265,7 +293,7 @@ def train(
             whole = trainer.final_model(lambda: trained_model(orders, tokenizer, run.seed))
             saving.save_model(whole, tokenizer, directory.model)
             upload(directory, run, rank)
-        saving.barrier()
+        barrier()
     return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
 
 
@@ -321,24 +349,22 @@ def reports(
     rows: TrainingRows,
     phases: Phases,
     start_step: int,
-) -> list[TrainerCallback]:
-    """Rank 0's record of the run, and what the user looks at."""
+) -> tuple[Report, list[TrainerCallback]]:
+    """Rank 0's record of the run, and what else the user looks at."""
     plan = orders.plan
     assert plan.steps is not None
     shape = orders.shape
-    found: list[TrainerCallback] = [
-        Report(
-            plan,
-            rows,
-            phases,
-            MetricsFile(directory.metrics, start_step),
-            Progress(rank.terminal, steps=plan.steps, done=start_step, name=run.name),
-            flops_per_token=None if shape is None else flops_per_token(shape, plan.block_size),
-        )
-    ]
-    if "tensorboard" in run.report_to:
-        found.append(TensorBoardCallback(SummaryWriter(str(directory.tensorboard), purge_step=start_step)))
-    return found
+    report = Report(
+        plan,
+        rows,
+        phases,
+        MetricsFile(directory.metrics, start_step),
+        Progress(rank.terminal, steps=plan.steps, done=start_step, name=run.name),
+        flops_per_token=None if shape is None else flops_per_token(shape, plan.block_size),
+    )
+    if "tensorboard" not in run.report_to:
+        return report, []
+    return report, [TensorBoardCallback(SummaryWriter(str(directory.tensorboard), purge_step=start_step))]
 
 
 def load_object(key: str, path: str) -> Any:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from launcher.errors import LauncherError
 from launcher.run.directory import RunDirectory
 from launcher.worker import saving
 from launcher.worker.model import load_tokenizer, trained_model
+from launcher.worker.pickles import read_as_data
 
 
 def export(directory: RunDirectory, checkpoint: Path, target: Path) -> None:
@@ -32,12 +34,15 @@ def export(directory: RunDirectory, checkpoint: Path, target: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     run, checkpoint, target = map(Path, arguments)
+    read_as_data(os.environ)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         export(RunDirectory(run), checkpoint, target)
     except LauncherError as error:
         print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)
         return error.exit_code
     return 0
 

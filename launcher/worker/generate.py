@@ -19,9 +19,9 @@ def generate(model: str, prompt: str, *, tokens: int, temperature: float, top_k:
     Temperature 0 takes the likeliest token each time. Stops early at end-of-text.
     """
     set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network: Any = AutoModelForCausalLM.from_pretrained(model)
+    network: Any = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
     network.to(torch.device(device)).eval()
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     start = torch.tensor([ids], device=device)

@@ -82,8 +82,6 @@ class Heart:
         before, began = self._phase, time.monotonic()
         self._enter(phase)
         yield
-        if phase == "saving":
-            self._save_seconds = time.monotonic() - began
         self._step_began += time.monotonic() - began
         self._enter(before)
 
@@ -93,6 +91,10 @@ class Heart:
             self._phase = phase
             self._wake.set()
         self.beat()
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint was committed, so many seconds after it was begun; rank 0 knows."""
+        self._save_seconds = seconds
 
     def _limit(self) -> float:
         if self._phase == "training":

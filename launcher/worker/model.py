@@ -29,7 +29,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     that padding needs no new row in the embedding. Labels are masked by attention, never by the pad
     id, so the model still learns to stop.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -71,7 +73,9 @@ def build_model(
             )
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
-            model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                weights, dtype=torch.float32, trust_remote_code=False
+            )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as error:
         source = weights or fields.get("model_type")
         raise RequestError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 import traceback
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -63,14 +66,33 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mutab
 
 
 def _redirect(log: os.PathLike[str]) -> None:
-    """File descriptors, not sys.stdout: what libraries write in C belongs in the log too."""
+    """File descriptors, not sys.stdout alone: what libraries write in C belongs in the log too."""
     sys.stdout.flush()
     sys.stderr.flush()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = Timed(1), Timed(2)
+
+
+class Timed(io.TextIOWrapper):
+    """Text to a file descriptor, each line beginning with the time in UTC, by which logs are merged.
+
+    In this process, so that nothing is lost with it; what C libraries print goes past it, without a time.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        raw = io.FileIO(descriptor, "w", closefd=False)
+        super().__init__(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+        self._begins = True
+
+    def write(self, text: str) -> int:
+        time = f"{datetime.now(UTC).isoformat(timespec='milliseconds').removesuffix('+00:00')}Z "
+        begins, self._begins = self._begins, text.endswith("\n") if text else self._begins
+        whole = text.removesuffix("\n").replace("\n", f"\n{time}")
+        super().write((time if begins and text else "") + whole + "\n" * text.endswith("\n"))
+        return len(text)
 
 
 def last_word(rank: int, step: int, error: BaseException) -> RankEnd:
@@ -82,3 +104,12 @@ def last_word(rank: int, step: int, error: BaseException) -> RankEnd:
             rank, Outcome.CRASHED, step, now, error.message, error.hint, error.exit_code, retry=False
         )
     return RankEnd(rank, Outcome.CRASHED, step, now, f"{type(error).__name__}: {error}")
+
+
+def say_last(end: RankEnd, record: Path, terminal: TextIO) -> None:
+    """Write the last word; where that cannot be done, on a full disk say, tell the person at least."""
+    try:
+        end.write(record)
+    except OSError as error:
+        said = f"rank {end.rank} cannot write its end ({error.strerror}): {end.error}"
+        print(said, file=terminal, flush=True)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from launcher.data.phases import Phases
 from launcher.plan.choose import Plan
+from launcher.worker.checkpoint import Saved
 from launcher.worker.dataset import TrainingRows
 from launcher.worker.metrics import MetricsFile, Progress, Throughput
 
@@ -73,6 +74,16 @@ class Report(TrainerCallback):
         if "loss" in logs or "eval_loss" in logs:
             self._file.write({name: _finite(value) for name, value in numbers.items()})
             self._progress.report(numbers)
+
+    def saved(self, saved: Saved) -> None:
+        """A checkpoint was committed."""
+        about = {"save_seconds": saved.seconds, "save_stall_seconds": saved.stall_seconds}
+        self._file.write({"step": saved.step, "time": time.time(), **about, "save_bytes": saved.bytes})
+        print(
+            f"saved step {saved.step}: {saved.bytes / 2**20:.1f} MiB in {saved.seconds:.2f} s, "
+            f"for {saved.stall_seconds:.2f} s of which training stood still",
+            flush=True,
+        )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

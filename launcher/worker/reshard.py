@@ -6,6 +6,8 @@ whichever stage and however many ranks saved it. DeepSpeed converts, and each ra
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from launcher.errors import TrainingError
 from launcher.run.checkpoints import Checkpoint
+from launcher.worker.pickles import allow_deepspeed, read_as_data
 
 WEIGHT = "fp32.pt"
 """In a universal checkpoint's folder of one parameter: the parameter itself."""
@@ -53,14 +56,27 @@ def read_universal(state: Path) -> dict[str, torch.Tensor]:
 
 
 def _convert(state: Path, target: Path) -> None:
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(state), "--output_folder", str(target)]
+    command = [sys.executable, "-m", "launcher.worker.reshard", str(state), str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
+    if "UnpicklingError" in done.stderr:
+        raise pickle.UnpicklingError(done.stderr)
     if done.returncode:
         raise TrainingError(
             f"{state} cannot be converted for another number of ranks: {done.stderr.strip()[-500:]}",
             hint="resume it on as many ranks as saved it",
         )
+
+
+def main(arguments: list[str]) -> None:
+    """Have DeepSpeed convert, in a process whose `torch.load` reads data alone."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    state, target = arguments
+    read_as_data(os.environ)
+    allow_deepspeed()
+    sys.argv = ["ds_to_universal", "--inject_missing_state"]
+    sys.argv += ["--input_folder", state, "--output_folder", target]
+    ds_to_universal.main(ds_to_universal.parse_arguments())
 
 
 def mend_zero3(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
@@ -88,3 +104,7 @@ class Remove(TrainerCallback):
         torch.distributed.barrier()
         if args.process_index == 0:
             shutil.rmtree(self._folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

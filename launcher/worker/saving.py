@@ -1,15 +1,13 @@
-"""Checkpoints through the ledger, and the final model."""
+"""The weights of a checkpoint, and the final model."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
@@ -20,49 +18,15 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from launcher.errors import TrainingError
-from launcher.run import checkpoints as ledger
+from launcher.worker.checkpoint import open_as_folder
+from launcher.worker.pickles import allow_deepspeed, refusing_code
 from launcher.worker.reshard import read_universal
 from launcher.worker.vocabulary import take_out_padding
 
 FSDP_WEIGHTS = "pytorch_model_fsdp_0"
 """The folder that accelerate has FSDP write its weights to."""
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def begin_checkpoint(checkpoints: Path, step: int, rank: int) -> Path:
-    """The folder every rank writes its part of the checkpoint of `step` into."""
-    if rank == 0:
-        ledger.begin(checkpoints, step)
-    barrier()
-    return checkpoints / f".step-{step:08d}.writing"
-
-
-def commit_checkpoint(
-    checkpoints: Path,
-    folder: Path,
-    *,
-    step: int,
-    samples: int,
-    rank: int,
-    world_size: int,
-    keep: int,
-    best: int | None,
-    state: dict[str, Any],
-) -> None:
-    """Commit what every rank has written to `folder`, with `state`, then drop what is over `keep`.
-
-    The checkpoint of step `best` stays: early stopping returns to it.
-    """
-    barrier()
-    if rank == 0:
-        (folder / ledger.STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        ledger.commit(folder, step=step, samples=samples, world_size=world_size, created=time.time())
-        ledger.prune(checkpoints, keep=keep, protect=() if best is None else (best,))
-    barrier()
+SHOWN = 5
+"""Weights named in an error, at most."""
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -78,7 +42,15 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every weight of the checkpoint in `folder`, whole and in fp32 on the CPU, whichever engine saved it."""
+    """Every weight of the checkpoint in `folder`, whole and in fp32 on the CPU, whichever engine saved it.
+
+    Raises TrainingError where a file of it holds more than data.
+    """
+    with refusing_code(folder):
+        return _read_weights(folder)
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("model*.safetensors"))
     if files:
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -86,6 +58,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
         return _read_distributed(folder / FSDP_WEIGHTS)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+    allow_deepspeed()
     try:
         weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder))
     except ValueError:
@@ -108,15 +81,32 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, targe
     """Write the final model and tokenizer for `from_pretrained`: whole under another name, then renamed.
 
     What padded its vocabulary is taken out of `model` first.
+    Raises TrainingError where a weight is empty, or not all of its numbers are finite; `target` is untouched.
     """
     take_out_padding(model)
+    check_weights(model.state_dict())
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    open_as_folder(temporary)
     if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)
+
+
+def check_weights(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise TrainingError unless every one of a final model's `weights` is there and finite."""
+    empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
+    wrong = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+    for names, what in ((empty, "are empty"), (wrong, "hold NaN or infinity")):
+        if names:
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            raise TrainingError(
+                f"the final model is not written: {len(names)} of its {len(weights)} weights {what}: {shown}",
+                hint="the checkpoints are as they were: `launcher checkpoint export` makes a model of an "
+                "earlier one",
+            )
 
 
 def push_model(folder: Path, repository: str) -> str:

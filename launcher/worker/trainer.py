@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,19 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from launcher.config.schema import RunConfig
 from launcher.data.phases import Phases
 from launcher.errors import RequestError
+from launcher.plan.choose import Plan
 from launcher.plan.orders import Orders
 from launcher.plan.sharding import zero_stage
 from launcher.run.checkpoints import Checkpoint
 from launcher.run.directory import RunDirectory
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
+from launcher.worker.checkpoint import CheckpointWriter, has_room_for_copy, host_copy
 from launcher.worker.dataset import (
     Collate,
     RankBatches,
@@ -37,9 +41,10 @@ from launcher.worker.dataset import (
     training_loader,
 )
 from launcher.worker.divergence import Divergence
-from launcher.worker.engine import engine_arguments, fsdp_policy, innermost, is_sharded
+from launcher.worker.engine import DTYPES, engine_arguments, fsdp_policy, innermost, is_sharded
 from launcher.worker.evaluate import Metric, evaluate
 from launcher.worker.heart import Heart
+from launcher.worker.pickles import refusing_code
 from launcher.worker.reshard import Remove, mend_zero3, reshard
 from launcher.worker.resume import data_state
 from launcher.worker.schedule import follow_samples
@@ -64,7 +69,6 @@ EVALUATION_TOKENS = 2048
 
 OPEN_DEFAULTS: Mapping[str, Any] = {
     "logging_first_step": True,
-    "ddp_find_unused_parameters": False,
     "ddp_broadcast_buffers": False,
 }
 """What launcher sets differently from transformers, and `train.extra` may set otherwise."""
@@ -78,6 +82,7 @@ def training_arguments(run: RunConfig, orders: Orders, directory: RunDirectory) 
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     open_defaults = {
         **OPEN_DEFAULTS,
+        **_same_sums(plan),
         "optim": "adamw_torch_fused" if plan.fast.fused_adamw else "adamw_torch",
     }
     ours = {
@@ -120,6 +125,16 @@ def training_arguments(run: RunConfig, orders: Orders, directory: RunDirectory) 
         ) from error
 
 
+def _same_sums(plan: Plan) -> dict[str, Any]:
+    """What makes a step's sums the same whether an attempt begins with it or not.
+
+    After its first backward pass DDP lays gradients out anew, in the order they came. From three ranks on the
+    order in which gloo adds depends on that, and so did the last bit of the first step after a resume. DDP
+    keeps its first layout where it looks for unused parameters, which takes a walk over the graph each step.
+    """
+    return {"ddp_find_unused_parameters": plan.device == "cpu" and plan.batch.world_size > 2}
+
+
 class LauncherTrainer(Trainer):
     """`transformers.Trainer` on launcher's data order, evaluation and ledger."""
 
@@ -132,6 +147,7 @@ class LauncherTrainer(Trainer):
         run: RunConfig,
         orders: Orders,
         phases: Phases,
+        writer: CheckpointWriter,
         checkpoints: Path,
         start_step: int,
         metrics: Sequence[Metric],
@@ -151,6 +167,7 @@ class LauncherTrainer(Trainer):
         self._rows = rows
         self._run = run
         self._store = orders.store
+        self.writer = writer
         self._checkpoints = checkpoints
         self._start_step = start_step
         self._metrics = metrics
@@ -258,38 +275,75 @@ class LauncherTrainer(Trainer):
         flaw = self._divergence.flaw(self.bare_model.parameters())
         if self._agreement.any(flaw is not None):
             raise self._divergence.error(flaw or "the weights of another rank are not finite", step)
-        folder = saving.begin_checkpoint(self._checkpoints, step, self.rank)
-        if not is_sharded(self._plan):
-            self.save_model(str(folder), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
-        if self.args.should_save:
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        saving.commit_checkpoint(
-            self._checkpoints,
-            folder,
-            step=step,
-            samples=self.phases.consumed(step),
-            rank=self.rank,
-            world_size=self._plan.batch.world_size,
-            keep=self._run.checkpoint.keep,
-            best=self._best.step,
-            state={
-                "store": self._store,
-                **data_state(self._rows.training, self.phases, step),
-                "cursors": self._rows.training.cursors(),
-                "best": asdict(self._best),
-                "evaluation_is_due": self._cadence.evaluation_is_due,
-            },
-        )
+        with self.writer.writing(step, self._checkpoint_bytes()) as folder:
+            copied = None
+            if is_sharded(self._plan):
+                self._save_optimizer_and_scheduler(str(folder))
+            else:
+                copied = self._copied_state(folder)
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.writer.commit(
+                folder,
+                step=step,
+                samples=self.phases.consumed(step),
+                best=self._best.step,
+                state={
+                    "store": self._store,
+                    **data_state(self._rows.training, self.phases, step),
+                    "cursors": self._rows.training.cursors(),
+                    "best": asdict(self._best),
+                    "evaluation_is_due": self._cadence.evaluation_is_due,
+                },
+                copied=copied,
+            )
+
+    def _copied_state(self, folder: Path) -> Callable[[], None]:
+        """Writes weights and optimizer as they are now, the way the stock Trainer does and reads.
+
+        Where memory has no room for a copy of them, that has been done.
+        """
+        if not self.args.should_save:
+            return lambda: None
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        state = {"weights": self.bare_model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+        def write(state: Mapping[str, Any]) -> None:
+            self.bare_model.save_pretrained(folder, state_dict=state["weights"])
+            torch.save(state["optimizer"], folder / OPTIMIZER_NAME)
+
+        if not has_room_for_copy(state):
+            write(state)
+            return lambda: None
+        return partial(write, host_copy(state))
+
+    def _checkpoint_bytes(self) -> int:
+        """What a checkpoint takes: each weight, and Adam's two moments of it, in fp32.
+
+        DeepSpeed writes the weights it computes with beside those (stage 3 all but so).
+        """
+        parameters = self._plan.parameters or sum(each.numel() for each in self.bare_model.parameters())
+        beside = {None: 0, 3: 0}.get(zero_stage(self._plan.strategy), DTYPES[self._plan.precision].itemsize)
+        return parameters * (12 + beside)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and zero_stage(self._plan.strategy) == 3:
             mend_zero3(innermost(self.optimizer), self.args.weight_decay)
 
-    def resume_folder(self, checkpoint: Checkpoint) -> Path:
+    def train_from(self, checkpoint: Checkpoint | None) -> None:
+        """Train to the end of the plan or to a stop. Raises TrainingError where the checkpoint holds code."""
+        if checkpoint is None:
+            self.train()
+            return
+        with refusing_code(checkpoint.folder):
+            self.train(resume_from_checkpoint=str(self._resume_folder(checkpoint)))
+
+    def _resume_folder(self, checkpoint: Checkpoint) -> Path:
         """Where this world reads the checkpoint from: itself, or what DeepSpeed makes of another world's."""
         stage, world = zero_stage(self._plan.strategy), self._plan.batch.world_size
         if stage is None or checkpoint.world_size == world:

@@ -35,7 +35,9 @@ def test_what_was_never_committed_is_no_checkpoint(tmp_path: Path) -> None:
     assert list(again.iterdir()) == [], "what a crash left is not taken over"
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "remove", "manifest", "count", "outside", "no manifest"]
+)
 def test_a_damaged_newest_is_found_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 5)
     newest = save(tmp_path, 10).folder
@@ -48,6 +50,13 @@ def test_a_damaged_newest_is_found_and_the_one_before_is_used(tmp_path: Path, da
         file.unlink()
     elif damage == "manifest":
         os.truncate(newest / ledger.MANIFEST, 20)
+    elif damage == "count":
+        manifest = (newest / ledger.MANIFEST).read_text()
+        (newest / ledger.MANIFEST).write_text(manifest.replace('"samples": 80', '"samples": 88'))
+    elif damage == "outside":
+        (tmp_path / "elsewhere").write_bytes(file.read_bytes())
+        file.unlink()
+        file.symlink_to(tmp_path / "elsewhere")
     else:
         (newest / ledger.MANIFEST).unlink()
     good = ledger.latest_good(tmp_path)
@@ -56,7 +65,7 @@ def test_a_damaged_newest_is_found_and_the_one_before_is_used(tmp_path: Path, da
     ((name, reason),) = ledger.set_aside_damaged(tmp_path, newer_than=5)
     assert name == "step-00000010"
     assert ("model.safetensors" in reason) or ("MANIFEST.json" in reason)
-    assert (tmp_path / "quarantine" / "step-00000010").is_dir()
+    assert (tmp_path / "quarantine" / "step-00000010" / "WHY.txt").read_text() == f"{reason}\n"
     assert [each.step for each in ledger.committed(tmp_path)] == [5]
 
 
@@ -81,3 +90,53 @@ def test_the_manifest_names_every_file_with_size_and_hash(tmp_path: Path) -> Non
     manifest = json.loads((folder / ledger.MANIFEST).read_text())
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     assert sizes == {"model.safetensors": 7, "part/rank-1.pt": 9}
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../secret", "part/../../secret"])
+def test_a_manifest_that_names_a_file_elsewhere_is_none(tmp_path: Path, name: str) -> None:
+    newest = save(tmp_path, 5).folder
+    manifest = json.loads((newest / ledger.MANIFEST).read_text())
+    manifest["files"][name] = manifest["files"]["model.safetensors"]
+    manifest["version"] = 1
+    (newest / ledger.MANIFEST).write_text(json.dumps(manifest))
+    assert ledger.committed(tmp_path) == []
+    ((_, (reason,)),) = ledger.damages(tmp_path, None).items()
+    assert reason == "no readable MANIFEST.json"
+
+
+def test_manifests_of_the_first_version_are_read(tmp_path: Path) -> None:
+    newest = save(tmp_path, 5).folder
+    manifest = json.loads((newest / ledger.MANIFEST).read_text())
+    del manifest["sha256"]
+    (newest / ledger.MANIFEST).write_text(json.dumps({**manifest, "version": 1}))
+    assert [each.damage() for each in ledger.committed(tmp_path)] == [[]]
+    (newest / ledger.MANIFEST).write_text(json.dumps(manifest))
+    assert ledger.committed(tmp_path) == []
+
+
+def test_a_crash_while_one_is_replaced_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 5, b"before")
+    rename = Path.rename
+
+    def crash(path: Path, target: Path) -> Path:
+        if path.name.endswith(".writing"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 5, b"after!")
+    assert ledger.committed(tmp_path) == []
+    monkeypatch.undo()
+    good = ledger.latest_good(tmp_path)
+    assert good is not None
+    assert (good.folder / "model.safetensors").read_bytes() == b"before"
+
+
+def test_what_is_not_whole_is_not_among_the_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step-00000003" / "model.safetensors").unlink()
+    ledger.prune(tmp_path, keep=1, protect=())
+    assert [each.step for each in ledger.committed(tmp_path)] == [2, 3]
+    assert ledger.latest_good(tmp_path) == ledger.committed(tmp_path)[0]
