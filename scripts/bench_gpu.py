@@ -395,11 +395,13 @@ class Bench:
         while self._going or waiting:
             if time.monotonic() > self._until:
                 return
-            held = sum(each.row.memory for each in self._going)
-            if waiting and time.monotonic() > self._until - LAST_START:
+            if time.monotonic() > self._until - LAST_START:
                 waiting.clear()
-            elif waiting and len(self._going) < AT_A_TIME and held + waiting[0].memory <= self._room:
-                self._start(waiting.pop(0))
+            held = sum(each.row.memory for each in self._going)
+            fitting = [row for row in waiting if held + row.memory <= self._room]
+            if fitting and len(self._going) < AT_A_TIME:
+                waiting.remove(fitting[0])
+                self._start(fitting[0])
             else:
                 self._collect()
 

@@ -239,6 +239,15 @@ def doctor(
         raise SystemExit(3)
 
 
+def _held_against(gpu: str, what: str) -> str:
+    """What a prediction on `gpu` is worth."""
+    from launcher.plan.measured import MEASURED
+
+    if gpu not in MEASURED:
+        return "a prediction, not measured on this GPU"
+    return f"predicted; measured on one such GPU, within {getattr(MEASURED[gpu], what):.0%}"
+
+
 def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
     from launcher.render.table import asked_rows, becomes_rows, fit_rows, speed_rows
     from launcher.run.assemble import rendered_files
@@ -255,10 +264,11 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
         room = (
             "" if planned.memory_available is None else f" of {console.gibibytes(planned.memory_available)}"
         )
-        title = f"memory per rank: about {console.gibibytes(total)}{room} (an estimate, not yet measured)"
+        worth = _held_against(planned.gpu, "memory")
+        title = f"memory per rank: about {console.gibibytes(total)}{room} ({worth})"
         bars = console.bars(held, planned.memory_available)
         blocks.append(console.section(title, [*bars, *fit_rows(planned)]))
-    blocks.append(console.section("speed: a prediction, not measured on this GPU", speed_rows(planned)))
+    blocks.append(console.section(f"speed: {_held_against(planned.gpu, 'speed')}", speed_rows(planned)))
     config = assembly.run.config
     files = rendered_files(assembly, run_directory(config), None)
     names = ", ".join(path.name for path in files)

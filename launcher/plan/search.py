@@ -12,7 +12,7 @@ from launcher.plan.fast import NOTHING_FAST, Fast, trained_shape
 from launcher.plan.hardware import CATALOGUE, GPU
 from launcher.plan.memory import Memory, estimate
 from launcher.plan.shape import Shape
-from launcher.plan.speed import Speed, step_speed, utilisation
+from launcher.plan.speed import Speed, own_pace, step_speed, utilisation
 from launcher.plan.states import Sharding, states
 from launcher.plan.traffic import stack_of
 
@@ -93,7 +93,7 @@ class RunnerUp:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """How fast a plan is predicted to be. Nothing was measured on its GPU.
+    """How fast a plan is predicted to be: `plan.measured` has what such predictions were held against.
 
     `seconds` are one optimizer step's, by what they are spent on; `tokens_per_second` the whole world's;
     `mfu` is the PaLM count over the datasheet's peak. `hours` is None while the length of the run is not
@@ -164,6 +164,7 @@ def _speed(job: Job, shape: Shape, batch: Batch, checkpointing: bool, sharding: 
         block_size=job.block_size,
         precision=job.precision,
         gradient_checkpointing=checkpointing,
+        pace=own_pace(job.gpu),
     )
 
 

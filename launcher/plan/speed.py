@@ -31,6 +31,11 @@ number. Fitted. Other generations are taken for Ampere, which no measurement sup
 ATTENTION_SHARE: Final[Mapping[int, float]] = {AMPERE: 0.312, HOPPER: 0.174}
 """The same for attention with half of its FLOP masked. Fitted on FlashAttention 1; later ones are faster."""
 
+OWN_PACE: Final[Mapping[int, float]] = {HOPPER: 0.78}
+"""Of the time so modelled, what launcher's own plans take on the GPU: libraries are faster than those of the
+published rows that the shares are fitted on. Fitted on gpt2's rows in `docs/benchmarks/gpu.md`, by compute
+capability's major number; where nothing was measured, 1."""
+
 HOST_SECONDS: Final = 10e-6
 """An allowance, not measured: the host's time for one kernel, with Python, autocast and autograd."""
 
@@ -86,12 +91,14 @@ def step_speed(
     block_size: int,
     precision: str,
     gradient_checkpointing: bool,
+    pace: float = 1.0,
 ) -> Speed | None:
     """One optimizer step of `batch` with AdamW, in blocks of `block_size` tokens.
 
-    None where the GPU's peak under `precision` (bf16, fp16 or fp32), or the network between nodes, is not
-    known. Attention's FLOP are 7 H Q T for each token and layer: half of the scores are masked, and
-    backward takes 2.5 times forward's (Dao 2023, "FlashAttention-2", section 4.1).
+    `pace`: what its kernels take of the time that the shares above give them. None where the GPU's peak under
+    `precision` (bf16, fp16 or fp32), or the network between nodes, is not known. Attention's FLOP are 7 H Q T
+    for each token and layer: half of the scores are masked, and backward takes 2.5 times forward's (Dao 2023,
+    "FlashAttention-2", section 4.1).
     """
     peak = gpu.peak_flops(precision)
     if peak is None or gpu.bandwidth is None or gpu.capability is None:
@@ -101,13 +108,14 @@ def step_speed(
     tokens, passes = batch.micro_batch * block_size, 4 if gradient_checkpointing else 3
     element = 4 if precision == "fp32" else 2
     products, operands = _products(shape, tokens, passes, element)
-    matrices = products / (MATRIX_SHARE[generation] * peak) + operands / bandwidth
+    matrices = pace * (products / (MATRIX_SHARE[generation] * peak) + operands / bandwidth)
     scores = (9 if gradient_checkpointing else 7) * tokens * shape.layers * shape.queries * block_size
-    attention = scores / (ATTENTION_SHARE[generation] * peak)
+    attention = pace * scores / (ATTENTION_SHARE[generation] * peak)
     layers = [stack.layer, stack.again] if gradient_checkpointing else [stack.layer]
     moved: float = shape.layers * tokens * sum(layer.bytes_per_token(shape) for layer in layers)
     moved += stack.logit * tokens * shape.vocab + stack.weight * parameters(shape)
-    busy = matrices + attention + moved / bandwidth
+    elementwise = pace * moved / bandwidth
+    busy = matrices + attention + elementwise
     kernels = shape.layers * sum(layer.kernels for layer in layers)
     host = max(0.0, HOST_SECONDS * kernels - busy)
     communication = exposed(
@@ -127,12 +135,17 @@ def step_speed(
     return Speed(
         matrices=batch.accumulation * matrices,
         attention=batch.accumulation * attention,
-        elementwise=batch.accumulation * moved / bandwidth,
+        elementwise=batch.accumulation * elementwise,
         host=batch.accumulation * host,
         communication=communication,
         optimizer=OPTIMIZER_BYTES * own / bandwidth if on_gpu else 0.0,
         offload=0.0 if on_gpu else _offload(sharding, gpu, batch, wires, own, element, passes),
     )
+
+
+def own_pace(gpu: GPU) -> float:
+    """`pace` of launcher's own runs on `gpu`."""
+    return 1.0 if gpu.capability is None else OWN_PACE.get(gpu.capability[0], 1.0)
 
 
 def _offload(
