@@ -31,7 +31,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
         {
             *("errors", "config", "plan", "data"),
             *("run.directory", "run.checkpoints", "run.outcome", "run.environment", "run.machine"),
-            "run.heartbeat",
+            *("run.heartbeat", "run.nodes"),
         }
     ),
     "cli": frozenset({"errors", "console", "config", "data", "plan", "render", "run", "report"}),
@@ -44,7 +44,11 @@ MAY_READ_ENVIRONMENT: Final = (
     "config/load.py",
     "run/",
     "worker/__main__.py",
-    *("worker/export.py", "worker/reshard.py"),  # they are started too, and set one for all they import
+    *(
+        "worker/export.py",
+        "worker/reshard.py",
+        "worker/node.py",
+    ),  # they are started too, and set one for all they import
     "console.py",
     "cli/__init__.py",
 )
