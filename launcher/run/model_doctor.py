@@ -15,8 +15,8 @@ from launcher.config.schema import ModelSection
 from launcher.errors import LauncherError
 from launcher.plan.fast import every_path
 from launcher.run.assemble import assemble
+from launcher.run.checks import Check
 from launcher.run.directory import RunDirectory
-from launcher.run.doctor import Check
 from launcher.run.machine import find_machine
 
 BLOCK_SIZE = 1024
