@@ -1,0 +1,11 @@
+"""docs/concepts/scaling.md says what plans say."""
+
+from __future__ import annotations
+
+import scaling
+
+
+def test_the_page_is_as_written() -> None:
+    assert scaling.PAGE.read_text(encoding="utf-8") == "\n".join([*scaling.page(), ""]), (
+        "run scripts/scaling.py"
+    )
