@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from launcher.cli import app
-from launcher.config.rules import CLUSTER_NOT_YET
 from launcher.config.schema import ClusterConfig, RunConfig, Section
 
 WIDTH = 100
@@ -36,16 +35,9 @@ def pages() -> dict[str, str]:
 
 def configuration() -> str:
     lines = ["# Every key", "", "Written by `scripts/reference.py` from `launcher/config/schema.py`.", ""]
-    for title, model, refused in (
-        ("run.yaml", RunConfig, ()),
-        ("cluster.yaml", ClusterConfig, CLUSTER_NOT_YET),
-    ):
+    for title, model in (("run.yaml", RunConfig), ("cluster.yaml", ClusterConfig)):
         lines += [f"## {title}", "", "| key | default | meaning |", "|---|---|---|"]
         lines += [f"| `{key}` | {default} | {meaning} |" for key, default, meaning in rows(model, "")]
-        lines += ["", "Not in this version, and refused by name:", ""] if refused else []
-        lines += dict.fromkeys(
-            f"- {each.what}" + (f" ({each.instead})" if each.instead else "") for each in refused
-        )
         lines.append("")
     return "\n".join(lines)
 

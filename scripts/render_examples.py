@@ -1,4 +1,5 @@
-"""What the examples in configs/ become: configs/rendered/RUN-on-CLUSTER/, the same on every machine.
+"""What the examples in configs/ become: configs/rendered/RUN-on-CLUSTER/, and slurm/RUN-on-CLUSTER.sbatch for
+those that go through SLURM; the same on every machine.
 
     ./scripts/render_examples
 
@@ -16,7 +17,9 @@ from launcher.run.assemble import assemble, rendered_files
 from launcher.run.directory import RunDirectory, write_files
 from launcher.run.machine import Machine
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+SLURM = ROOT / "slurm"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ EXAMPLES = (
     Example("gpt2-xl", "8x-h100-80gb", "fsdp"),
     Example("gpt2-xl", "8x-a100-40gb"),
     Example("gpt2-xl", "4x8-h100"),
+    Example("gpt2", "slurm-cpu"),
     Example("gpt2", "1x-h200"),
     Example("gpt2", "cpu-2-ranks"),
 )
@@ -59,10 +63,18 @@ def rendered(example: Example) -> dict[str, str]:
 
 def main() -> None:
     shutil.rmtree(CONFIGS / "rendered", ignore_errors=True)  # with files that are not rendered any more
+    for script in SLURM.glob("*.sbatch"):
+        script.unlink()
     for example in EXAMPLES:
-        folder = CONFIGS / "rendered" / example.name
-        write_files((folder / name, text) for name, text in rendered(example).items())
-        print(folder.relative_to(CONFIGS.parent))
+        write_files((place_of(example, name), text) for name, text in rendered(example).items())
+        print(CONFIGS.relative_to(ROOT) / "rendered" / example.name)
+
+
+def place_of(example: Example, name: str) -> Path:
+    """Where a rendered file is kept: job scripts side by side in slurm/."""
+    if name == "job.sbatch":
+        return SLURM / f"{example.name}.sbatch"
+    return CONFIGS / "rendered" / example.name / name
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_every_option_says_what_it_is_for(name: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([name] for name in ("submit", "report", "frobnicate")),
+        *([name] for name in ("report", "frobnicate")),
         ["plan"],
         ["plan", "run.yaml", "--frobnicate"],
         ["data", "frobnicate"],

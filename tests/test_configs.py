@@ -17,7 +17,7 @@ from launcher.config.load import load_cluster, load_run
 from launcher.config.presets import PRESETS, starter_run
 from launcher.plan.orders import parse_orders
 from scripts.check_configs import Choice, Refused, Rendered, choices, differences, render, table, write_model
-from scripts.render_examples import CONFIGS, EXAMPLES, Example, rendered
+from scripts.render_examples import CONFIGS, EXAMPLES, SLURM, Example, place_of, rendered
 
 RENDERED = CONFIGS / "rendered"
 REFRESH = "run ./scripts/render_examples, and look at what changed"
@@ -30,20 +30,27 @@ def test_an_example_renders_to_the_bytes_that_are_kept(
     monkeypatch.chdir(tmp_path)
     folder = RENDERED / example.name
     kept = {file.name: file.read_bytes() for file in folder.iterdir()}
+    script = place_of(example, "job.sbatch")
+    if script.exists():
+        kept["job.sbatch"] = script.read_bytes()
     assert {name: text.encode() for name, text in rendered(example).items()} == kept, REFRESH
     assert os.access(folder / "launch.sh", os.X_OK)
 
 
 def test_no_example_is_left_over() -> None:
     assert {folder.name for folder in RENDERED.iterdir()} == {example.name for example in EXAMPLES}
+    scripts = {script.stem for script in SLURM.glob("*.sbatch")}
+    assert scripts == {example.name for example in EXAMPLES if "job.sbatch" in rendered(example)}
 
 
 @pytest.mark.parametrize(
-    "file", sorted(RENDERED.rglob("*.*")), ids=lambda file: f"{file.parent.name}/{file.name}"
+    "file",
+    sorted([*RENDERED.rglob("*.*"), *SLURM.glob("*.sbatch")]),
+    ids=lambda file: f"{file.parent.name}/{file.name}",
 )
 def test_no_path_of_a_machine_is_in_an_example(file: Path) -> None:
     for word in file.read_text(encoding="utf-8").split():
-        assert not word.strip("\"',").startswith("/"), word
+        assert word == "#!/bin/bash" or not word.strip("\"',").startswith("/"), word
 
 
 def test_a_kept_plan_is_orders_that_a_worker_reads() -> None:

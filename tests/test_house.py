@@ -31,7 +31,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
         {
             *("errors", "config", "plan", "data"),
             *("run.directory", "run.checkpoints", "run.outcome", "run.environment", "run.machine"),
-            "run.heartbeat",
+            *("run.heartbeat", "run.nodes"),
         }
     ),
     "cli": frozenset({"errors", "console", "config", "data", "plan", "render", "run", "report"}),

@@ -16,7 +16,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 import typer
 
 from launcher import __version__, console
-from launcher.cli import checkpoint, data, run, supervise, watch
+from launcher.cli import checkpoint, data, run, submit, supervise, watch
 from launcher.errors import Interrupted, LauncherError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(run.app)
+app.add_typer(submit.app)
 app.add_typer(supervise.app)
 app.add_typer(watch.app)
 app.add_typer(data.app, name="data")

@@ -116,13 +116,14 @@ def train(
     from launcher.run.environment import describe_environment
     from launcher.run.holding import only_supervisor
     from launcher.run.local import Local
-    from launcher.run.preflight import check_launch
+    from launcher.run.preflight import check_launch, check_local
     from launcher.run.samples import check_skip
     from launcher.run.supervise import is_finished
     from launcher.run.text import ready_text
 
     draft = assembled(run, overrides, cluster)
     directory = run_directory(draft.run.config)
+    check_local(draft.cluster.config)
     check_launch(draft.run.config, draft.place, draft.machine, draft.plan.strategy)
     check_same_run(directory, draft.run.config)
     text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)

@@ -21,10 +21,15 @@ def supervise(run: RunFolder) -> None:
     """Train a run directory as it is written, until it ends: what `train` and a job script do."""
     from launcher.run.directory import RunDirectory
     from launcher.run.holding import only_supervisor
+    from launcher.run.requests import forget_all_but_persons
+    from launcher.run.slurm_ranks import Slurm
 
     directory = RunDirectory(run.absolute())
     launching = launching_of(directory)
-    with only_supervisor(directory, launching, console.say):
+    with only_supervisor(directory, launching, console.say, takes_over=isinstance(launching, Slurm)):
+        forget_all_but_persons(directory)
+        if isinstance(launching, Slurm):
+            launching.check_nodes()
         train_to_the_end(directory, launching)
 
 
@@ -33,14 +38,18 @@ def launching_of(directory: RunDirectory) -> Launching:
     from launcher.config.load import load_cluster
     from launcher.errors import RequestError
     from launcher.run.local import Local
+    from launcher.run.slurm_ranks import Slurm
 
-    plan = directory.read_orders().plan
+    orders, cluster = directory.read_orders(), load_cluster(directory.cluster).config
+    plan = orders.plan
+    if cluster.launch == "slurm":
+        return Slurm(directory, cluster, orders)
     if plan.nodes > 1:
         raise RequestError(
             f"this run is planned for {plan.nodes} nodes",
             hint=f"on each of the {plan.nodes} nodes: sh {directory.launch} NODE HOST PORT",
         )
-    return Local(directory, load_cluster(directory.cluster).config.env)
+    return Local(directory, cluster.env)
 
 
 def train_to_the_end(directory: RunDirectory, launching: Launching) -> None:

@@ -19,11 +19,9 @@ from launcher.config.document import Document, KeyPath, Value, dotted, parse, wr
 from launcher.config.faults import explain, shown, sound_parts
 from launcher.config.keys import leaves
 from launcher.config.rules import (
-    CLUSTER_NOT_YET,
     CLUSTER_RULES,
     LENGTHS,
     RUN_RULES,
-    NotYet,
     Rule,
     broken,
     is_private,
@@ -60,19 +58,19 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Loaded[RunConfig]:
     document = read_mapping(path)
     laid_over, faults = _overrides(overrides)
     cleared = _lengths_cleared(laid_over)
-    return _load(RunConfig, document, [*cleared, *laid_over], faults, RUN_RULES, ())
+    return _load(RunConfig, document, [*cleared, *laid_over], faults, RUN_RULES)
 
 
 def load_cluster(path: Path | None) -> Loaded[ClusterConfig]:
     """Read a cluster file; None: all defaults, this machine as found. Raises ConfigError with every fault."""
     document = Document({}, (), "cluster", False, None) if path is None else read_mapping(path)
-    return _load(ClusterConfig, document, [], [], CLUSTER_RULES, CLUSTER_NOT_YET)
+    return _load(ClusterConfig, document, [], [], CLUSTER_RULES)
 
 
 def faults_in_run(text: str) -> tuple[Fault, ...]:
     """Every fault that `load_run` would find in a file that holds `text`."""
     try:
-        _load(RunConfig, _mapping(parse(text, label="run.yaml")), [], [], RUN_RULES, ())
+        _load(RunConfig, _mapping(parse(text, label="run.yaml")), [], [], RUN_RULES)
     except ConfigError as error:
         return error.faults
     return ()
@@ -189,7 +187,6 @@ def _load(
     overrides: list[_Override],
     faults: list[Fault],
     rules: tuple[Rule, ...],
-    not_yet: tuple[NotYet, ...],
 ) -> Loaded[Config]:
     values = document.value
     assert isinstance(values, dict)
@@ -205,7 +202,7 @@ def _load(
         plain = config.model_dump(mode="json")
     except ValidationError as error:
         found, bad = explain(model, values, error.errors(include_url=False))
-    found += broken(rules, not_yet, sound_parts(model, plain, bad))
+    found += broken(rules, sound_parts(model, plain, bad))
     placed = [replace(fault, place=_place(fault.path, document, overrides)) for fault in found]
     every = [*document.faults, *placed, *faults]
     if every or config is None:

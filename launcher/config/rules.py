@@ -1,4 +1,4 @@
-"""Rules over more than one key, and the keys whose feature comes in a later version.
+"""Rules over more than one key.
 
 Each rule names the keys it reads and is given their plain values; it is judged whenever all of them
 are sound, whatever else is wrong in the file, so that one pass reports everything.
@@ -13,7 +13,13 @@ from typing import Any
 
 from launcher.config.addresses import NO_SECRETS, secret_in
 from launcher.config.keys import did_you_mean, nearest
-from launcher.config.schema import SlurmSection
+from launcher.config.slurm import (
+    SLURM_KEYS,
+    needs_a_description,
+    options_as_written,
+    single_lines,
+    slurm_unused,
+)
 from launcher.config.training_arguments import FORMER, FREE, SECRET, SET_BY_LAUNCHER
 from launcher.errors import Fault
 
@@ -28,30 +34,14 @@ class Rule:
     judge: Callable[..., Iterator[Fault]]
 
 
-@dataclass(frozen=True)
-class NotYet:
-    """A value of `path` whose feature comes later: `what` says which, `instead` what to use now."""
-
-    path: str
-    asked: Callable[[Any], bool]
-    what: str
-    instead: str | None = None
-
-
-def broken(rules: tuple[Rule, ...], not_yet: tuple[NotYet, ...], parts: Mapping[str, Any]) -> list[Fault]:
+def broken(rules: tuple[Rule, ...], parts: Mapping[str, Any]) -> list[Fault]:
     """Every fault in `parts` (dotted path -> plain value), without places."""
-    faults = [
+    return [
         fault
         for rule in rules
         if all(key in parts for key in rule.needs)
         for fault in rule.judge(*(parts[key] for key in rule.needs))
     ]
-    faults += [
-        Fault(row.path, f"{row.what} is not in this version", hint=row.instead)
-        for row in not_yet
-        if row.path in parts and row.asked(parts[row.path])
-    ]
-    return faults
 
 
 def one_length(*lengths: float | None) -> Iterator[Fault]:
@@ -333,21 +323,10 @@ RUN_RULES = (
     Rule(("train.callbacks",), names_in_modules("train.callbacks", "my_callbacks:MyCallback")),
     Rule(("train.extra",), extra_fields),
 )
-CLUSTER_RULES = (Rule(("env",), env_holds_no_secret),)
-
-
-def _is(*values: object) -> Callable[[object], bool]:
-    return lambda value: value in values
-
-
-def _is_set(value: object) -> bool:
-    return value is not None and value != []
-
-
-CLUSTER_NOT_YET = (
-    NotYet("launch", _is("slurm"), "launching through SLURM", "set launch: local"),
-    *(
-        NotYet(f"slurm.{key}", _is_set, "launching through SLURM", "leave the key out")
-        for key in SlurmSection.model_fields
-    ),
+CLUSTER_RULES = (
+    Rule(("env",), env_holds_no_secret),
+    Rule(("launch", "gpus_per_node", "gpu"), needs_a_description),
+    Rule(("launch", *SLURM_KEYS), slurm_unused),
+    Rule(SLURM_KEYS, single_lines),
+    Rule(("slurm.extra",), options_as_written),
 )

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from launcher.config.slurm import check_memory, check_time_limit
+
 STEPS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 DOCUMENT = re.compile(r"[^:]+:[0-9]+")
 DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|min|h|d)")
@@ -303,19 +305,56 @@ class RunConfig(Section):
     output_dir: str = Field("runs", min_length=1, description="The folder that run directories are made in.")
 
 
+class Container(Section):
+    """What the ranks run inside on each node."""
+
+    runtime: Literal["pyxis", "apptainer"] = Field(
+        description="`pyxis`: srun's own --container-image. `apptainer`: `apptainer exec` on each node."
+    )
+    image: str = Field(min_length=1, description="The image, as the runtime names it.")
+    mounts: list[str] = Field(
+        default_factory=list,
+        description="Folders to show inside, as `OUTSIDE` or `OUTSIDE:INSIDE`. The run directory and the "
+        "token store are shown in any case.",
+    )
+
+
 class SlurmSection(Section):
     """What SLURM is asked for."""
 
     partition: str | None = Field(None, description="The partition to submit to.")
     account: str | None = Field(None, description="The account that is charged.")
-    time_limit: str | None = Field(None, description="The job's time limit, as `HH:MM:SS` or `D-HH:MM:SS`.")
     qos: str | None = Field(None, description="The quality of service.")
+    time_limit: Annotated[str, AfterValidator(check_time_limit)] | None = Field(
+        None,
+        description="The job's time limit, as SLURM writes it: `HH:MM:SS`, `D-HH:MM:SS` or minutes. A longer "
+        "run goes on by itself in the same job, requeued. null: the partition's.",
+    )
+    constraint: str | None = Field(None, description="Features that the nodes must have.")
+    reservation: str | None = Field(None, description="The reservation to run in.")
     exclude: list[str] = Field(default_factory=list, description="Nodes never to run on.")
+    exclusive: bool = Field(False, description="Share the nodes with no other job.")
+    cpus_per_node: Count | None = Field(
+        None,
+        description="CPUs on each node. null: all of them where `exclusive`; else 8 for each GPU, and 1 for "
+        "each rank on the CPU.",
+    )
+    memory: Annotated[str, AfterValidator(check_memory)] | None = Field(
+        None, description="Memory on each node, such as 200G; `0`: all of it. null: the partition's default."
+    )
     setup: list[str] = Field(
         default_factory=list, description="Shell lines run before anything else in the job."
     )
-    extra: list[str] = Field(default_factory=list, description="More #SBATCH options, as written.")
-    template: str | None = Field(None, description="Your own job template in place of launcher's.")
+    container: Container | None = Field(
+        None,
+        description="What the ranks run inside, as {runtime, image, mounts}. null: the nodes themselves.",
+    )
+    extra: list[str] = Field(
+        default_factory=list, description="More #SBATCH options, as written, such as `--mail-type=END`."
+    )
+    template: str | None = Field(
+        None, description="Your own job template in place of launcher's slurm/job.sbatch.j2."
+    )
 
 
 class GPUFigures(Section):

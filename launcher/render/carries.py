@@ -8,8 +8,18 @@ from dataclasses import dataclass
 import yaml
 
 PLAN, ACCELERATE, DEEPSPEED, LAUNCH = "plan.json", "accelerate.yaml", "deepspeed.json", "launch.sh"
+JOB = "job.sbatch"
 
 Path = tuple[str, str]
+
+
+def _job(*beginnings: str) -> tuple[Path, ...]:
+    """Lines of the job script, by how they begin."""
+    return tuple((JOB, beginning) for beginning in beginnings)
+
+
+def _option(*names: str) -> tuple[Path, ...]:
+    return _job(*(f"#SBATCH --{name}" for name in names))
 
 
 def _plan(*names: str) -> tuple[Path, ...]:
@@ -28,6 +38,7 @@ ENGINE: tuple[Path, ...] = (
 FIT: tuple[Path, ...] = (
     *_plan("strategy", "offload", "batch", "gradient_checkpointing", "memory", "host_memory", "forecast"),
     *ENGINE,
+    *_option("signal"),
 )
 """What is chosen together, so that the run fits and is fast."""
 
@@ -35,8 +46,12 @@ LENGTH = _plan("steps", "samples", "warmup_steps", "forecast.hours", "forecast.p
 TEXT: tuple[Path, ...] = ((PLAN, "store"), (PLAN, "vocabulary"), *_plan("blocks", "eval_every"), *LENGTH)
 """What depends on the prepared text."""
 
+CPUS = ("cpus-per-task",)
+SETUP = "slurm.setup"
+"""Stands for the lines of the job script that are neither comments, nor exports, nor its last command."""
+
 CARRIES: Mapping[str, tuple[Path, ...]] = {
-    "name": (*_plan("name"), (LAUNCH, "")),
+    "name": (*_plan("name"), (LAUNCH, ""), *_option("job-name", "output"), *_job("exec ")),
     "model.name": ((PLAN, "model"), (PLAN, "weights"), *TEXT, *_plan("parameters"), *FIT),
     "model.init": ((PLAN, "weights"), *_plan("parameters"), *FIT),
     "model.tokenizer": (*TEXT, *_plan("parameters"), *FIT),
@@ -64,8 +79,9 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "train.compile": (*_plan("compile"), *FIT),
     "train.eval_every": _plan("eval_every"),
     "checkpoint.every": _plan("checkpoint_every"),
-    "output_dir": ((LAUNCH, ""), (PLAN, "store")),
+    "output_dir": ((LAUNCH, ""), (PLAN, "store"), *_option("output"), *_job("exec ")),
     "cluster.name": _plan("cluster"),
+    "cluster.launch": (*_job(""), *_plan("threads_per_rank", "memory_available"), *FIT),
     "cluster.nodes": (
         *_plan("nodes"),
         *FIT,
@@ -75,23 +91,46 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
         (ACCELERATE, "rdzv_backend"),
         (ACCELERATE, "same_network"),
         (LAUNCH, ""),
+        *_option("nodes"),
     ),
     "cluster.network_gbps": FIT,
     "cluster.gpus_per_node": (
         *_plan("ranks_per_node", "threads_per_rank", "memory_available"),
         *FIT,
         (ACCELERATE, "num_processes"),
+        *_option("gpus-per-node", "cpus-per-task"),
     ),
     "cluster.gpu": (
         *_plan("gpu", "device", "precision", "peak_flops", "threads_per_rank", "memory_available"),
         *FIT,
         (ACCELERATE, "use_cpu"),
+        *_option("gpus-per-node", "cpus-per-task"),
     ),
     "cluster.price_per_gpu_hour": _plan("forecast.price"),
-    "cluster.env": ((LAUNCH, ""),),
+    "cluster.env": ((LAUNCH, ""), *_job("export ")),
+    **{
+        f"cluster.slurm.{key}": _option(option)
+        for key, option in {
+            **{
+                name: name for name in ("partition", "account", "qos", "constraint", "reservation", "exclude")
+            },
+            "time_limit": "time",
+            "memory": "mem",
+        }.items()
+    },
+    "cluster.slurm.exclusive": (
+        *_option("exclusive", *CPUS),
+        *_job("export SRUN"),
+        *_plan("threads_per_rank"),
+    ),
+    "cluster.slurm.cpus_per_node": (*_option(*CPUS), *_job("export SRUN"), *_plan("threads_per_rank")),
+    "cluster.slurm.setup": _job(SETUP),
+    "cluster.slurm.extra": _option(""),
+    "cluster.slurm.template": _job(""),
 }
-"""Key to (file, dotted path in it; empty: all of it), besides `config.yaml` or `cluster.yaml`, which carry
-every key. A key that is not here is read by the worker from `config.yaml` itself."""
+"""Key to (file, dotted path in it, or the beginning of a line of the job script; empty: all of it), besides
+`config.yaml` or `cluster.yaml`, which carry every key. A key that is not here is read by the worker from
+`config.yaml` itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +154,11 @@ def places(key: str, files: Mapping[str, str]) -> list[Place]:
     for name, path in (own, *CARRIES.get(_carried(key), ())):
         if name not in files:
             continue
-        if name == LAUNCH:
+        if name == JOB:
+            lines = [
+                number for number, text in enumerate(files[name].splitlines(), 1) if _is_of_job(text, path)
+            ]
+        elif name == LAUNCH:
             lines = [number for number, text in enumerate(files[name].splitlines(), 1) if _sets(text, key)]
         else:
             lines = list(_find(files[name], path.split(".") if path else []))
@@ -132,6 +175,12 @@ def _sets(line: str, key: str) -> bool:
     if key == "cluster.nodes":
         return line.startswith(("exec ", "[ "))
     return line.startswith("export " if key.startswith("cluster.env") else "exec ")
+
+
+def _is_of_job(line: str, beginning: str) -> bool:
+    if beginning == SETUP:
+        return bool(line) and not line.startswith(("#", "export ", "exec "))
+    return line.startswith(beginning)
 
 
 def _find(text: str, path: list[str]) -> Iterator[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
@@ -22,6 +24,7 @@ from launcher.plan.sharding import zero_stage
 from launcher.render.accelerate import render_accelerate
 from launcher.render.command import render_launch
 from launcher.render.deepspeed import render_deepspeed
+from launcher.render.sbatch import Job, cpus_per_node, render_job
 from launcher.run.checkpoints import committed
 from launcher.run.directory import (
     RunDirectory,
@@ -33,10 +36,15 @@ from launcher.run.directory import (
     write_text,
 )
 from launcher.run.machine import Machine
+from launcher.run.stopping import need_of
 
 if TYPE_CHECKING:
     from launcher.data.stream import StreamText
     from launcher.data.tokenizers import Tokenizer
+
+
+LEAST_LEAD = 30
+"""Seconds before the time limit at which SLURM tells the supervisor, at the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +175,14 @@ def find_place(cluster: ClusterConfig, machine: Machine) -> Place:
             f"cluster {cluster.name}: gpus_per_node=auto counts the GPUs of this machine, and it has none",
             hint="write how many GPUs a node of that cluster has",
         )
+    lent = cluster.launch == "slurm"  # then this machine is none of the nodes
     return Place(
         cluster.name,
         cluster.nodes,
         ranks,
         gpu,
-        machine.cores,
-        machine.memory,
+        cpus_per_node(cluster.slurm, ranks, on_cpu=gpu.name == "cpu") if lent else machine.cores,
+        None if lent else machine.memory,
         network=None if cluster.network_gbps is None else cluster.network_gbps * GIGA / 8,
         price_per_gpu_hour=cluster.price_per_gpu_hour,
     )
@@ -187,8 +196,11 @@ def _gpu(asked: str | GPUFigures, machine: Machine) -> GPU:
     return find_gpu(asked)
 
 
-def rendered_files(assembly: Assembly, directory: RunDirectory, text: Text | None) -> dict[Path, str]:
-    """Every file of the run directory that is rendered from the plan: path to text."""
+def rendered_files(
+    assembly: Assembly, directory: RunDirectory, text: Text | None, launcher: str = "launcher"
+) -> dict[Path, str]:
+    """Every file of the run directory that is rendered from the plan: path to text. `launcher`: the command's
+    path on the nodes of a SLURM cluster."""
     weights = (
         None
         if assembly.run.config.model.init == "scratch"
@@ -219,17 +231,63 @@ def rendered_files(assembly: Assembly, directory: RunDirectory, text: Text | Non
         directory.accelerate: render_accelerate(assembly.plan, str(directory.deepspeed)),
         directory.launch: render_launch(str(directory.root), assembly.cluster.config.env, nodes=plan.nodes),
         **deepspeed,
+        **_job_script(assembly, directory, launcher),
     }
 
 
-def write_run(assembly: Assembly, directory: RunDirectory, text: Text, environment: str) -> None:
+def _job_script(assembly: Assembly, directory: RunDirectory, launcher: str) -> dict[Path, str]:
+    if assembly.cluster.config.launch != "slurm":
+        return {}
+    job = job_of(assembly, directory, launcher)
+    try:
+        return {directory.job: render_job(job, job_template(job.slurm.template))}
+    except RequestError as error:
+        error.place(assembly.cluster.origins)
+        raise
+
+
+def job_of(assembly: Assembly, directory: RunDirectory, launcher: str) -> Job:
+    """The batch job of a run on a SLURM cluster."""
+    place, cluster = assembly.place, assembly.cluster.config
+    return Job(
+        name=assembly.run.config.name,
+        directory=str(directory.root),
+        nodes=place.nodes,
+        ranks_per_node=place.ranks_per_node,
+        on_cpu=place.is_cpu,
+        slurm=cluster.slurm,
+        env=cluster.env,
+        launcher=launcher,
+        lead=max(LEAST_LEAD, math.ceil(need_of(directory, assembly.plan).seconds)),
+    )
+
+
+def job_template(file: str | None) -> str:
+    """The text of the user's own job template, or of ours. Raises RequestError where it cannot be read."""
+    if file is None:
+        return resources.files("launcher.render").joinpath("job.sbatch.j2").read_text(encoding="utf-8")
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"slurm.template: {file} cannot be read: {error}",
+            hint="copy slurm/job.sbatch.j2 and change it, or leave the key out",
+            key="slurm.template",
+        ) from error
+
+
+def write_run(
+    assembly: Assembly, directory: RunDirectory, text: Text, environment: str, launcher: str = "launcher"
+) -> None:
     """Write the run directory, the worker's orders included."""
     if not has_begun(directory):
         directory.phases.unlink(missing_ok=True)  # of an attempt that came to nothing, perhaps on other text
     if isinstance(text, Streamed):
         text.tokenizer.save(directory.tokenizer)
         write_text(directory.stream, text.text.model_dump_json(indent=1) + "\n")
-    write_files([*rendered_files(assembly, directory, text).items(), (directory.environment, environment)])
+    write_files(
+        [*rendered_files(assembly, directory, text, launcher).items(), (directory.environment, environment)]
+    )
 
 
 def check_prepared(run: RunConfig) -> None:

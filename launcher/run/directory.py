@@ -79,6 +79,11 @@ class RunDirectory:
         return self.root / "launch.sh"
 
     @property
+    def job(self) -> Path:
+        """What sbatch is given, on a SLURM cluster."""
+        return self.root / "job.sbatch"
+
+    @property
     def environment(self) -> Path:
         return self.root / "environment.json"
 
@@ -103,6 +108,11 @@ class RunDirectory:
     def stacks_request(self) -> Path:
         """While it is there, each rank writes the stacks of all its threads to its log, once."""
         return self.root / "requests" / "stacks"
+
+    @property
+    def node_check(self) -> Path:
+        """A word that every node of a job must be able to read, before there are ranks."""
+        return self.root / "requests" / "nodes"
 
     @property
     def lock(self) -> Path:

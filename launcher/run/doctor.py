@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from launcher.config.schema import ClusterConfig
 from launcher.errors import LauncherError
 from launcher.run.assemble import find_place
+from launcher.run.checks import Check
+from launcher.run.cluster_checks import examine_cluster
 from launcher.run.environment import versions
 from launcher.run.machine import Machine
 from launcher.run.preflight import check_gpus
@@ -22,18 +22,11 @@ SHARED_MEMORY = 1 << 30
 """Bytes of /dev/shm that NCCL and data loader processes are content with."""
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing looked at. `missing` stops a run, `warning` may slow or surprise it."""
-
-    name: str
-    state: Literal["ok", "warning", "missing"]
-    found: str
-    remedy: str | None = None
-
-
 def examine(machine: Machine, cluster: ClusterConfig) -> list[Check]:
-    """Every check, in the order a run would meet them."""
+    """Every check, in the order a run would meet them. With SLURM this is a login node: it trains nothing."""
+    if cluster.launch == "slurm":
+        place = find_place(cluster, machine)
+        return [_python(), *_packages(), *examine_cluster(cluster, place, Path.cwd()), _disk()]
     return [
         _python(),
         *_packages(),

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from launcher.errors import RunDirectoryError
 from launcher.run import journal
@@ -16,8 +16,11 @@ from launcher.run.directory import RunDirectory, hold
 from launcher.run.following import Following
 from launcher.run.launching import Launching
 from launcher.run.outcome import Evidence, decide
+from launcher.run.requests import ask_to_stop
 from launcher.run.supervise import Ended, record_end
 
+HANDOVER_SECONDS = 600.0
+"""How long a supervisor whose job was given to this one may take to see it, on a node that may be cut off."""
 ORPHANS_SECONDS = 600.0
 """How long ranks whose supervisor was killed may take to stop safely."""
 POLL_SECONDS = 0.5
@@ -25,15 +28,18 @@ POLL_SECONDS = 0.5
 
 @contextmanager
 def only_supervisor(
-    directory: RunDirectory, launching: Launching, say: Callable[[str], None]
+    directory: RunDirectory, launching: Launching, say: Callable[[str], None], *, takes_over: bool = False
 ) -> Iterator[None]:
     """Hold the run, so that two commands never train it at a time.
+
+    Who `takes_over` is the only one that the scheduler means to train it: another supervisor is asked to stop
+    and waited for.
 
     Ranks whose supervisor was killed are waited for, and how their attempt ended is written down. Raises
     RunDirectoryError where another command, or ranks started by hand, train it.
     """
     directory.root.mkdir(parents=True, exist_ok=True)
-    with hold(directory.lock, directory, "another command"):
+    with _take_over(directory, say) if takes_over else hold(directory.lock, directory, "another command"):
         left = _open_attempt(directory)
         if left is None:
             hold(directory.ranks_lock, directory, "ranks that were started by hand").close()
@@ -42,6 +48,21 @@ def only_supervisor(
             _wait_for(following, directory, say)
             _close(following, directory, left, launching)
         yield
+
+
+def _take_over(directory: RunDirectory, say: Callable[[str], None]) -> TextIO:
+    said, until = False, time.monotonic() + HANDOVER_SECONDS
+    while True:
+        try:
+            return hold(directory.lock, directory, "another command")
+        except RunDirectoryError:
+            if time.monotonic() > until:
+                raise
+        if not said:
+            said = True
+            say("another supervisor still has this run: asking it to stop, and waiting for it")
+        ask_to_stop(directory, "scheduler")
+        time.sleep(POLL_SECONDS)
 
 
 def _open_attempt(directory: RunDirectory) -> dict[str, Any] | None:

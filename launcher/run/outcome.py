@@ -254,15 +254,15 @@ class End:
 def what_next(history: Sequence[Attempt], patience: Patience) -> Restart | End:
     """Whether to try again after `history`, the attempts since the run last ended, oldest first.
 
-    Preemption, time limit and node failure restart without limit. A crash or a hang restarts while each
-    attempt or so brings a new step; after `patience.attempts` in a row without one it is NO_PROGRESS.
+    Preemption and node failure restart without limit. A crash, a hang or the end of a job's time restarts
+    while each attempt or so brings a new step; after `patience.attempts` in a row without one: NO_PROGRESS.
     """
     last = history[-1]
     if last.outcome in FINAL or not last.retry:
         return End(last.outcome, last.reason)
-    if last.outcome in UNLIMITED:
-        return Restart(0.0, last.reason)
     count = fruitless(history)
+    if last.outcome in UNLIMITED and (last.outcome is not Outcome.TIME_LIMIT or count < patience.attempts):
+        return Restart(0.0, last.reason)
     if count >= patience.attempts:
         return End(
             Outcome.NO_PROGRESS, f"{count} attempts in a row brought no new step; the last: {last.reason}"
@@ -271,7 +271,7 @@ def what_next(history: Sequence[Attempt], patience: Patience) -> Restart | End:
 
 
 def fruitless(history: Sequence[Attempt]) -> int:
-    """How many crashes and hangs there were since an attempt last went beyond all before it.
+    """How many crashes, hangs and ends of a job's time there were since an attempt last went beyond all.
 
     One whose supervisor was killed does not count: whoever started the run again wanted it tried.
     """
@@ -280,7 +280,7 @@ def fruitless(history: Sequence[Attempt]) -> int:
         furthest = max(furthest, attempt.began)
         if attempt.step > furthest:
             count, furthest = 0, attempt.step
-        elif attempt.outcome not in UNLIMITED and not attempt.orphaned:
+        elif attempt.outcome not in UNLIMITED - {Outcome.TIME_LIMIT} and not attempt.orphaned:
             count += 1
     return count
 

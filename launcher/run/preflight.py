@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from launcher.config.schema import RunConfig
+from launcher.config.schema import ClusterConfig, RunConfig
 from launcher.errors import MachineError, RequestError
 from launcher.plan.choose import Place
 from launcher.plan.sharding import zero_stage
@@ -15,11 +15,25 @@ from launcher.run.machine import Machine
 
 def check_launch(run: RunConfig, place: Place, machine: Machine, strategy: str) -> None:
     """Raise before anything is written if this machine cannot run `run` on `place`."""
+    check_run(run, strategy)
+    if place.nodes == 1:  # else this need not be one of them
+        check_gpus(place, machine)
+
+
+def check_local(cluster: ClusterConfig) -> None:
+    """Raise RequestError for a cluster that is not this machine."""
+    if cluster.launch == "slurm":
+        raise RequestError(
+            f"cluster {cluster.name} goes through SLURM (launch: slurm)",
+            hint="use `launcher submit` with the same arguments",
+        )
+
+
+def check_run(run: RunConfig, strategy: str) -> None:
+    """Raise before anything is written if `run` could not be trained anywhere from here."""
     check_folders(run)
     if run.push_to_hub is not None:
         _check_repository(run.push_to_hub)
-    if place.nodes == 1:  # else this need not be one of them
-        check_gpus(place, machine)
     if zero_stage(strategy) is not None and find_spec("deepspeed") is None:
         raise MachineError(
             f"train.strategy {strategy} runs on DeepSpeed, which is not installed",

@@ -31,3 +31,9 @@ def asked_by(directory: RunDirectory) -> By | None:
         if text == WORDS[by]:
             return by
     return "person"
+
+
+def forget_all_but_persons(directory: RunDirectory) -> None:
+    """Take back a wish that came from a signal or a scheduler: it was for an attempt that is over."""
+    if asked_by(directory) not in (None, "person"):
+        directory.stop_request.unlink(missing_ok=True)

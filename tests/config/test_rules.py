@@ -236,25 +236,6 @@ def test_what_a_strategy_cannot_offload(tmp_path: Path, strategy: str, offload: 
     assert hint in (fault.hint or "")
 
 
-@pytest.mark.parametrize(
-    ("line", "path", "hint"),
-    [
-        ("launch: slurm", "launch", "set launch: local"),
-        ("slurm: {time_limit: 24:00:00}", "slurm.time_limit", "leave the key out"),
-        ("slurm: {exclude: [n1]}", "slurm.exclude", "leave the key out"),
-    ],
-)
-def test_what_comes_later_in_a_cluster_is_refused_by_name(
-    tmp_path: Path, line: str, path: str, hint: str
-) -> None:
-    (tmp_path / "c.yaml").write_text(f"name: c\n{line}\n")
-    with pytest.raises(ConfigError) as caught:
-        load_cluster(tmp_path / "c.yaml")
-    (fault,) = caught.value.faults
-    assert (fault.path, fault.place, fault.hint) == (path, "c.yaml:2", hint)
-    assert fault.message.endswith(" is not in this version")
-
-
 def test_every_slurm_key_at_its_default_loads(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("slurm: {partition: null, exclude: [], setup: [], extra: []}\n")
     assert load_cluster(tmp_path / "c.yaml").config.launch == "local"

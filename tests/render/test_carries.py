@@ -18,10 +18,9 @@ from launcher.config.document import dotted
 from launcher.config.keys import leaves
 from launcher.config.load import Loaded, differences, load_cluster, load_run
 from launcher.config.presets import PRESETS
-from launcher.config.rules import CLUSTER_NOT_YET
 from launcher.config.schema import ClusterConfig, RunConfig
 from launcher.data.tokenizers import train_tokenizer
-from launcher.render.carries import CARRIES, LAUNCH, places
+from launcher.render.carries import CARRIES, JOB, LAUNCH, places
 from launcher.run.assemble import assemble, rendered_files
 from launcher.run.directory import run_directory
 from launcher.run.machine import Machine
@@ -29,9 +28,6 @@ from launcher.run.text import ready_text
 from tests.conftest import sentences, write_json
 
 MACHINE = Machine("node", 8, 2**37, (), None)
-
-LATER = frozenset(f"cluster.{row.path}" for row in CLUSTER_NOT_YET)
-"""Keys of a cluster that have one value in this version."""
 
 ANOTHER: Mapping[str, object] = {
     "name": "another",
@@ -85,6 +81,21 @@ ANOTHER: Mapping[str, object] = {
     "cluster.gpus_per_node": 4,
     "cluster.gpu": "h100-sxm-80gb",
     "cluster.price_per_gpu_hour": 2.5,
+    "cluster.launch": "local",
+    "cluster.slurm.partition": "gpu",
+    "cluster.slurm.account": "lab",
+    "cluster.slurm.qos": "high",
+    "cluster.slurm.time_limit": "12:00:00",
+    "cluster.slurm.constraint": "ib",
+    "cluster.slurm.reservation": "ours",
+    "cluster.slurm.exclude": ["n1", "n2"],
+    "cluster.slurm.exclusive": True,
+    "cluster.slurm.cpus_per_node": 7,
+    "cluster.slurm.memory": "20G",
+    "cluster.slurm.setup": ["module load cuda", "cd /work"],
+    "cluster.slurm.container": {"runtime": "pyxis", "image": "torch"},
+    "cluster.slurm.extra": ["--mail-type=END"],
+    "cluster.slurm.template": "mine.j2",
     "cluster.env": {"TOKENIZERS_PARALLELISM": "false", "GREETING": "good day"},
 }
 """Every other key, with a value that no scenario below has."""
@@ -98,6 +109,9 @@ TAKE_MEMORY = frozenset(
 )
 """Keys that may move what is chosen so that memory suffices."""
 
+
+SLURM = frozenset(key for key in ANOTHER if key.startswith(("cluster.slurm.", "cluster.launch")))
+"""Keys that need a cluster that goes through SLURM."""
 
 SHARDING = frozenset({"train.strategy", "train.offload", "cluster.nodes", "cluster.network_gbps"})
 """Keys that need several GPUs to mean anything."""
@@ -132,7 +146,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         ),
         {"gpu": "cpu", "gpus_per_node": 2},
         prepared=True,
-        keys=frozenset(ANOTHER) - {"model.init", "data.sample_by", "data.mode"} - SHARDING,
+        keys=frozenset(ANOTHER) - {"model.init", "data.sample_by", "data.mode"} - SHARDING - SLURM,
     ),
     "lines": Scenario(
         run_of(
@@ -176,6 +190,13 @@ SCENARIOS: Mapping[str, Scenario] = {
         prepared=False,
         keys=TAKE_MEMORY - {"train.batch_size", "cluster.gpus_per_node"},
     ),
+    "a job": Scenario(
+        run_of({"name": "gpt2"}, {}, {"batch_size": 512, "steps": 1000, "micro_batch": 4}),
+        {"launch": "slurm", "gpu": "cpu", "gpus_per_node": 2, "nodes": 2},
+        prepared=False,
+        keys=SLURM | {"name", "output_dir", "model.name", "cluster.env"} | {"cluster.nodes", "cluster.gpu"},
+        another={"cluster.gpu": "a100-sxm-80gb"},
+    ),
     "sharded": Scenario(
         run_of(
             {"name": "gpt2"}, {}, {"batch_size": 512, "steps": 1000, "micro_batch": 4, "strategy": "zero3"}
@@ -199,7 +220,11 @@ def render(folder: Path, scenario: Scenario, key: str | None = None) -> Rendered
     """Every file of the scenario, with `key` changed."""
     cluster, overrides = copy.deepcopy(scenario.cluster), []
     if key is not None and key.startswith("cluster."):
-        cluster[key.removeprefix("cluster.")] = scenario.value(key)
+        *sections, last = key.removeprefix("cluster.").split(".")
+        inside = cluster
+        for section in sections:
+            inside = inside.setdefault(section, {})
+        inside[last] = scenario.value(key)
     elif key is not None:
         overrides = [f"{key}={json.dumps(scenario.value(key))}"]
     write_json(folder / "run.yaml", scenario.run)
@@ -223,6 +248,7 @@ def renderings(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, s
     for name, vocabulary in (("first", 300), ("second", 400)):
         train_tokenizer(sentences(150), vocabulary).save(folder / name)
         write_json(folder / name / "config.json", {**PRESETS["gpt2"].config(), "n_layer": 2})
+    (folder / "mine.j2").write_text("#!/bin/sh\n#SBATCH --nodes={{ nodes }}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         unchanged: list[tuple[str, str | None]] = [(name, None) for name in SCENARIOS]
@@ -232,7 +258,7 @@ def renderings(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, s
 def test_every_key_of_the_schema_is_tried() -> None:
     run = {dotted(path) for path, _ in leaves(RunConfig)}
     cluster = {f"cluster.{dotted(path)}" for path, _ in leaves(ClusterConfig)}
-    assert run | cluster == ANOTHER.keys() | LATER
+    assert run | cluster == ANOTHER.keys()
     assert {key for _, key in CASES} == ANOTHER.keys()
     assert CARRIES.keys() <= run | cluster, "the table names a key that does not exist"
 
@@ -280,7 +306,7 @@ def test_whatever_a_key_changes_is_named(
 
 
 def value_at(files: Mapping[str, str], file: str, path: str) -> object:
-    if file not in files or file == LAUNCH or not path:
+    if file not in files or file in (LAUNCH, JOB) or not path:
         return files.get(file)
     found: Any = yaml.load(files[file], Loader=yaml.CSafeLoader)
     for part in path.split("."):
@@ -298,4 +324,4 @@ def test_whatever_the_table_names_can_change(
         if value_at(renderings[name, None].files, file, path)
         != value_at(renderings[name, key].files, file, path)
     }
-    assert CARRIES.keys() - moves - LATER == set()
+    assert CARRIES.keys() - moves == set()

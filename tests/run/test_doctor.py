@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launcher.config.schema import ClusterConfig
-from launcher.run.doctor import Check, examine
+from launcher.run.checks import Check
+from launcher.run.doctor import examine
 from launcher.run.machine import FoundGPU, Machine, find_machine
 
 H200 = FoundGPU(0, "GPU-aa", "NVIDIA H200", 143_771 * 2**20, "h200-sxm-141gb")

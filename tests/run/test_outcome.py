@@ -202,7 +202,7 @@ def test_what_is_final_ends_and_what_is_nobodys_doing_goes_on(history: list[Atte
     last, following = history[-1], what_next(history, Patience())
     if last.outcome in FINAL or not last.retry:
         assert following == End(last.outcome, last.reason)
-    elif last.outcome in UNLIMITED:
+    elif last.outcome in UNLIMITED - {Outcome.TIME_LIMIT}:
         assert isinstance(following, Restart)
     elif isinstance(following, End):
         assert following.outcome is Outcome.NO_PROGRESS
@@ -237,6 +237,14 @@ def test_where_it_began_is_no_progress() -> None:
     history = [Attempt(C, 500, 500)] * 3
     assert isinstance(what_next(history, Patience()), End)
     assert isinstance(what_next([Attempt(C, 500, 501), *history[1:]], Patience()), Restart)
+
+
+def test_a_time_limit_too_short_for_a_single_step_does_not_queue_for_ever() -> None:
+    long_enough = [Attempt(Outcome.TIME_LIMIT, step, step + 1) for step in range(20)]
+    assert what_next(long_enough, Patience()) == Restart(0.0, "")
+    too_short = [Attempt(Outcome.TIME_LIMIT, 5, 5)] * 3
+    assert isinstance(what_next(too_short[:2], Patience()), Restart)
+    assert isinstance(what_next(too_short, Patience()), End)
 
 
 def test_who_restarts_a_run_whose_supervisor_was_killed_wants_it_tried() -> None:

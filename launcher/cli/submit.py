@@ -1,0 +1,189 @@
+"""The commands for SLURM: hand a run in, and read a job script for its faults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher import console
+from launcher.cli.arguments import AsJson, Overrides, RunFile, Workers, assembled
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from launcher.run.assemble import Assembly
+    from launcher.run.directory import RunDirectory
+
+app = typer.Typer()
+
+ThenRuns = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--then", metavar="RUN", help="A run to start once this one has finished well; may be repeated."
+    ),
+]
+Axes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sweep",
+        metavar="KEY=A,B",
+        help="One run for each value, as an array of jobs; repeated: each combination.",
+    ),
+]
+
+
+@app.command(epilog="Example: launcher submit run.yaml --cluster cluster.yaml --wait")
+def submit(
+    run: RunFile,
+    cluster: Annotated[Path, typer.Option("--cluster", metavar="FILE", help="The cluster.yaml.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job script, and neither write nor submit anything.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until the run ends, and exit as it does.")
+    ] = False,
+    then: ThenRuns = None,
+    sweep: Axes = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train on a SLURM cluster: prepare the text if needed, then hand in a job; again goes on."""
+    from launcher.run.submitting import Sweep, check_submission, submit_run, submit_sweep, variations
+
+    changes = variations(sweep or [])
+    drafts = [_varied(run, overrides, cluster, change) for change in changes]
+    following = [assembled(each, None, cluster) for each in then or []]
+    if dry_run:
+        for draft in (*drafts[:1], *following):
+            console.answer(_script(draft))
+        return
+    for draft in (*drafts, *following):
+        check_submission(draft, console.say)
+    ready = [_written(draft, workers) for draft in drafts]
+    jobs: list[tuple[str, Path]] = []
+    if sweep:
+        _, directory = ready[0]
+        asked = assembled(run, overrides, cluster).run.config.name
+        folder = directory.root.with_name(f"{asked}.sweep")
+        array = submit_sweep(Sweep(folder, tuple(each for each, _ in ready)), _launcher(), None)
+        jobs += [(f"{array}_{index}", each.root) for index, (_, each) in enumerate(ready)]
+    else:
+        array = submit_run(ready[0][1], None)
+        jobs.append((array, ready[0][1].root))
+    for draft in following:
+        _, directory = _written(draft, workers)
+        array = submit_run(directory, array)
+        jobs.append((array, directory.root))
+    if as_json:
+        console.answer_json([{"job": job, "directory": str(root)} for job, root in jobs])
+    else:
+        for job, root in jobs:
+            console.answer(f"{job}  {root}")
+    if wait:
+        _wait(jobs)
+
+
+def _varied(run: Path, overrides: list[str] | None, cluster: Path, change: Mapping[str, str]) -> Assembly:
+    """The plan of one run of a sweep, under its own name; of the run itself where nothing is changed."""
+    from launcher.run.submitting import variation_name
+
+    if not change:
+        return assembled(run, overrides, cluster)
+    name = variation_name(assembled(run, overrides, cluster).run.config.name, change)
+    more = [f"{key}={value}" for key, value in change.items()]
+    return assembled(run, [*(overrides or []), *more, f"name={json.dumps(name)}"], cluster)
+
+
+def _script(draft: Assembly) -> str:
+    from launcher.run.assemble import going_on, rendered_files
+    from launcher.run.directory import run_directory
+
+    directory = run_directory(draft.run.config)
+    files = rendered_files(going_on(draft, console.say), directory, None, _launcher())
+    return files[directory.job].rstrip("\n")
+
+
+def _launcher() -> str:
+    from launcher.run.submitting import launcher_here
+
+    return launcher_here()
+
+
+def _written(draft: Assembly, workers: int | None) -> tuple[Assembly, RunDirectory]:
+    """The run, its text prepared and its directory written, ready to be supervised."""
+    from launcher.errors import RequestError
+    from launcher.run.assemble import assemble, write_run
+    from launcher.run.directory import check_goes_on, check_same_run, hold, run_directory
+    from launcher.run.environment import describe_environment
+    from launcher.run.preflight import check_run
+    from launcher.run.samples import check_skip
+    from launcher.run.submitting import check_not_queued
+    from launcher.run.supervise import is_finished
+    from launcher.run.text import ready_text
+
+    directory = run_directory(draft.run.config)
+    check_run(draft.run.config, draft.plan.strategy)
+    check_same_run(directory, draft.run.config)
+    check_not_queued(directory)
+    text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
+    final = assemble(draft.run, draft.cluster, draft.machine, text)
+    directory.root.mkdir(parents=True, exist_ok=True)
+    with hold(directory.lock, directory, "another command"):
+        check_goes_on(directory, final.plan, text.store)
+        if text.store and (said := check_skip(final.run.config, final.plan, text.store, directory)):
+            console.say(said)
+        if is_finished(directory, final.plan.steps):
+            raise RequestError(
+                f"run {final.plan.name} is finished; its model is in {directory.model}",
+                hint="to train it further, make it longer",
+            )
+        environment = describe_environment(final.machine, Path.cwd())
+        write_run(final, directory, text, environment, _launcher())
+        # Whoever gives this command wants it trained, whatever was asked of it before.
+        directory.stop_request.unlink(missing_ok=True)
+    return final, directory
+
+
+def _wait(jobs: list[tuple[str, Path]]) -> None:
+    """Wait for every job; exit as the first run that did not finish. Raises SystemExit."""
+    from launcher.run.directory import RunDirectory
+    from launcher.run.submitting import how_it_ended, wait_for
+
+    code = 0
+    for job, root in jobs:
+        ended = how_it_ended(RunDirectory(root), wait_for(job, console.say))
+        console.say(f"{root}: {ended.words}")
+        code = code or ended.exit_code
+    raise SystemExit(code)
+
+
+@app.command(epilog="Example: launcher lint train.sbatch")
+def lint(
+    script: Annotated[Path, typer.Argument(metavar="JOB", help="A job script for sbatch, whoever wrote it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read a job script for the faults that job scripts have, each with its line and remedy."""
+    from dataclasses import asdict
+
+    from launcher.errors import RequestError
+    from launcher.render.lint import lint as faults_in
+
+    try:
+        text = script.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{script} cannot be read: {error}", hint="name a job script") from error
+    found = faults_in(text)
+    if as_json:
+        console.answer_json([asdict(finding) for finding in found])
+    else:
+        for finding in found:
+            console.answer(
+                f"{script}:{finding.line}: {finding.rule}: {finding.message}\n  hint: {finding.remedy}"
+            )
+    if found:
+        raise SystemExit(1)
+    console.say(f"{script}: none of the known faults")

@@ -1,0 +1,112 @@
+"""`job.sbatch`: what sbatch is given, made from the one template or the user's own."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from launcher.config.schema import SlurmSection
+from launcher.errors import RequestError
+
+CPUS_PER_GPU: Final = 8
+"""CPUs asked for with each GPU where nothing is said: the rank, its data loading and NCCL's threads."""
+
+LEAD_SECONDS: Final = 120
+"""Seconds before the time limit at which SLURM tells the supervisor, where no stop has been measured yet."""
+
+_OPTIONS: Final = ("partition", "account", "qos", "constraint", "reservation")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One batch job. `directory` is the run's, `launcher` the command's path on the nodes, `lead` in seconds.
+
+    A sweep has `runs`: a file with the directory of each run on a line of its own, `count` of them.
+    """
+
+    name: str
+    directory: str
+    nodes: int
+    ranks_per_node: int
+    on_cpu: bool
+    slurm: SlurmSection
+    env: Mapping[str, str]
+    launcher: str = "launcher"
+    lead: int = LEAD_SECONDS
+    exclude: tuple[str, ...] = ()
+    runs: str | None = None
+    count: int = 0
+
+    @property
+    def script(self) -> str:
+        return f"{self.directory}/job.sbatch"
+
+
+def cpus_per_node(slurm: SlurmSection, ranks: int, *, on_cpu: bool) -> int | None:
+    """CPUs to ask for on a node with `ranks` ranks; None: all that an exclusive node has."""
+    if slurm.cpus_per_node is not None or slurm.exclusive:
+        return slurm.cpus_per_node
+    return ranks if on_cpu else ranks * CPUS_PER_GPU
+
+
+def render_job(job: Job, template: str) -> str:
+    """The text of the job script. Raises RequestError for a template that cannot be filled in."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"quoted": quoted, "shell": shlex.quote, "comment": _on_one_line}
+    try:
+        return environment.from_string(template).render(_values(job))
+    except jinja2.TemplateError as error:
+        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise RequestError(
+            f"the job template cannot be filled in: {error.message}{line}",
+            hint="slurm/job.sbatch.j2 uses every value there is",
+            key="slurm.template",
+        ) from error
+
+
+def _values(job: Job) -> dict[str, Any]:
+    slurm = job.slurm
+    options = [(name, value) for name in _OPTIONS if (value := getattr(slurm, name)) is not None]
+    if slurm.time_limit is not None:
+        options.append(("time", slurm.time_limit))
+    if slurm.memory is not None:
+        options.append(("mem", slurm.memory))
+    if excluded := [*dict.fromkeys((*slurm.exclude, *job.exclude))]:
+        options.append(("exclude", ",".join(excluded)))
+    return {
+        "name": job.name,
+        "script": shlex.quote(job.script),
+        "directory": job.directory,
+        "launcher": job.launcher,
+        "nodes": job.nodes,
+        "gpus_per_node": None if job.on_cpu else job.ranks_per_node,
+        "cpus_per_node": cpus_per_node(slurm, job.ranks_per_node, on_cpu=job.on_cpu),
+        "options": options,
+        "exclusive": slurm.exclusive,
+        "extra": [line.removeprefix("#SBATCH").strip() for line in slurm.extra],
+        "setup": slurm.setup,
+        "env": list(job.env.items()),
+        "lead": job.lead,
+        # sbatch fills in %j and the like, so a name's own percent sign is doubled.
+        "log": f"{job.directory.replace('%', '%%')}/logs/job-{'%A_%a' if job.runs else '%j'}.log",
+        "array": f"0-{job.count - 1}" if job.runs else None,
+        "runs": job.runs,
+    }
+
+
+def quoted(value: str) -> str:
+    """A value of an #SBATCH line, quoted where sbatch would read it otherwise (tried with Slurm 22.05)."""
+    if value and all(letter.isalnum() or letter in "-_./:=+@%," for letter in value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _on_one_line(value: str) -> str:
+    return " ".join(value.split())

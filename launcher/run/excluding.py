@@ -1,0 +1,25 @@
+"""Nodes that did a run harm, and for how long it stays away from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from launcher.run import journal
+from launcher.run.directory import RunDirectory
+
+HOURS: Final = 6.0
+"""How long a run stays away from a node that did it harm: long enough for somebody to look at it, and short
+enough that a whole cluster is not given up for one bad night."""
+
+
+def avoid(directory: RunDirectory, nodes: Sequence[str], why: str, now: float) -> None:
+    """Stay away from these nodes, for HOURS from `now` (seconds since the epoch)."""
+    journal.record(directory.journal, "nodes_avoided", nodes=list(nodes), until=now + HOURS * 3600, why=why)
+
+
+def nodes_to_avoid(directory: RunDirectory, now: float) -> tuple[str, ...]:
+    """The nodes to stay away from at `now`."""
+    events = journal.read(directory.journal)
+    told = [each for each in events if each["event"] == "nodes_avoided" and each["until"] > now]
+    return tuple(dict.fromkeys(node for each in told for node in each["nodes"]))

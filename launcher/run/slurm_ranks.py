@@ -1,0 +1,275 @@
+"""Starting the ranks on the nodes of a job, from inside it: one `srun`, one `accelerate launch` a node."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from launcher.config.schema import ClusterConfig
+from launcher.errors import Interrupted, LauncherError, MachineError
+from launcher.plan.orders import Orders
+from launcher.render.srun import Step, check_command, srun_command, step_environment, step_name
+from launcher.run import excluding, journal, node_check, slurm
+from launcher.run.directory import RunDirectory
+from launcher.run.outcome import UNLIMITED, Facts, Outcome
+from launcher.run.slurm_facts import Seen, facts_of, is_requeued
+from launcher.run.stopping import checkpoint_bytes, need_of
+
+LOOK_SECONDS: Final = 15.0
+"""How often slurmctld is asked about the job: it has many to answer. A signal has it asked at once."""
+QUICK_SECONDS: Final = 10.0
+"""How long it may take to answer where somebody waits for it."""
+NEED_SECONDS: Final = 5.0
+"""How long what a stop takes stays known."""
+KILL_SECONDS: Final = 30.0
+"""How long killed ranks are waited for."""
+
+
+class Slurm:
+    """Every rank on the nodes of this job (`run.launching.Launching`)."""
+
+    def __init__(self, directory: RunDirectory, cluster: ClusterConfig, orders: Orders) -> None:
+        job = slurm.own_job()
+        if job is None:
+            raise MachineError(
+                f"this run goes through SLURM, and this is not one of its jobs: {directory.root}",
+                hint=f"launcher submit RUN --cluster FILE, or: sbatch {directory.job}",
+            )
+        self.job = job
+        self._directory = directory
+        self._cluster = cluster
+        self._orders = orders
+        self._restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        self._hosts = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
+        self._attempt = 0
+        self._look = Look(job)
+        self._signals = 0
+        self._need = (-math.inf, 0.0)
+
+    def start(self, attempt: int) -> SlurmRanks:
+        """Start every rank of every node.
+
+        srun has a session of its own, so that a signal to the batch script reaches only the supervisor. If
+        that is killed, SLURM ends the job, and the ranks have KillWait to stop safely. Rank 0's progress
+        goes to the job's log; what srun says to the attempt's `launch.log`, and what accelerate says on a
+        node to `node-NAME.log` beside it.
+        """
+        self._attempt = attempt
+        journal.record(
+            self._directory.journal,
+            "job",
+            attempt=attempt,
+            job=self.job,
+            restarts=self._restarts,
+            nodes=list(self._hosts),
+        )
+        log = self._directory.launch_log(attempt)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as stream:
+            process = subprocess.Popen(
+                srun_command(self._step(attempt)),
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),
+                stderr=stream,
+                env={**os.environ, **step_environment(attempt, self._cluster.env)},
+                start_new_session=True,
+            )
+        return SlurmRanks(process, self.job, attempt, self._look)
+
+    def facts(self, signals: Sequence[int]) -> Facts:
+        if len(signals) > self._signals:
+            self._look.soon()
+        self._signals = len(signals)
+        seen = Seen(self._look.newest, self._restarts, self._words(self._attempt), signals)
+        return facts_of(seen, now=time.time(), need=self._stop_seconds())
+
+    def past(self, attempt: int) -> Facts:
+        """By what srun said then, and by how often the job has been requeued since."""
+        told = next(
+            (
+                event
+                for event in reversed(journal.read(self._directory.journal))
+                if event["event"] == "job" and event["attempt"] == attempt
+            ),
+            None,
+        )
+        if told is None or told["job"] != self.job:
+            return Facts()
+        out = {node.name for node in slurm.nodes(",".join(told["nodes"])) if node.is_out}
+        down = tuple(name for name in told["nodes"] if name in out)
+        seen = Seen(slurm.job_state(self.job), told["restarts"], self._words(attempt), (), down)
+        return facts_of(seen, now=0.0, need=0.0)
+
+    def hands_over(self, outcome: Outcome, why: str) -> bool:
+        """Have the job requeued where the nodes are to be taken away, or may be at fault."""
+        if outcome not in UNLIMITED and outcome is not Outcome.HUNG:
+            return False
+        # A requeue ends this job, and so this process, with SIGTERM: it is no wish to stop the run.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        state = self._look.now()
+        if not is_requeued(Seen(state, self._restarts)):
+            slurm.said("scontrol", "requeue", self.job)
+        if excluded := excluding.nodes_to_avoid(self._directory, time.time()):
+            named = ",".join([*self._cluster.slurm.exclude, *excluded])
+            slurm.said("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={named}")
+        journal.record(self._directory.journal, "requeued", job=self.job, why=why, exclude=list(excluded))
+        return True
+
+    def check_nodes(self) -> None:
+        """Have every node answer for itself, unless all did lately; be requeued without those at fault.
+
+        Raises Interrupted where the job is queued again, and MachineError where that would not help.
+        """
+        now = time.time()
+        if set(self._hosts) <= node_check.proven(self._directory, now):
+            return
+        backend = "gloo" if self._orders.plan.device == "cpu" else "nccl"
+        word = f"{self.job} {now}"
+        command = check_command(self._step(0), word, backend)
+        room = checkpoint_bytes(self._orders.plan)
+        found = node_check.findings(
+            self._directory,
+            command,
+            word,
+            self._hosts,
+            room=room,
+            own_versions=self._cluster.slurm.container is None,
+        )
+        if found.faults and (taken := self._taken_away()):
+            self.hands_over(Outcome.PREEMPTED, taken)
+            raise Interrupted(f"{taken} while the nodes were tried; queued again")
+        node_check.record(self._directory, self._hosts, found, now)
+        if not found.faults:
+            return
+        why = "; ".join(found.faults)
+        if not found.culprits or node_check.failures(self._directory) >= node_check.PATIENCE:
+            journal.record(
+                self._directory.journal,
+                "ended",
+                outcome=Outcome.NO_PROGRESS,
+                reason=why,
+                step=0,
+                exit_code=MachineError.exit_code,
+            )
+            raise MachineError(f"the nodes of job {self.job} cannot train this run: {why}")
+        excluding.avoid(self._directory, found.culprits, why, now)
+        self.hands_over(Outcome.NODE_FAILED, why)
+        raise Interrupted(f"{why}; queued again without {', '.join(found.culprits)}")
+
+    def _taken_away(self) -> str | None:
+        """Whether it is SLURM that takes the nodes away just now, in words."""
+        facts = facts_of(Seen(self._look.now(), self._restarts), now=time.time(), need=0.0)
+        return "the scheduler took the nodes back" if facts.preempted or facts.failed_nodes else None
+
+    def _step(self, attempt: int) -> Step:
+        container = self._cluster.slurm.container
+        store = self._orders.store
+        folders = [self._directory.root, *([Path(store)] if store else [])]
+        return Step(
+            directory=str(self._directory.root),
+            attempt=attempt,
+            job_id=int(os.environ["SLURM_JOB_ID"]),
+            hosts=self._hosts,
+            logs=str(self._directory.logs(attempt)),
+            accelerate="accelerate" if container else str(Path(sys.executable).with_name("accelerate")),
+            python="python" if container else sys.executable,
+            container=container,
+            shown=tuple(str(folder) for folder in folders),
+        )
+
+    def _words(self, attempt: int) -> str:
+        log = self._directory.launch_log(attempt)
+        return log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+
+    def _stop_seconds(self) -> float:
+        """What a safe stop takes, read anew now and then: it is asked for several times a second."""
+        now = time.monotonic()
+        if now - self._need[0] > NEED_SECONDS:
+            self._need = now, need_of(self._directory, self._orders.plan, self._attempt).seconds
+        return self._need[1]
+
+
+class SlurmRanks:
+    """The ranks under one `srun` (`run.launching.Ranks`)."""
+
+    def __init__(self, process: subprocess.Popen[bytes], job: str, attempt: int, look: Look) -> None:
+        self._process = process
+        self._job = job
+        self._attempt = attempt
+        self._look = look
+
+    def poll(self) -> int | None:
+        code = self._process.poll()
+        if code is not None:
+            self._look.now()  # what ended the step is known by now
+        return code
+
+    def end(self) -> None:
+        """Kill every rank on every node, and wait until they are gone: those of this node by hand too: it
+        may be cut off from the others."""
+        if self._process.poll() is not None:
+            return
+        with contextlib.suppress(LauncherError):
+            for step in self._steps():
+                slurm.said("scancel", "--signal=KILL", step, seconds=QUICK_SECONDS)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(KILL_SECONDS)
+        self._process.kill()
+        self._process.wait()
+        _kill_step_here(self._attempt)
+
+    def _steps(self) -> list[str]:
+        asked = ("squeue", "--noheader", "--steps", f"--jobs={self._job}", "--format=%i %j")
+        lines = slurm.said(*asked, seconds=QUICK_SECONDS).splitlines()
+        name = step_name(self._attempt)
+        return [line.split()[0] for line in lines if line.split(maxsplit=1)[1:] == [name]]
+
+
+class Look:
+    """The newest answer of slurmctld about a job, asked for by a thread, so that nobody waits for it."""
+
+    def __init__(self, job: str) -> None:
+        self.newest: slurm.JobState | None = None
+        self._job = job
+        self._wake = threading.Event()
+        threading.Thread(target=self._keep, daemon=True).start()
+
+    def soon(self) -> None:
+        """Ask at once, without waiting."""
+        self._wake.set()
+
+    def now(self) -> slurm.JobState | None:
+        """Ask, and wait for the answer for a while; where there is none, the last one."""
+        with contextlib.suppress(LauncherError):
+            self.newest = slurm.job_state(self._job, QUICK_SECONDS) or self.newest
+        return self.newest
+
+    def _keep(self) -> None:
+        while True:
+            self.now()
+            self._wake.wait(LOOK_SECONDS)
+            self._wake.clear()
+
+
+def _kill_step_here(attempt: int) -> None:
+    """Kill what is left on this node of the ranks of an attempt of this job."""
+    import psutil
+
+    job, number = os.environ["SLURM_JOB_ID"], str(attempt)
+    family = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ()
+            if environment.get("SLURM_JOB_ID") == job and environment.get("LAUNCHER_ATTEMPT") == number:
+                process.kill()
+                family.append(process)
+    psutil.wait_procs(family, timeout=KILL_SECONDS)

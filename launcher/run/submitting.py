@@ -1,0 +1,214 @@
+"""From a plan to a job in the queue: what is checked before, what is written down, how it is waited for."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import MachineError, RequestError, RunDirectoryError
+from launcher.render.sbatch import Job, render_job
+from launcher.run import journal, slurm
+from launcher.run.assemble import Assembly, job_of, job_template
+from launcher.run.cluster_checks import examine_cluster
+from launcher.run.directory import RunDirectory, run_directory, write_text
+from launcher.run.stopping import need_of
+
+WAIT_SECONDS = 10.0
+"""How often slurmctld is asked about a job that is waited for; at first more often."""
+
+
+def check_submission(assembly: Assembly, say: Callable[[str], None]) -> None:
+    """Raise RequestError or MachineError for a job that could never run; say what may surprise."""
+    cluster, place = assembly.cluster.config, assembly.place
+    if cluster.launch != "slurm":
+        raise RequestError(
+            f"cluster {cluster.name} does not go through SLURM (launch: {cluster.launch})",
+            hint="set launch: slurm in the cluster file, or use `launcher train`",
+            key="launch",
+        )
+    directory = run_directory(assembly.run.config)
+    need = need_of(directory, assembly.plan)
+    _check_time(assembly, need.seconds)
+    for check in examine_cluster(cluster, place, directory.root, need):
+        if check.state == "missing":
+            kind = MachineError if check.key is None else RequestError
+            error = kind(f"{check.name}: {check.found}", hint=check.remedy, key=check.key)
+            error.place(assembly.cluster.origins)
+            raise error
+        if check.state == "warning":
+            say(f"note: {check.name}: {check.found}\n  hint: {check.remedy}")
+
+
+def _check_time(assembly: Assembly, need: float) -> None:
+    from launcher.config.slurm import time_limit_seconds
+
+    limit = assembly.cluster.config.slurm.time_limit
+    if limit is not None and time_limit_seconds(limit) < 2 * need:
+        error = RequestError(
+            f"slurm.time_limit: {limit} is too short: a safe stop alone takes about {need:.0f} s",
+            hint="set a longer one",
+            key="slurm.time_limit",
+        )
+        error.place(assembly.cluster.origins)
+        raise error
+
+
+def job_in_queue(directory: RunDirectory) -> slurm.JobState | None:
+    """The job of this run that waits or runs; None: there is none."""
+    job = last_job(directory)
+    state = None if job is None else slurm.job_state(job)
+    return None if state is None or state.is_over else state
+
+
+def last_job(directory: RunDirectory) -> str | None:
+    """The job that this run was submitted as last; None: it never was."""
+    jobs = [event["job"] for event in journal.read(directory.journal) if event["event"] == "submitted"]
+    return jobs[-1] if jobs else None
+
+
+def check_not_queued(directory: RunDirectory) -> None:
+    """Raise RunDirectoryError for a run that has a job already."""
+    state = job_in_queue(directory)
+    if state is not None:
+        raise RunDirectoryError(
+            f"job {last_job(directory)} of this run is {state.state}: {directory.root}",
+            directory=directory.root,
+            hint=f"wait for it, or end it with `launcher stop` or scancel {last_job(directory)}",
+        )
+
+
+def submit_run(directory: RunDirectory, after: str | None) -> str:
+    """Hand in the job of a written run, to start once job `after` has finished well; returns its id."""
+    directory.logs(1).parent.mkdir(parents=True, exist_ok=True)  # slurmd opens the log, and makes no folders
+    job = slurm.submit(directory.job, *_dependency(after))
+    journal.record(directory.journal, "submitted", job=job, after=after)
+    return job
+
+
+def _dependency(after: str | None) -> list[str]:
+    # A job whose condition cannot come true any more would wait for ever.
+    return [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Runs that differ in the values of some keys, submitted as one array of jobs."""
+
+    folder: Path
+    assemblies: tuple[Assembly, ...]
+
+    @property
+    def directories(self) -> tuple[RunDirectory, ...]:
+        return tuple(run_directory(each.run.config) for each in self.assemblies)
+
+
+def submit_sweep(sweep: Sweep, launcher: str, after: str | None) -> str:
+    """Hand in the written runs of a sweep as one array; returns the array's id."""
+    first = sweep.assemblies[0]
+    runs = sweep.folder / "runs.txt"
+    write_text(runs, "".join(f"{directory.root}\n" for directory in sweep.directories))
+    single = job_of(first, RunDirectory(sweep.folder), launcher)
+    job = Job(
+        **{
+            **{name: getattr(single, name) for name in Job.__dataclass_fields__},
+            "name": sweep.folder.name,
+            "runs": str(runs),
+            "count": len(sweep.assemblies),
+        }
+    )
+    script = RunDirectory(sweep.folder).job
+    write_text(script, render_job(job, job_template(job.slurm.template)))
+    (sweep.folder / "logs").mkdir(exist_ok=True)
+    array = slurm.submit(script, *_dependency(after))
+    for index, directory in enumerate(sweep.directories):
+        directory.logs(1).parent.mkdir(parents=True, exist_ok=True)
+        journal.record(directory.journal, "submitted", job=f"{array}_{index}", after=after)
+    return array
+
+
+def variations(axes: Sequence[str]) -> list[Mapping[str, str]]:
+    """Every combination of `key=a,b` axes, as key to value. Raises RequestError for anything else."""
+    values: dict[str, list[str]] = {}
+    for axis in axes:
+        key, equals, listed = axis.partition("=")
+        found = [value for value in _split(listed) if value]
+        if not equals or not key or not found:
+            raise RequestError(
+                f"--sweep {axis}: expected KEY=VALUE,VALUE", hint="--sweep train.learning_rate=1e-4,3e-4"
+            )
+        if key in values or len(set(found)) < len(found):
+            raise RequestError(f"--sweep {axis}: it is there twice", hint="name each key and value once")
+        values[key] = found
+    return [
+        dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())
+    ]
+
+
+def _split(listed: str) -> Iterator[str]:
+    """The values between commas, but for commas inside of brackets."""
+    depth, value = 0, ""
+    for letter in listed:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            yield value
+            value = ""
+        else:
+            value += letter
+    yield value
+
+
+def variation_name(name: str, variation: Mapping[str, str]) -> str:
+    """What a run of a sweep is called: `gpt2-learning_rate=1e-4`."""
+    parts = [f"{key.rpartition('.')[2]}={value}" for key, value in variation.items()]
+    return "-".join([name, *parts]).replace("/", "_")
+
+
+def launcher_here() -> str:
+    """The path of the command that runs now, for the nodes: they have the same file system."""
+    beside = Path(sys.executable).with_name("launcher")
+    return str(beside) if beside.exists() else "launcher"
+
+
+def wait_for(job: str, say: Callable[[str], None]) -> slurm.JobState | None:
+    """Wait until a job is over, saying what it does; returns its last state, None where it was forgotten."""
+    last: tuple[Any, ...] = ()
+    pause = 1.0
+    while True:
+        state = slurm.job_state(job)
+        if state is None or state.is_over:
+            return state
+        shown = (state.state, state.reason if state.state == "PENDING" else state.nodes, state.restarts)
+        if shown != last:
+            last = shown
+            say(
+                f"job {job}: {state.state} ({shown[1]})"
+                + (f", requeued {shown[2]} times" if shown[2] else "")
+            )
+        time.sleep(pause)
+        pause = min(WAIT_SECONDS, pause * 1.2)
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnd:
+    """How a run ended, in words, and the exit code that `train` would have had."""
+
+    words: str
+    exit_code: int
+
+
+def how_it_ended(directory: RunDirectory, state: slurm.JobState | None) -> RunEnd:
+    """By the supervisor's own last word, or, where it left none, by the last state of the job."""
+    events = journal.read(directory.journal)
+    submitted = max((index for index, event in enumerate(events) if event["event"] == "submitted"), default=0)
+    ends = [event for event in events[submitted:] if event["event"] == "ended"]
+    if ends:
+        return RunEnd(
+            f"{ends[-1]['outcome']} at step {ends[-1]['step']}: {ends[-1]['reason']}", ends[-1]["exit_code"]
+        )
+    last = "is forgotten by SLURM" if state is None else f"ended as {state.state} ({state.reason})"
+    return RunEnd(f"its job {last}, and its supervisor left no word: see {directory.root}/logs", 1)
