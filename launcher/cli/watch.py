@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,11 +17,14 @@ from launcher.cli.arguments import AsJson, RunFolder
 from launcher.errors import RunDirectoryError
 
 if TYPE_CHECKING:
+    from launcher.run.queue import QueuedJob
     from launcher.run.status import Status
 
 app = typer.Typer()
 
 WATCH_SECONDS = 1.0
+JOB_WATCH_SECONDS = 5.0
+"""Between two looks at a run that has a job: slurmctld has many to answer."""
 
 
 @app.command(epilog="Example: launcher status runs/gpt2-shakespeare --watch")
@@ -32,12 +36,13 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Tell how one run stands, or every run in a folder."""
+    from launcher.run.queue import find_job
     from launcher.run.status import find_runs, read_status
 
     find_runs(folder)
 
     def look() -> list[Status]:
-        return [read_status(each, time.time()) for each in find_runs(folder)]
+        return [replace(read_status(each, time.time()), job=find_job(each)) for each in find_runs(folder)]
 
     if watch:
         _watch(look, as_json)
@@ -63,12 +68,19 @@ def logs(
     """Show what the ranks have printed."""
     from launcher.run.directory import RunDirectory
     from launcher.run.logs import follow_logs, read_logs
+    from launcher.run.queue import find_job
     from launcher.run.status import alive
 
     directory = RunDirectory(run_dir.absolute())
     directory.require(directory.orders)
     if follow:
-        lines = follow_logs(directory, attempt, rank, lambda: alive(directory) is not None)
+
+        def goes_on() -> bool:
+            return alive(directory) is not None or (
+                (job := find_job(directory)) is not None and not job.is_over
+            )
+
+        lines = follow_logs(directory, attempt, rank, goes_on)
     else:
         lines = read_logs(directory, attempt, rank)
     for line in lines:
@@ -79,12 +91,17 @@ def logs(
 def stop(run_dir: RunFolder) -> None:
     """Ask a run to stop safely, with a checkpoint."""
     from launcher.run.directory import RunDirectory
+    from launcher.run.queue import cancel, find_job
     from launcher.run.requests import ask_to_stop
     from launcher.run.status import read_status
 
     directory = RunDirectory(run_dir.absolute())
-    found = read_status(directory, time.time())
-    if found.alive is None:
+    found = replace(read_status(directory, time.time()), job=find_job(directory))
+    if found.job is not None and found.job.state == "PENDING":
+        cancel(found.job.job)
+        console.answer(f"job {found.job.job} of run {found.name!r} waited in the queue, and is cancelled")
+        return
+    if found.alive is None and (found.job is None or found.job.is_over):
         raise RunDirectoryError(
             f"run {found.name!r} is not running: it is {found.state}",
             directory=directory.root,
@@ -115,13 +132,13 @@ def _watch(look: Callable[[], list[Status]], as_json: bool) -> None:
 
 
 def _looks(look: Callable[[], list[Status]]) -> Iterator[list[Status]]:
-    """What `look` finds every WATCH_SECONDS, until nothing runs."""
+    """What `look` finds, again and again until nothing runs."""
     while True:
         found = look()
         yield found
-        if not any(each.alive for each in found):
+        if not any(each.alive or (each.job and not each.job.is_over) for each in found):
             return
-        time.sleep(WATCH_SECONDS)
+        time.sleep(JOB_WATCH_SECONDS if any(each.job for each in found) else WATCH_SECONDS)
 
 
 def _fields(found: Status) -> dict[str, Any]:
@@ -180,6 +197,7 @@ def _rows(found: Status) -> list[tuple[str, str]]:
             else f"step {saved.step}, {console.duration(saved.age)} ago, {console.gibibytes(saved.bytes)}",
         ),
     ]
+    rows += _job_rows(found.job) if found.job else []
     for each in found.attempts:
         ended = "" if each.outcome is None else f" at step {each.step}"
         lasted = "" if each.seconds is None else f" after {console.duration(each.seconds)}"
@@ -188,6 +206,20 @@ def _rows(found: Status) -> list[tuple[str, str]]:
         rows.append((f"attempt {each.number}", f"{state}{ended}{lasted}{reason}"))
     rows.append(("folder", str(found.folder)))
     return [(name, value) for name, value in rows if value != "-"]
+
+
+def _job_rows(job: QueuedJob) -> list[tuple[str, str]]:
+    again = f", requeued {job.restarts} time{'s' if job.restarts > 1 else ''}" if job.restarts else ""
+    on = f" on {job.nodes}" if job.nodes else ""
+    rows = [("job", f"{job.job} {job.state}{on}{again}")]
+    if job.state != "PENDING":
+        return rows
+    ours = f": {job.why}" if job.why else ""
+    place = "" if job.position is None else f"; number {job.position} of {job.waiting} that wait"
+    start = (
+        "not known yet" if job.start is None else datetime.fromtimestamp(job.start).isoformat(" ", "minutes")
+    )
+    return [*rows, ("waits for", f"{job.reason}{ours}{place}"), ("expected start", start)]
 
 
 def _left(found: Status) -> str:

@@ -14,6 +14,7 @@ from launcher.run import journal
 from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory, is_held
 from launcher.run.heartbeat import read_beat
+from launcher.run.queue import QueuedJob
 
 BLOCK = 1 << 16
 MOST_READ = 1 << 22
@@ -51,7 +52,8 @@ class Status:
 
     `alive`: who lives to carry it on, by the locks they hold. `ended`: how the run itself came to its end.
     `phase`: what rank 0 did by its last heartbeat. `tokens_per_second` and `mfu` are of the last report;
-    `seconds_left` is by the pace of the last REPORTS of them, evaluations and saving included.
+    `seconds_left` is by the pace of the last REPORTS of them, evaluations and saving included. `job`: the
+    newest one, on a SLURM cluster.
     """
 
     name: str
@@ -72,11 +74,17 @@ class Status:
     eval_loss: float | str | None
     eval_step: int | None
     checkpoint: Saved | None
+    job: QueuedJob | None = None
 
     @property
     def state(self) -> str:
         """One word or two: running, stopping, restarting, or how the last attempt ended."""
         last = self.attempts[-1] if self.attempts else None
+        waits = self.job is not None and self.job.state == "PENDING"
+        if self.alive is None and waits:
+            return "queued"
+        if self.alive is None and self.job is not None and self.job.state == "RUNNING":
+            return "starting"
         if self.alive is not None:
             if self.stop_requested:
                 return "stopping"

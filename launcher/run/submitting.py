@@ -16,6 +16,7 @@ from launcher.run import journal, slurm
 from launcher.run.assemble import Assembly, job_of, job_template
 from launcher.run.cluster_checks import examine_cluster
 from launcher.run.directory import RunDirectory, run_directory, write_text
+from launcher.run.queue import find_job
 from launcher.run.stopping import need_of
 
 WAIT_SECONDS = 10.0
@@ -58,27 +59,14 @@ def _check_time(assembly: Assembly, need: float) -> None:
         raise error
 
 
-def job_in_queue(directory: RunDirectory) -> slurm.JobState | None:
-    """The job of this run that waits or runs; None: there is none."""
-    job = last_job(directory)
-    state = None if job is None else slurm.job_state(job)
-    return None if state is None or state.is_over else state
-
-
-def last_job(directory: RunDirectory) -> str | None:
-    """The job that this run was submitted as last; None: it never was."""
-    jobs = [event["job"] for event in journal.read(directory.journal) if event["event"] == "submitted"]
-    return jobs[-1] if jobs else None
-
-
 def check_not_queued(directory: RunDirectory) -> None:
     """Raise RunDirectoryError for a run that has a job already."""
-    state = job_in_queue(directory)
-    if state is not None:
+    found = find_job(directory)
+    if found is not None and not found.is_over:
         raise RunDirectoryError(
-            f"job {last_job(directory)} of this run is {state.state}: {directory.root}",
+            f"job {found.job} of this run is {found.state}: {directory.root}",
             directory=directory.root,
-            hint=f"wait for it, or end it with `launcher stop` or scancel {last_job(directory)}",
+            hint=f"wait for it, or end it: launcher stop {directory.root}",
         )
 
 

@@ -1,4 +1,4 @@
-"""One run over two nodes, driven through what SLURM does to it, to the weights that it would have had anyway.
+"""One run over two nodes, driven through what SLURM does to it, to the weights it would have had anyway.
 
 The long form, with every event on its own, is `scripts/slurm_drill`.
 """
@@ -11,7 +11,7 @@ from scripts.slurm_cluster import Cluster
 from scripts.slurm_drill import SAVE_EVERY, STEPS, Place, another_version, nodes_of, preempted, requeued
 
 
-def test_a_run_goes_on_through_a_bad_node_a_preemption_and_a_requeue(slurm: Cluster, place: Place) -> None:
+def test_a_run_goes_on_through_a_bad_node_and_being_taken_twice(slurm: Cluster, place: Place) -> None:
     """n1 has another version of a package: the job is queued again without it. Then the steps, and they alone,
     are told to end, and later the whole job."""
     another_version(slurm)
@@ -35,10 +35,14 @@ def test_a_run_goes_on_through_a_bad_node_a_preemption_and_a_requeue(slurm: Clus
     job = slurm.job(run.job)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "3")
 
-    place.write("two.json", {"name": "two", "gpu": "cpu", "gpus_per_node": 2, "env": {"OMP_NUM_THREADS": "1"}})
+    place.write(
+        "two.json", {"name": "two", "gpu": "cpu", "gpus_per_node": 2, "env": {"OMP_NUM_THREADS": "1"}}
+    )
     undisturbed = place.launcher("train", "run.yaml", "name=undisturbed", "--cluster", "two.json")
     assert undisturbed.returncode == 0, undisturbed.stderr
-    models = [place.folder / "runs" / name / "model" / "model.safetensors" for name in ("drill", "undisturbed")]
+    models = [
+        place.folder / "runs" / name / "model" / "model.safetensors" for name in ("drill", "undisturbed")
+    ]
     assert models[0].read_bytes() == models[1].read_bytes()
     plans = [json.loads((model.parent.parent / "plan.json").read_text())["plan"] for model in models]
     assert [plan["nodes"] for plan in plans] == [2, 1]
