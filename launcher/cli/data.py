@@ -24,6 +24,7 @@ app = typer.Typer(
 def data_prepare(
     run: RunFile,
     overrides: Overrides = None,
+    cluster: ClusterFile = None,
     workers: Workers = None,
     units: Annotated[
         str,
@@ -46,7 +47,7 @@ def data_prepare(
     from launcher.run.preflight import check_folders
 
     part = parse_slice(units)
-    draft = assembled(run, overrides, None)
+    draft = assembled(run, overrides, cluster)
     check_prepared(draft.run.config)
     check_folders(draft.run.config)
     prepared = _prepare(draft, workers, part, skip_bad)

@@ -48,11 +48,28 @@ def submit(
     ] = False,
     then: ThenRuns = None,
     sweep: Axes = None,
+    prepare: Annotated[
+        int | None,
+        typer.Option(
+            "--prepare",
+            metavar="N",
+            min=1,
+            help="Prepare the text in N jobs without GPUs, and train after them.",
+        ),
+    ] = None,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
     """Train on a SLURM cluster: prepare the text if needed, then hand in a job; again goes on."""
-    from launcher.run.submitting import Sweep, check_submission, submit_run, submit_sweep, variations
+    from launcher.run.beginning import may_begin, write_draft
+    from launcher.run.submitting import (
+        check_preparation,
+        check_submission,
+        submit_preparation,
+        submit_run,
+        submit_sweep,
+        variations,
+    )
 
     changes = variations(sweep or [])
     drafts = [_varied(run, overrides, cluster, change) for change in changes]
@@ -63,19 +80,24 @@ def submit(
         return
     for draft in (*drafts, *following):
         check_submission(draft, console.say)
-    ready = [_written(draft, workers) for draft in drafts]
     jobs: list[tuple[str, Path]] = []
-    if sweep:
-        _, directory = ready[0]
+    if prepare is not None:
+        check_preparation(sweep, drafts[0])
+        directory = may_begin(drafts[0])
+        write_draft(drafts[0], directory, _launcher())
+        array = submit_preparation(drafts[0], directory, _launcher(), prepare)
+        jobs.append((array, directory.root))
+    elif sweep:
+        directories = [_written(draft, workers) for draft in drafts]
         asked = assembled(run, overrides, cluster).run.config.name
-        folder = directory.root.with_name(f"{asked}.sweep")
-        array = submit_sweep(Sweep(folder, tuple(each for each, _ in ready)), _launcher(), None)
-        jobs += [(f"{array}_{index}", each.root) for index, (_, each) in enumerate(ready)]
+        array = submit_sweep(drafts, directories[0].root.with_name(f"{asked}.sweep"), _launcher(), None)
+        jobs += [(f"{array}_{index}", each.root) for index, each in enumerate(directories)]
     else:
-        array = submit_run(ready[0][1], None)
-        jobs.append((array, ready[0][1].root))
+        directory = _written(drafts[0], workers)
+        array = submit_run(directory, None)
+        jobs.append((array, directory.root))
     for draft in following:
-        _, directory = _written(draft, workers)
+        directory = _written(draft, workers)
         array = submit_run(directory, array)
         jobs.append((array, directory.root))
     if as_json:
@@ -113,39 +135,12 @@ def _launcher() -> str:
     return launcher_here()
 
 
-def _written(draft: Assembly, workers: int | None) -> tuple[Assembly, RunDirectory]:
-    """The run, its text prepared and its directory written, ready to be supervised."""
-    from launcher.errors import RequestError
-    from launcher.run.assemble import assemble, write_run
-    from launcher.run.directory import check_goes_on, check_same_run, hold, run_directory
-    from launcher.run.environment import describe_environment
-    from launcher.run.preflight import check_run
-    from launcher.run.samples import check_skip
-    from launcher.run.submitting import check_not_queued
-    from launcher.run.supervise import is_finished
-    from launcher.run.text import ready_text
+def _written(draft: Assembly, workers: int | None) -> RunDirectory:
+    """The directory of the run, ready to be supervised."""
+    from launcher.run.beginning import begin, may_begin
 
-    directory = run_directory(draft.run.config)
-    check_run(draft.run.config, draft.plan.strategy)
-    check_same_run(directory, draft.run.config)
-    check_not_queued(directory)
-    text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
-    final = assemble(draft.run, draft.cluster, draft.machine, text)
-    directory.root.mkdir(parents=True, exist_ok=True)
-    with hold(directory.lock, directory, "another command"):
-        check_goes_on(directory, final.plan, text.store)
-        if text.store and (said := check_skip(final.run.config, final.plan, text.store, directory)):
-            console.say(said)
-        if is_finished(directory, final.plan.steps):
-            raise RequestError(
-                f"run {final.plan.name} is finished; its model is in {directory.model}",
-                hint="to train it further, make it longer",
-            )
-        environment = describe_environment(final.machine, Path.cwd())
-        write_run(final, directory, text, environment, _launcher())
-        # Whoever gives this command wants it trained, whatever was asked of it before.
-        directory.stop_request.unlink(missing_ok=True)
-    return final, directory
+    may_begin(draft)
+    return begin(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say, _launcher())
 
 
 def _wait(jobs: list[tuple[str, Path]]) -> None:

@@ -19,12 +19,17 @@ app = typer.Typer()
 @app.command(epilog="Example: launcher supervise runs/gpt2-shakespeare")
 def supervise(run: RunFolder) -> None:
     """Train a run directory as it is written, until it ends: what `train` and a job script do."""
+    from launcher.run.beginning import begin_in_job
     from launcher.run.directory import RunDirectory
     from launcher.run.holding import only_supervisor
     from launcher.run.requests import forget_all_but_persons
+    from launcher.run.slurm import own_job
     from launcher.run.slurm_ranks import Slurm
+    from launcher.run.submitting import launcher_here
 
     directory = RunDirectory(run.absolute())
+    if own_job() is not None:
+        begin_in_job(directory, console.Bar("preparing"), console.say, launcher_here())
     launching = launching_of(directory)
     with only_supervisor(directory, launching, console.say, takes_over=isinstance(launching, Slurm)):
         forget_all_but_persons(directory)

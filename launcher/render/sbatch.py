@@ -21,27 +21,40 @@ _OPTIONS: Final = ("partition", "account", "qos", "constraint", "reservation")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One batch job. `directory` is the run's, `launcher` the command's path on the nodes, `lead` in seconds.
+    """A batch job. `command` is its last, as the shell reads it; GPUs or CPUs of None are not asked for.
 
-    A sweep has `runs`: a file with the directory of each run on a line of its own, `count` of them.
+    `lead`: seconds before the time limit at which it is told, None for one that need not be. `array` is the
+    range of its indices, `file` the script's name in `directory`.
     """
 
     name: str
     directory: str
+    command: str
     nodes: int
-    ranks_per_node: int
-    on_cpu: bool
+    gpus_per_node: int | None
+    cpus_per_node: int | None
     slurm: SlurmSection
     env: Mapping[str, str]
-    launcher: str = "launcher"
-    lead: int = LEAD_SECONDS
-    exclude: tuple[str, ...] = ()
-    runs: str | None = None
-    count: int = 0
+    lead: int | None = LEAD_SECONDS
+    array: str | None = None
+    file: str = "job.sbatch"
 
-    @property
-    def script(self) -> str:
-        return f"{self.directory}/job.sbatch"
+
+def supervise_command(launcher: str, directory: str) -> str:
+    """Supervise the run in `directory`; `launcher` is the command's path on the nodes."""
+    return shlex.join([launcher, "supervise", directory])
+
+
+def sweep_command(launcher: str, runs: str) -> str:
+    """Supervise the run that stands in the file `runs` on the line of this element of an array from 0 on."""
+    line = f'"$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(runs)})"'
+    return f"{shlex.quote(launcher)} supervise {line}"
+
+
+def prepare_command(launcher: str, directory: str, count: int) -> str:
+    """Prepare this element's part of the text of the run in `directory`, in an array from 1 to `count`."""
+    files = [f"{directory}/config.yaml", "--cluster", f"{directory}/cluster.yaml"]
+    return f'{shlex.join([launcher, "data", "prepare", *files])} --units "$SLURM_ARRAY_TASK_ID/{count}"'
 
 
 def cpus_per_node(slurm: SlurmSection, ranks: int, *, on_cpu: bool) -> int | None:
@@ -77,16 +90,17 @@ def _values(job: Job) -> dict[str, Any]:
         options.append(("time", slurm.time_limit))
     if slurm.memory is not None:
         options.append(("mem", slurm.memory))
-    if excluded := [*dict.fromkeys((*slurm.exclude, *job.exclude))]:
-        options.append(("exclude", ",".join(excluded)))
+    if slurm.exclude:
+        options.append(("exclude", ",".join(slurm.exclude)))
+    index = "%A_%a" if job.array else "%j"
     return {
         "name": job.name,
-        "script": shlex.quote(job.script),
+        "script": shlex.quote(f"{job.directory}/{job.file}"),
         "directory": job.directory,
-        "launcher": job.launcher,
+        "command": job.command,
         "nodes": job.nodes,
-        "gpus_per_node": None if job.on_cpu else job.ranks_per_node,
-        "cpus_per_node": cpus_per_node(slurm, job.ranks_per_node, on_cpu=job.on_cpu),
+        "gpus_per_node": job.gpus_per_node,
+        "cpus_per_node": job.cpus_per_node,
         "options": options,
         "exclusive": slurm.exclusive,
         "extra": [line.removeprefix("#SBATCH").strip() for line in slurm.extra],
@@ -94,9 +108,8 @@ def _values(job: Job) -> dict[str, Any]:
         "env": list(job.env.items()),
         "lead": job.lead,
         # sbatch fills in %j and the like, so a name's own percent sign is doubled.
-        "log": f"{job.directory.replace('%', '%%')}/logs/job-{'%A_%a' if job.runs else '%j'}.log",
-        "array": f"0-{job.count - 1}" if job.runs else None,
-        "runs": job.runs,
+        "log": f"{job.directory.replace('%', '%%')}/logs/{job.file.removesuffix('.sbatch')}-{index}.log",
+        "array": job.array,
     }
 
 

@@ -24,7 +24,7 @@ from launcher.plan.sharding import zero_stage
 from launcher.render.accelerate import render_accelerate
 from launcher.render.command import render_launch
 from launcher.render.deepspeed import render_deepspeed
-from launcher.render.sbatch import Job, cpus_per_node, render_job
+from launcher.render.sbatch import Job, cpus_per_node, render_job, supervise_command
 from launcher.run.checkpoints import committed
 from launcher.run.directory import (
     RunDirectory,
@@ -252,12 +252,12 @@ def job_of(assembly: Assembly, directory: RunDirectory, launcher: str) -> Job:
     return Job(
         name=assembly.run.config.name,
         directory=str(directory.root),
+        command=supervise_command(launcher, str(directory.root)),
         nodes=place.nodes,
-        ranks_per_node=place.ranks_per_node,
-        on_cpu=place.is_cpu,
+        gpus_per_node=None if place.is_cpu else place.ranks_per_node,
+        cpus_per_node=place.cores,
         slurm=cluster.slurm,
         env=cluster.env,
-        launcher=launcher,
         lead=max(LEAST_LEAD, math.ceil(need_of(directory, assembly.plan).seconds)),
     )
 

@@ -6,19 +6,20 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import MachineError, RequestError, RunDirectoryError
-from launcher.render.sbatch import Job, render_job
+from launcher.errors import MachineError, RequestError
+from launcher.render.sbatch import prepare_command, render_job, sweep_command
 from launcher.run import journal, slurm
-from launcher.run.assemble import Assembly, job_of, job_template
+from launcher.run.assemble import Assembly, check_prepared, job_of, job_template
 from launcher.run.cluster_checks import examine_cluster
 from launcher.run.directory import RunDirectory, run_directory, write_text
-from launcher.run.queue import find_job
 from launcher.run.stopping import need_of
 
+PREPARE_CPUS = 8
+"""CPUs for each job that prepares text, where the cluster file does not say how many a node lends."""
 WAIT_SECONDS = 10.0
 """How often slurmctld is asked about a job that is waited for; at first more often."""
 
@@ -59,17 +60,6 @@ def _check_time(assembly: Assembly, need: float) -> None:
         raise error
 
 
-def check_not_queued(directory: RunDirectory) -> None:
-    """Raise RunDirectoryError for a run that has a job already."""
-    found = find_job(directory)
-    if found is not None and not found.is_over:
-        raise RunDirectoryError(
-            f"job {found.job} of this run is {found.state}: {directory.root}",
-            directory=directory.root,
-            hint=f"wait for it, or end it: launcher stop {directory.root}",
-        )
-
-
 def submit_run(directory: RunDirectory, after: str | None) -> str:
     """Hand in the job of a written run, to start once job `after` has finished well; returns its id."""
     directory.logs(1).parent.mkdir(parents=True, exist_ok=True)  # slurmd opens the log, and makes no folders
@@ -83,40 +73,61 @@ def _dependency(after: str | None) -> list[str]:
     return [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """Runs that differ in the values of some keys, submitted as one array of jobs."""
-
-    folder: Path
-    assemblies: tuple[Assembly, ...]
-
-    @property
-    def directories(self) -> tuple[RunDirectory, ...]:
-        return tuple(run_directory(each.run.config) for each in self.assemblies)
-
-
-def submit_sweep(sweep: Sweep, launcher: str, after: str | None) -> str:
-    """Hand in the written runs of a sweep as one array; returns the array's id."""
-    first = sweep.assemblies[0]
-    runs = sweep.folder / "runs.txt"
-    write_text(runs, "".join(f"{directory.root}\n" for directory in sweep.directories))
-    single = job_of(first, RunDirectory(sweep.folder), launcher)
-    job = Job(
-        **{
-            **{name: getattr(single, name) for name in Job.__dataclass_fields__},
-            "name": sweep.folder.name,
-            "runs": str(runs),
-            "count": len(sweep.assemblies),
-        }
+def submit_sweep(drafts: Sequence[Assembly], folder: Path, launcher: str, after: str | None) -> str:
+    """Hand in the written runs of a sweep as one array, its script in `folder`; returns the array's id."""
+    directories = [run_directory(draft.run.config) for draft in drafts]
+    runs = folder / "runs.txt"
+    write_text(runs, "".join(f"{directory.root}\n" for directory in directories))
+    job = replace(
+        job_of(drafts[0], RunDirectory(folder), launcher),
+        name=folder.name,
+        command=sweep_command(launcher, str(runs)),
+        array=f"0-{len(drafts) - 1}",
     )
-    script = RunDirectory(sweep.folder).job
+    script = RunDirectory(folder).job
     write_text(script, render_job(job, job_template(job.slurm.template)))
-    (sweep.folder / "logs").mkdir(exist_ok=True)
+    (folder / "logs").mkdir(exist_ok=True)
     array = slurm.submit(script, *_dependency(after))
-    for index, directory in enumerate(sweep.directories):
+    for index, directory in enumerate(directories):
         directory.logs(1).parent.mkdir(parents=True, exist_ok=True)
         journal.record(directory.journal, "submitted", job=f"{array}_{index}", after=after)
     return array
+
+
+def check_preparation(sweep: Sequence[str] | None, assembly: Assembly) -> None:
+    """Raise RequestError where text cannot be prepared in jobs of its own."""
+    if sweep:
+        raise RequestError(
+            "--prepare and --sweep: the runs of a sweep may differ in their text",
+            hint="prepare it first: `launcher data prepare RUN`",
+        )
+    check_prepared(assembly.run.config)
+
+
+def submit_preparation(assembly: Assembly, directory: RunDirectory, launcher: str, count: int) -> str:
+    """Hand in an array of `count` jobs without GPUs that prepare the text of a run, and the run's own job,
+    which plans and trains once they have ended well; returns the latter's id.
+
+    The run's directory holds a draft of it: the plan needs the text.
+    """
+    slurm_section = assembly.cluster.config.slurm.model_copy(update={"exclusive": False, "memory": None})
+    job = replace(
+        job_of(assembly, directory, launcher),
+        command=prepare_command(launcher, str(directory.root), count),
+        nodes=1,
+        gpus_per_node=None,
+        cpus_per_node=assembly.cluster.config.slurm.cpus_per_node or PREPARE_CPUS,
+        slurm=slurm_section,
+        lead=None,
+        array=f"1-{count}",
+        file="prepare.sbatch",
+    )
+    script = directory.root / job.file
+    write_text(script, render_job(job, job_template(job.slurm.template)))
+    directory.logs(1).parent.mkdir(parents=True, exist_ok=True)
+    array = slurm.submit(script)
+    journal.record(directory.journal, "preparation_submitted", job=array, count=count)
+    return submit_run(directory, array)
 
 
 def variations(axes: Sequence[str]) -> list[Mapping[str, str]]:

@@ -2,20 +2,30 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.config.schema import SlurmSection
 from launcher.errors import RequestError
-from launcher.render.sbatch import Job, cpus_per_node, quoted, render_job
+from launcher.render.sbatch import (
+    Job,
+    cpus_per_node,
+    prepare_command,
+    quoted,
+    render_job,
+    supervise_command,
+    sweep_command,
+)
 from launcher.run.assemble import job_template
 
 TEMPLATE = job_template(None)
 
 
 def job(name: str = "run", directory: str = "runs/run", **slurm: object) -> Job:
-    return Job(name, directory, 2, 4, False, SlurmSection.model_validate(slurm), {})
+    command = supervise_command("launcher", directory)
+    return Job(name, directory, command, 2, 4, 32, SlurmSection.model_validate(slurm), {})
 
 
 def lines(job: Job) -> list[str]:
@@ -33,7 +43,6 @@ def test_every_key_is_an_option() -> None:
             reservation="r",
             exclude=["n1", "n2"],
             exclusive=True,
-            cpus_per_node=32,
             memory="200G",
             extra=["--mail-type=END", "#SBATCH --comment=x"],
         )
@@ -71,9 +80,9 @@ def test_what_is_not_asked_for_is_not_there() -> None:
 
 
 def test_no_gpu_is_asked_for_on_the_cpu() -> None:
-    rendered = render_job(Job("run", "runs/run", 1, 2, True, SlurmSection(), {}), TEMPLATE)
+    rendered = render_job(replace(job(), gpus_per_node=None), TEMPLATE)
     assert "gpus" not in rendered
-    assert "#SBATCH --cpus-per-task=2\n" in rendered
+    assert "#SBATCH --cpus-per-task=32\n" in rendered
 
 
 @pytest.mark.parametrize(
@@ -96,9 +105,7 @@ def test_bash_hands_the_directory_on_as_it_is(text: str, tmp_path: Path) -> None
     echo.parent.mkdir()
     echo.write_text('#!/bin/sh\nprintf %s "$2" > "$SAID"\n')
     echo.chmod(0o755)
-    each = Job(
-        "r", f"/x/{text}", 1, 1, True, SlurmSection(setup=["cd /tmp &&\n true"]), {}, launcher=str(echo)
-    )
+    each = replace(job(text, setup=["cd /tmp &&\n true"]), command=supervise_command(str(echo), f"/x/{text}"))
     said = tmp_path / "said"
     environment = {"SLURM_CPUS_PER_TASK": "1", "SAID": str(said), "PATH": "/usr/bin:/bin"}
     subprocess.run(["bash", "-c", render_job(each, TEMPLATE)], check=True, env=environment)
@@ -119,7 +126,7 @@ def test_options_are_quoted_as_sbatch_reads_them(value: str, expected: str) -> N
 def test_an_element_of_an_array_finds_its_own_run(tmp_path: Path) -> None:
     runs = tmp_path / "runs.txt"
     runs.write_text("/runs/a b\n/runs/c\n")
-    each = Job("s", "x", 1, 1, True, SlurmSection(), {}, launcher="echo", runs=str(runs), count=2)
+    each = replace(job(), command=sweep_command("echo", str(runs)), array="0-1")
     script = render_job(each, TEMPLATE)
     assert "#SBATCH --array=0-1\n" in script
     assert "job-%A_%a.log" in script
@@ -134,6 +141,31 @@ def test_an_element_of_an_array_finds_its_own_run(tmp_path: Path) -> None:
         for index in "01"
     ]
     assert said == ["supervise /runs/a b\n", "supervise /runs/c\n"]
+
+
+def test_parts_of_the_text_are_prepared_by_an_array() -> None:
+    command = prepare_command("/a b/launcher", "/runs/c d", 4)
+    each = replace(job(), command=command, array="1-4", gpus_per_node=None, lead=None, file="prepare.sbatch")
+    script = render_job(each, TEMPLATE)
+    assert "#SBATCH --output=runs/run/logs/prepare-%A_%a.log\n" in script
+    assert "signal" not in script
+    said = subprocess.run(
+        ["bash", "-c", script.replace("'/a b/launcher'", "printf '%s|'")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"SLURM_ARRAY_TASK_ID": "3", "SLURM_CPUS_PER_TASK": "1", "PATH": "/usr/bin:/bin"},
+    ).stdout
+    words = [
+        "data",
+        "prepare",
+        "/runs/c d/config.yaml",
+        "--cluster",
+        "/runs/c d/cluster.yaml",
+        "--units",
+        "3/4",
+    ]
+    assert said == "|".join([*words, ""])
 
 
 def test_a_template_of_ones_own() -> None:

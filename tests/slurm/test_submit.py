@@ -221,3 +221,26 @@ def test_a_job_is_found_by_its_id(slurm: Cluster, monkeypatch: pytest.MonkeyPatc
     assert ended is not None
     assert ended.is_over
     assert job_state("999999") is None
+
+
+def test_the_text_is_prepared_by_jobs_and_the_run_waits_for_them(slurm: Cluster, place: Place) -> None:
+    config = cluster_file("batch") | {"nodes": 1}
+    # In place of training, once the run is planned.
+    config["slurm"] |= {"setup": ["""[ "$SLURM_ARRAY_TASK_ID" ] || ls runs/.stores > stores"""]}
+    place.write("drill.yaml", config)
+    arguments = ("submit", "run.yaml", "--cluster", "drill.yaml", "--json", "--prepare", "2")
+    done = place.launcher(*arguments)
+    assert done.returncode == 0, done.stderr
+    (told,) = json.loads(done.stdout)
+    directory = Path(told["directory"])
+    drafted = json.loads((directory / "plan.json").read_text())
+    assert drafted["store"] is None
+    assert slurm.job(told["job"])["Dependency"].startswith("afterok:")
+
+    def planned() -> bool:
+        return json.loads((directory / "plan.json").read_text())["store"] is not None
+
+    slurm.wait(planned, "the run is planned", 120)
+    store = Path(json.loads((directory / "plan.json").read_text())["store"])
+    assert store.name in (place.folder / "stores").read_text(), "it was made before the run's own job began"
+    assert len(list((directory / "logs").glob("prepare-*_*.log"))) == 2

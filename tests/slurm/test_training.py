@@ -12,8 +12,8 @@ from scripts.slurm_drill import SAVE_EVERY, STEPS, Place, another_version, nodes
 
 
 def test_a_run_goes_on_through_a_bad_node_and_being_taken_twice(slurm: Cluster, place: Place) -> None:
-    """n1 has another version of a package: the job is queued again without it. Then the steps, and they alone,
-    are told to end, and later the whole job."""
+    """n1 has another version of a package: the job is queued again without it. Then the steps, and they
+    alone, are told to end, and later the whole job."""
     another_version(slurm)
     run = place.submit("drill", "grace")
     run.wait_for_step(SAVE_EVERY + 2)

@@ -1,0 +1,94 @@
+"""From a draft to a written run directory, wherever that is done: by `submit`, or in the job itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher.config.load import load_cluster, load_run
+from launcher.data.prepare import Progress
+from launcher.errors import RequestError, RunDirectoryError
+from launcher.run.assemble import Assembly, assemble, rendered_files, write_run
+from launcher.run.directory import (
+    RunDirectory,
+    check_goes_on,
+    check_same_run,
+    has_begun,
+    hold,
+    run_directory,
+    write_files,
+)
+from launcher.run.environment import describe_environment
+from launcher.run.machine import find_machine
+from launcher.run.preflight import check_run
+from launcher.run.queue import find_job
+from launcher.run.samples import check_skip
+from launcher.run.supervise import is_finished
+from launcher.run.text import ready_text
+
+Say = Callable[[str], None]
+
+
+def may_begin(draft: Assembly) -> RunDirectory:
+    """The directory of a run that may be handed in. Raises what keeps it from that; nothing is written."""
+    directory = run_directory(draft.run.config)
+    check_run(draft.run.config, draft.plan.strategy)
+    check_same_run(directory, draft.run.config)
+    found = find_job(directory)
+    if found is not None and not found.is_over:
+        raise RunDirectoryError(
+            f"job {found.job} of this run is {found.state}: {directory.root}",
+            directory=directory.root,
+            hint=f"wait for it, or end it: launcher stop {directory.root}",
+        )
+    return directory
+
+
+def begin(draft: Assembly, workers: int, progress: Progress, say: Say, launcher: str) -> RunDirectory:
+    """Prepare the text where it is not, plan, and write the run directory, ready to be supervised.
+
+    `launcher`: the command's path on the nodes. Raises what preparing and planning raise, and RequestError
+    for a run that is finished.
+    """
+    directory = run_directory(draft.run.config)
+    text = ready_text(draft, workers, progress, say)
+    final = assemble(draft.run, draft.cluster, draft.machine, text)
+    directory.root.mkdir(parents=True, exist_ok=True)
+    with hold(directory.lock, directory, "another command"):
+        check_goes_on(directory, final.plan, text.store)
+        if text.store and (said := check_skip(final.run.config, final.plan, text.store, directory)):
+            say(said)
+        if is_finished(directory, final.plan.steps):
+            raise RequestError(
+                f"run {final.plan.name} is finished; its model is in {directory.model}",
+                hint="to train it further, make it longer",
+            )
+        write_run(final, directory, text, describe_environment(final.machine, Path.cwd()), launcher)
+        # Whoever gives this command wants it trained, whatever was asked of it before.
+        directory.stop_request.unlink(missing_ok=True)
+    return directory
+
+
+def write_draft(draft: Assembly, directory: RunDirectory, launcher: str) -> None:
+    """Write the directory of a run whose text is prepared elsewhere: `begin_in_job` plans it anew.
+
+    Raises RunDirectoryError for a run that has begun.
+    """
+    if has_begun(directory):
+        raise RunDirectoryError(
+            f"run {directory.root.name!r} has begun: its text is prepared",
+            directory=directory.root,
+            hint="leave --prepare out",
+        )
+    write_files(rendered_files(draft, directory, None, launcher).items())
+
+
+def begin_in_job(directory: RunDirectory, progress: Progress, say: Say, launcher: str) -> None:
+    """Plan the run in a job that waited for its text, unless that is done. What of the text is not prepared
+    yet is prepared here."""
+    run, orders = directory.read_config(), directory.read_orders()
+    if orders.store is not None or run.data.mode == "stream":
+        return
+    machine = find_machine()
+    draft = assemble(load_run(directory.config), load_cluster(directory.cluster), machine)
+    begin(draft, machine.cores, progress, say, launcher)
