@@ -251,7 +251,7 @@ EVENTS = (
     Event("preempted, with 60 s of grace", preempted, partition="grace"),
     Event("preempted, without grace", preempted),
     Event("requeued by an administrator", requeued),
-    Event("time limit of 1 minute", nothing, time_limit="1"),
+    Event("time limit of 2 minutes", nothing, time_limit="2"),
     Event("a node cut off from the network", cut_off_second),
     Event("a node drained", drained),
     Event("slurmctld restarted", restarted),

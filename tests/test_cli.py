@@ -37,7 +37,8 @@ COMMANDS: Mapping[str, TyperCommand] = {" ".join(words): command for words, comm
 def test_the_commands_are_those_that_work() -> None:
     assert set(COMMANDS) == {
         *("init", "plan", "train", "generate", "explain", "doctor"),
-        *("supervise", "status", "logs", "stop", "data prepare", "data verify", "data show"),
+        *("submit", "lint", "supervise", "status", "logs", "stop"),
+        *("data prepare", "data verify", "data show"),
         *("checkpoint list", "checkpoint verify", "checkpoint export"),
     }
 

@@ -151,6 +151,7 @@ XL = {
     "8x-a100-80gb": "ddp",
     "8x-h100-80gb": "ddp",
     "cpu-2-ranks": "use a GPU with more memory",
+    "slurm-cpu": "use a GPU with more memory",
 }
 """What gpt2-xl becomes on each cluster: its strategy, or what to do."""
 

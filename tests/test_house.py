@@ -44,7 +44,11 @@ MAY_READ_ENVIRONMENT: Final = (
     "config/load.py",
     "run/",
     "worker/__main__.py",
-    *("worker/export.py", "worker/reshard.py"),  # they are started too, and set one for all they import
+    *(
+        "worker/export.py",
+        "worker/reshard.py",
+        "worker/node.py",
+    ),  # they are started too, and set one for all they import
     "console.py",
     "cli/__init__.py",
 )

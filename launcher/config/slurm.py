@@ -43,7 +43,8 @@ OWN_OPTIONS: Final[Mapping[str, str]] = {
 """Options of sbatch, long and short, that launcher writes itself, and what to do instead."""
 
 _TIME_LIMIT = re.compile(r"(?:([0-9]+)-)?([0-9]+(?::[0-9]+){0,2})")
-_MEMORY = re.compile(r"[0-9]+[KMGT]?")
+_MEMORY = re.compile(r"([0-9]+)([KMGT]?)")
+UNITS: Final[Mapping[str, int]] = {"K": 1 << 10, "": 1 << 20, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _OPTION = re.compile(r"--?([A-Za-z][A-Za-z-]*)([= ].*)?")
 
 
@@ -76,6 +77,13 @@ def check_memory(value: str) -> str:
     if _MEMORY.fullmatch(value) is None:
         raise ValueError("expected memory such as 200G or 64000M, or 0 for all of it")
     return value
+
+
+def memory_bytes(value: str | None) -> int | None:
+    """Bytes in an amount of memory as sbatch takes it, MiB without a unit; None where none is said, or all."""
+    match = _MEMORY.fullmatch(value or "0")
+    assert match is not None, value
+    return int(match[1]) * UNITS[match[2]] or None
 
 
 def needs_a_description(launch: str, gpus_per_node: object, gpu: object) -> Iterator[Fault]:

@@ -48,7 +48,7 @@ TEXT: tuple[Path, ...] = ((PLAN, "store"), (PLAN, "vocabulary"), *_plan("blocks"
 
 CPUS = ("cpus-per-task",)
 SETUP = "slurm.setup"
-"""Stands for the lines of the job script that are neither comments, nor exports, nor its last command."""
+"""Stands for the lines of the job script between its options and exports: `slurm.setup`, as written."""
 
 CARRIES: Mapping[str, tuple[Path, ...]] = {
     "name": (*_plan("name"), (LAUNCH, ""), *_option("job-name", "output"), *_job("exec ")),
@@ -115,9 +115,9 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
                 name: name for name in ("partition", "account", "qos", "constraint", "reservation", "exclude")
             },
             "time_limit": "time",
-            "memory": "mem",
         }.items()
     },
+    "cluster.slurm.memory": (*_option("mem"), *_plan("memory_available"), *FIT),
     "cluster.slurm.exclusive": (
         *_option("exclusive", *CPUS),
         *_job("export SRUN"),
@@ -179,7 +179,7 @@ def _sets(line: str, key: str) -> bool:
 
 def _is_of_job(line: str, beginning: str) -> bool:
     if beginning == SETUP:
-        return bool(line) and not line.startswith(("#", "export ", "exec "))
+        return bool(line) and not line.startswith(("#", "export ", "exec ", "trap "))
     return line.startswith(beginning)
 
 

@@ -14,6 +14,7 @@ from launcher import __version__
 from launcher.config.load import Loaded, dump
 from launcher.config.models import ModelSource, find_model
 from launcher.config.schema import ClusterConfig, GPUFigures, RunConfig, TokenizerFromCorpus
+from launcher.config.slurm import memory_bytes
 from launcher.errors import LauncherError, MachineError, RequestError, RunDirectoryError
 from launcher.plan.batch import NOTHING_DONE, Done
 from launcher.plan.choose import Blocks, Place, Plan, make_plan
@@ -182,7 +183,7 @@ def find_place(cluster: ClusterConfig, machine: Machine) -> Place:
         ranks,
         gpu,
         cpus_per_node(cluster.slurm, ranks, on_cpu=gpu.name == "cpu") if lent else machine.cores,
-        None if lent else machine.memory,
+        memory_bytes(cluster.slurm.memory) if lent else machine.memory,
         network=None if cluster.network_gbps is None else cluster.network_gbps * GIGA / 8,
         price_per_gpu_hour=cluster.price_per_gpu_hour,
     )

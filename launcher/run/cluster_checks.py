@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from launcher.config.schema import ClusterConfig
-from launcher.config.slurm import time_limit_seconds
+from launcher.config.slurm import memory_bytes, time_limit_seconds
 from launcher.errors import LauncherError
 from launcher.plan.choose import Place
 from launcher.run import slurm
@@ -51,8 +51,6 @@ SHARED: Final = frozenset(
     }
 )
 """File systems that several machines may have; any other is on this one alone, as far as can be told."""
-
-UNITS: Final = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2, "": 1}
 
 
 def examine_cluster(
@@ -160,15 +158,8 @@ def _demands(
         yield "GPUs", "gpus_per_node", place.ranks_per_node, lambda node: node.gpus
     if place.cores is not None:
         yield "CPUs", "slurm.cpus_per_node", place.cores, lambda node: node.cpus
-    if cluster.slurm.memory is not None:
-        yield "MiB of memory", "slurm.memory", mebibytes(cluster.slurm.memory), lambda node: node.memory
-
-
-def mebibytes(memory: str) -> int:
-    """The MiB in an amount of memory as sbatch takes it."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)", memory)
-    assert match is not None, memory
-    return round(int(match[1]) * UNITS[match[2]])
+    if (memory := memory_bytes(cluster.slurm.memory)) is not None:
+        yield "MiB of memory", "slurm.memory", memory >> 20, lambda node: node.memory
 
 
 def stop_checks(settings: dict[str, str], partition: slurm.Partition, need: Need) -> Iterator[Check]:

@@ -37,12 +37,13 @@ def main(arguments: list[str]) -> int:
     folder, word, host, port, count, backend = arguments
     directory = RunDirectory(Path(folder))
     number, sees = int(os.environ["SLURM_NODEID"]), _sees(directory, word)
+    name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     said = {
-        "host": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        "host": name,
         "sees": sees,
         "free": shutil.disk_usage(directory.root).free if sees else 0,
         "versions": versions(),
-        "pairs": _pairs(number, int(count), host, int(port), backend) if int(count) > 1 else [],
+        "pairs": _pairs(name, number, int(count), host, int(port), backend) if int(count) > 1 else [],
     }
     print(json.dumps(said), flush=True)
     return 0
@@ -56,10 +57,10 @@ def _sees(directory: RunDirectory, word: str) -> bool:
         return False
 
 
-def _pairs(number: int, count: int, host: str, port: int, backend: str) -> list[dict[str, object]]:
+def _pairs(name: str, number: int, count: int, host: str, port: int, backend: str) -> list[dict[str, object]]:
     """An all-reduce with each other node, and the seconds it took; null where it failed."""
     store = TCPStore(host, port, count, is_master=number == 0, timeout=STARTING)
-    store.set(f"name-{number}", os.environ.get("SLURMD_NODENAME", socket.gethostname()))
+    store.set(f"name-{number}", name)
     names = [store.get(f"name-{other}").decode() for other in range(count)]
     store.set_timeout(TIMEOUT)
     found: list[dict[str, object]] = []

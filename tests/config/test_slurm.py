@@ -7,7 +7,7 @@ import pytest
 
 from launcher.config.load import load_cluster
 from launcher.config.schema import SlurmSection
-from launcher.config.slurm import SLURM_KEYS, time_limit_seconds
+from launcher.config.slurm import SLURM_KEYS, memory_bytes, time_limit_seconds
 from launcher.errors import ConfigError, Fault
 
 WHERE = "launch: slurm\ngpus_per_node: 8\ngpu: h100-sxm-80gb\n"
@@ -30,6 +30,14 @@ def test_the_keys_are_those_of_the_schema() -> None:
 )
 def test_a_time_limit_as_the_manual_of_sbatch_has_it(value: str, seconds: int) -> None:
     assert time_limit_seconds(value) == seconds
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, None), ("0", None), ("64", 64 << 20), ("2G", 2 << 30), ("3000K", 3000 << 10)],
+)
+def test_memory_in_bytes(value: str | None, expected: int | None) -> None:
+    assert memory_bytes(value) == expected
 
 
 @pytest.mark.parametrize("value", ["", "0", "0:00:00", "1h", "1:2:3:4", "-5", "1-", "24 h"])
