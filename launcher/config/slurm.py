@@ -80,7 +80,7 @@ def check_memory(value: str) -> str:
 
 
 def memory_bytes(value: str | None) -> int | None:
-    """Bytes in an amount of memory as sbatch takes it, MiB without a unit; None where none is said, or all."""
+    """Bytes in an amount of memory as sbatch takes it, MiB without a unit; None: none is said, or all."""
     match = _MEMORY.fullmatch(value or "0")
     assert match is not None, value
     return int(match[1]) * UNITS[match[2]] or None
