@@ -20,6 +20,7 @@ from launcher.plan.orders import Orders
 from launcher.render.srun import Step, check_command, srun_command, step_environment, step_name
 from launcher.run import excluding, journal, node_check, slurm
 from launcher.run.directory import RunDirectory
+from launcher.run.heartbeat import read_beat
 from launcher.run.outcome import UNLIMITED, Facts, Outcome
 from launcher.run.slurm_facts import Seen, facts_of, is_requeued
 from launcher.run.stopping import checkpoint_bytes, need_of
@@ -113,6 +114,8 @@ class Slurm:
         """Have the job requeued where the nodes are to be taken away, or may be at fault."""
         if outcome not in UNLIMITED and outcome is not Outcome.HUNG:
             return False
+        if outcome is Outcome.HUNG and (host := self._hung_host()) is not None:
+            excluding.avoid(self._directory, [host], why, time.time())
         # A requeue ends this job, and so this process, with SIGTERM: it is no wish to stop the run.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         state = self._look.now()
@@ -164,6 +167,17 @@ class Slurm:
         excluding.avoid(self._directory, found.culprits, why, now)
         self.hands_over(Outcome.NODE_FAILED, why)
         raise Interrupted(f"{why}; queued again without {', '.join(found.culprits)}")
+
+    def _hung_host(self) -> str | None:
+        """The one node that the ranks which hung last were on; None where it was not one of several."""
+        hung = [event for event in journal.read(self._directory.journal) if event["event"] == "hung"]
+        if not hung or len(self._hosts) == 1:
+            return None
+        beats = [
+            read_beat(self._directory.heartbeat(hung[-1]["attempt"], rank)) for rank in hung[-1]["ranks"]
+        ]
+        hosts = {beat.host for beat in beats if beat is not None}
+        return hosts.pop() if len(hosts) == 1 else None
 
     def _taken_away(self) -> str | None:
         """Whether it is SLURM that takes the nodes away just now, in words."""
