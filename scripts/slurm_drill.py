@@ -73,7 +73,7 @@ def run_file(text: list[str]) -> dict[str, Any]:
 
 def cluster_file(partition: str, time_limit: str | None = None) -> dict[str, Any]:
     """Two nodes, a rank on the CPU of each."""
-    asked = {"partition": partition, "cpus_per_node": 2, "time_limit": time_limit}
+    asked = {"partition": partition, "cpus_per_node": 1, "time_limit": time_limit}
     return {
         "name": "drill",
         "launch": "slurm",
@@ -81,7 +81,6 @@ def cluster_file(partition: str, time_limit: str | None = None) -> dict[str, Any
         "gpus_per_node": 1,
         "gpu": "cpu",
         "slurm": asked,
-        "env": {"OMP_NUM_THREADS": "1"},
     }
 
 
