@@ -254,9 +254,10 @@ EVENTS = (
     Event("a node cut off from the network", cut_off_second),
     Event("a node drained", drained),
     Event("slurmctld restarted", restarted),
-    Event("a node with another version of a package", nothing, before=another_version),
     Event("supervisor killed, submitted again", supervisor_killed, again=True),
     Event("scancel, submitted again", cancelled, again=True),
+    # The last: n1 stays as it is.
+    Event("a node with another version of a package", nothing, before=another_version),
 )
 
 
