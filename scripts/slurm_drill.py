@@ -36,13 +36,13 @@ AT_STEP = 15
 PATIENCE = 420.0
 """Seconds for a run to end, with all its attempts, on a busy machine."""
 
-SLOW = f"""\
-import time
+SLOW = """\
+import os, time
 from transformers import TrainerCallback
 
 class Slow(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        time.sleep({STEP_SECONDS})
+        time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
 """
 
 
@@ -71,7 +71,9 @@ def run_file(text: list[str]) -> dict[str, Any]:
     }
 
 
-def cluster_file(partition: str, time_limit: str | None = None) -> dict[str, Any]:
+def cluster_file(
+    partition: str, time_limit: str | None = None, step_seconds: float = STEP_SECONDS
+) -> dict[str, Any]:
     """Two nodes, a rank on the CPU of each."""
     asked = {"partition": partition, "cpus_per_node": 1, "time_limit": time_limit}
     return {
@@ -81,6 +83,7 @@ def cluster_file(partition: str, time_limit: str | None = None) -> dict[str, Any
         "gpus_per_node": 1,
         "gpu": "cpu",
         "slurm": asked,
+        "env": {"STEP_SECONDS": str(step_seconds)},
     }
 
 
@@ -160,12 +163,16 @@ class Place:
         )
 
     def submit(
-        self, name: str, partition: str = "batch", time_limit: str | None = None, *more: str
+        self,
+        name: str,
+        partition: str = "batch",
+        time_limit: str | None = None,
+        step_seconds: float = STEP_SECONDS,
     ) -> Drilled:
         """Submit a run of that name. Raises RuntimeError with what launcher said where it failed."""
-        self.write(f"{name}.cluster.yaml", cluster_file(partition, time_limit))
+        self.write(f"{name}.cluster.yaml", cluster_file(partition, time_limit, step_seconds))
         arguments = ["submit", "run.yaml", f"name={name}", "--cluster", f"{name}.cluster.yaml", "--json"]
-        done = self.launcher(*arguments, *more)
+        done = self.launcher(*arguments)
         if done.returncode:
             raise RuntimeError(done.stderr)
         (told,) = json.loads(done.stdout)
@@ -242,6 +249,7 @@ class Event:
     before: Callable[[Cluster], None] | None = None
     partition: str = "batch"
     time_limit: str | None = None
+    step_seconds: float = STEP_SECONDS
     again: bool = False
 
 
@@ -250,7 +258,7 @@ EVENTS = (
     Event("preempted, with 60 s of grace", preempted, partition="grace"),
     Event("preempted, without grace", preempted),
     Event("requeued by an administrator", requeued),
-    Event("time limit of 2 minutes", nothing, time_limit="2"),
+    Event("time limit of 1 minute", nothing, time_limit="1", step_seconds=1.0),
     Event("a node cut off from the network", cut_off_second),
     Event("a node drained", drained),
     Event("slurmctld restarted", restarted),
@@ -277,14 +285,15 @@ def drill(place: Place, event: Event, number: int, weights: str | None) -> tuple
     """Drive one run through `event`; `weights`: those of the undisturbed run."""
     if event.before is not None:
         event.before(place.slurm)
-    run = place.submit(f"drill-{number}", event.partition, event.time_limit)
+    asked = (f"drill-{number}", event.partition, event.time_limit, event.step_seconds)
+    run = place.submit(*asked)
     if event.do is not nothing:
         run.wait_for_step(AT_STEP)
         event.do(run)
     run.wait_for_end()
     state = place.slurm.job(run.job)["JobState"]
     if event.again:
-        run = place.submit(f"drill-{number}", event.partition, event.time_limit)
+        run = place.submit(*asked)
         run.wait_for_end()
         state += f", {place.slurm.job(run.job)['JobState']}"
     found = run.weights()

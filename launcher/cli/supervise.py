@@ -59,12 +59,14 @@ def launching_of(directory: RunDirectory) -> Launching:
 
 def train_to_the_end(directory: RunDirectory, launching: Launching) -> None:
     """Supervise the run, which is held, and say where its model is. Raises what `run.supervise` does."""
-    from launcher.run.supervise import is_finished, supervise
+    from launcher.run.slurm_ranks import Slurm
+    from launcher.run.supervise import SIGNALS, is_finished, supervise
 
     plan = directory.read_orders().plan
     if is_finished(directory, plan.steps):
         console.say(f"run {plan.name} is finished; its model is in {directory.model}")
         return
-    step = supervise(directory, launching, console.say)
+    asking = launching.asking if isinstance(launching, Slurm) else SIGNALS
+    step = supervise(directory, launching, console.say, asking=asking)
     console.say(f"finished at step {step}; the model is in {directory.model}")
     console.say(f"next: launcher generate {directory.root}")

@@ -1,4 +1,4 @@
-"""What SLURM did to an attempt, told from what it says of job and step, and the signals it sent. Pure.
+"""What SLURM did to an attempt, told from what it says of the job and of the step. Pure.
 
 Tried with Slurm 22.05: `docs/guides/slurm.md` has what each event looks like.
 """
@@ -6,8 +6,6 @@ Tried with Slurm 22.05: `docs/guides/slurm.md` has what each event looks like.
 from __future__ import annotations
 
 import re
-import signal
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.run.outcome import Facts
@@ -26,15 +24,15 @@ class Seen:
     """All that bears on an attempt of a job.
 
     `state`: the job now, None where slurmctld does not answer or has forgotten it. `restarts`: how often it
-    had been requeued when the attempt began. `words`: what srun and slurmstepd said. `signals`: what the
-    supervisor got. `down`: nodes of the attempt that are down now.
+    had been requeued when the attempt began. `words`: what srun and slurmstepd said. `down`: nodes
+    of the attempt that are down now. `warned`: SLURM has said (USR1) that the time limit is near.
     """
 
     state: JobState | None
     restarts: int
     words: str = ""
-    signals: Sequence[int] = ()
     down: tuple[str, ...] = ()
+    warned: bool = False
 
 
 def is_requeued(seen: Seen) -> bool:
@@ -54,10 +52,10 @@ def facts_of(seen: Seen, *, now: float, need: float) -> Facts:
     preempted = is_requeued(seen) or (state is not None and state.preempted) or "PREEMPTION" in reasons
     ends_at = None if state is None or state.state != "RUNNING" else state.end
     out_of_time = "TIME LIMIT" in reasons or (state is not None and state.reason == "TimeLimit")
-    told = signal.SIGUSR1 in seen.signals or (ends_at is not None and ends_at - now <= need)
+    near = seen.warned if ends_at is None else ends_at - now <= need
     return Facts(
         preempted=preempted and not failed,
-        time_limit=out_of_time or told,
+        time_limit=out_of_time or near,
         cancelled=_cancelled(state) and not (preempted or failed or out_of_time),
         out_of_memory=OUT_OF_MEMORY.search(seen.words) is not None,
         failed_nodes=failed,

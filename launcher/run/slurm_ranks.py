@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from types import FrameType
+from typing import ClassVar, Final
 
 from launcher.config.schema import ClusterConfig
 from launcher.errors import Interrupted, LauncherError, MachineError
@@ -38,6 +39,10 @@ KILL_SECONDS: Final = 30.0
 class Slurm:
     """Every rank on the nodes of this job (`run.launching.Launching`)."""
 
+    asking: ClassVar = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    """Signals that ask for a stop. SIGUSR1 only warns: SLURM may send it a minute early, which may be before
+    the first step, and the end of the job is known."""
+
     def __init__(self, directory: RunDirectory, cluster: ClusterConfig, orders: Orders) -> None:
         job = slurm.own_job()
         if job is None:
@@ -54,6 +59,8 @@ class Slurm:
         self._attempt = 0
         self._look = Look(job)
         self._signals = 0
+        self._warned = False
+        signal.signal(signal.SIGUSR1, self._note_warning)
         self._need = (-math.inf, 0.0)
 
     def start(self, attempt: int) -> SlurmRanks:
@@ -90,7 +97,7 @@ class Slurm:
         if len(signals) > self._signals:
             self._look.soon()
         self._signals = len(signals)
-        seen = Seen(self._look.newest, self._restarts, self._words(self._attempt), signals)
+        seen = Seen(self._look.newest, self._restarts, self._words(self._attempt), warned=self._warned)
         return facts_of(seen, now=time.time(), need=self._stop_seconds())
 
     def past(self, attempt: int) -> Facts:
@@ -107,7 +114,7 @@ class Slurm:
             return Facts()
         out = {node.name for node in slurm.nodes(",".join(told["nodes"])) if node.is_out}
         down = tuple(name for name in told["nodes"] if name in out)
-        seen = Seen(slurm.job_state(self.job), told["restarts"], self._words(attempt), (), down)
+        seen = Seen(slurm.job_state(self.job), told["restarts"], self._words(attempt), down)
         return facts_of(seen, now=0.0, need=0.0)
 
     def hands_over(self, outcome: Outcome, why: str) -> bool:
@@ -183,6 +190,9 @@ class Slurm:
         """Whether it is SLURM that takes the nodes away just now, in words."""
         facts = facts_of(Seen(self._look.now(), self._restarts), now=time.time(), need=0.0)
         return "the scheduler took the nodes back" if facts.preempted or facts.failed_nodes else None
+
+    def _note_warning(self, _number: int, _frame: FrameType | None) -> None:
+        self._warned = True
 
     def _step(self, attempt: int) -> Step:
         container = self._cluster.slurm.container

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -63,17 +63,23 @@ def is_finished(directory: RunDirectory, steps: int | None) -> bool:
     )
 
 
-def supervise(directory: RunDirectory, launching: Launching, say: Say, patience: Patience = PATIENCE) -> int:
+def supervise(
+    directory: RunDirectory,
+    launching: Launching,
+    say: Say,
+    patience: Patience = PATIENCE,
+    asking: Sequence[signal.Signals] = SIGNALS,
+) -> int:
     """Run attempts until the run ends, and return the step it finished at. Call it while holding
     `run.holding.only_supervisor`.
 
-    Ctrl-C or another of SIGNALS asks the ranks for a safe stop with a checkpoint; a second Ctrl-C ends them
+    Ctrl-C or another of `asking` asks the ranks for a safe stop with a checkpoint; a second Ctrl-C ends them
     at once. Raises Interrupted when stopped so, or when the scheduler starts the run again by itself, and
     TrainingError (or the rank's own kind of error) when the run failed.
     """
     plan = directory.read_orders().plan
     assert plan.steps is not None
-    with _signals_ask(directory) as signals:
+    with _signals_ask(directory, asking) as signals:
         while True:
             if asked_by(directory) is not None:
                 return _end(directory, End(Outcome.STOPPED, "asked for before it began"), None, say)
@@ -290,15 +296,15 @@ def _committed_step(directory: RunDirectory) -> int:
 
 
 @contextmanager
-def _signals_ask(directory: RunDirectory) -> Iterator[list[int]]:
-    """While inside, SIGNALS write a stop request; yields the signals received so far."""
+def _signals_ask(directory: RunDirectory, asking: Sequence[signal.Signals]) -> Iterator[list[int]]:
+    """While inside, these signals write a stop request; yields the signals received so far."""
     received: list[int] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         ask_to_stop(directory, "person" if number == signal.SIGINT else "signal")
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.signal(number, note) for number in asking}
     try:
         yield received
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 
 import pytest
@@ -29,23 +28,24 @@ SEEN = {
     "nothing": (Seen(RUNNING, 0), Facts()),
     "slurmctld does not answer": (Seen(None, 0), Facts()),
     "preempted at once": (
-        Seen(REQUEUED, 0, words("PREEMPTION"), [signal.SIGCONT, signal.SIGTERM]),
+        Seen(REQUEUED, 0, words("PREEMPTION")),
         Facts(preempted=True),
     ),
     "preempted with grace": (Seen(replace(RUNNING, preempted=True), 0, words()), Facts(preempted=True)),
     "requeued by an administrator": (
-        Seen(REQUEUED, 0, words("JOB REQUEUE"), [signal.SIGTERM]),
+        Seen(REQUEUED, 0, words("JOB REQUEUE")),
         Facts(preempted=True),
     ),
     "requeued before this attempt": (Seen(replace(RUNNING, restarts=3), 3), Facts()),
-    "cancelled": (Seen(ENDING, 0, words(), [signal.SIGTERM]), Facts(cancelled=True)),
+    "cancelled": (Seen(ENDING, 0, words()), Facts(cancelled=True)),
     "the time limit has come": (
         Seen(replace(ENDING, reason="TimeLimit"), 0, words("TIME LIMIT")),
         Facts(time_limit=True),
     ),
     "the time limit is near": (Seen(replace(RUNNING, end=2059.0), 0), Facts(time_limit=True)),
     "the time limit is not near": (Seen(replace(RUNNING, end=2061.0), 0), Facts()),
-    "SLURM's own warning": (Seen(RUNNING, 0, "", [signal.SIGUSR1]), Facts(time_limit=True)),
+    "SLURM's own warning, where it does not answer": (Seen(None, 0, warned=True), Facts(time_limit=True)),
+    "SLURM's own warning, a minute early": (Seen(RUNNING, 0, warned=True), Facts()),
     "a node has failed": (
         Seen(
             REQUEUED,
@@ -59,7 +59,7 @@ SEEN = {
         Facts(failed_nodes=("a node",)),
     ),
     "the supervisor's own node has failed": (
-        Seen(REQUEUED, 0, "", (), down=("n1",)),
+        Seen(REQUEUED, 0, "", down=("n1",)),
         Facts(failed_nodes=("n1",)),
     ),
     "killed for memory": (
