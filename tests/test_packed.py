@@ -16,6 +16,7 @@ from launcher.data.store import open_store
 from launcher.run.directory import RunDirectory
 from launcher.worker.model import build_model, load_tokenizer
 from tests.conftest import Workplace, losses, metrics, sentences, small_run, write_json
+from tests.long import LONG
 
 STOP = """
 import os, signal
@@ -81,7 +82,7 @@ def rows_of(directory: Path, split: Any) -> list[torch.Tensor]:
     return [torch.from_numpy(blocks.read(0, number)) for number in numbers]
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+@pytest.mark.parametrize("packing", [pytest.param("best_fit", marks=LONG), "concat"])
 def test_the_loss_is_that_of_documents_alone_on_any_world(mine: Workplace, packing: str) -> None:
     write_run(mine, packing)
     one, two = mine.train("name=one"), mine.train("name=two", "--cluster", "two.yaml")
@@ -104,6 +105,7 @@ def test_the_loss_is_that_of_documents_alone_on_any_world(mine: Workplace, packi
     assert metrics(one)[-1]["eval_tokens"] == metrics(two)[-1]["eval_tokens"] == labels
 
 
+@LONG
 def test_the_proof_leaves_a_resumed_run_as_it_was(mine: Workplace) -> None:
     write_run(mine, "best_fit", callbacks=["mine:Stop"])
     overrides = ("model.overrides.resid_pdrop=0.2", "--cluster", "two.yaml")

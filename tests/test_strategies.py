@@ -19,8 +19,7 @@ import pytest
 
 from scripts.check_strategies import CLOSE, PAGE, SAME_LOGITS, STEPS, Bench, Cell, Tried, write_table
 from tests.conftest import sentences, write_json
-
-LONG = pytest.mark.skipif("LAUNCHER_LONG" not in os.environ, reason="a minute each: set LAUNCHER_LONG=1")
+from tests.long import LONG
 
 
 @pytest.fixture(scope="module")

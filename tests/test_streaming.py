@@ -10,6 +10,7 @@ import pytest
 
 from launcher.run.directory import RunDirectory
 from tests.conftest import Workplace, losses, sentences, small_run, write_json
+from tests.long import LONG
 
 ENDINGS = """
 import os, signal
@@ -56,8 +57,11 @@ def test_any_world_and_split_trains_on_the_same_text_and_writes_none_of_it(strea
 
 @pytest.mark.parametrize(
     ("ending", "ranks", "ranks_after"),
-    [("SIGUSR1 7", 1, 1), ("SIGKILL 13", 2, 2), ("SIGUSR1 12", 2, 1)],
-    ids=["stopped", "killed, two ranks", "stopped with two ranks, gone on with one"],
+    [
+        pytest.param("SIGUSR1 7", 1, 1, id="stopped", marks=LONG),
+        pytest.param("SIGKILL 13", 2, 2, id="killed, two ranks"),
+        pytest.param("SIGUSR1 12", 2, 1, id="stopped with two ranks, gone on with one"),
+    ],
 )
 def test_ended_and_taken_up_again_it_is_the_same_run(
     streaming: Workplace, ending: str, ranks: int, ranks_after: int

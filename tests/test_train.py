@@ -22,6 +22,7 @@ from launcher.data.blocks import Blocks
 from launcher.data.store import open_store
 from launcher.run.directory import RunDirectory
 from tests.conftest import Workplace, losses, metrics, sentences, small_run, write_json
+from tests.long import LONG
 
 STOP_AT_SEVEN = """
 import os, signal
@@ -123,7 +124,10 @@ def test_another_configuration_of_the_same_name_is_refused_and_a_longer_one_goes
     assert steps == list(range(1, 25))
 
 
-@pytest.mark.parametrize("cluster", [(), ("--cluster", "two.yaml")], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize(
+    "cluster",
+    [pytest.param((), marks=LONG, id="one rank"), pytest.param(("--cluster", "two.yaml"), id="two ranks")],
+)
 def test_stopped_and_resumed_it_ends_in_the_same_weights(mine: Workplace, cluster: tuple[str, ...]) -> None:
     run = small_run()
     run["model"]["overrides"]["resid_pdrop"] = 0.2
@@ -301,6 +305,7 @@ def test_the_fine_tuning_file_on_a_model_made_here(workplace: Workplace) -> None
     assert plan["steps"] == math.ceil(3 * rows / 8)
 
 
+@LONG  # tests/test_chaos.py damages every file of one
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(mine: Workplace) -> None:
     run = small_run()
     run["train"]["callbacks"] = ["mine:Stop"]
