@@ -187,6 +187,14 @@ def test_padded_documents_train_the_same_on_any_world_and_learn_to_stop(mine: Wo
     one, two = mine.train("name=one"), mine.train("name=two", "--cluster", "two.yaml")
     ours, theirs = losses(one), losses(two)
     assert max(abs(ours[key] - theirs[key]) for key in ours) < 1e-4
+    for directory, ranks in ((one, {None}), (two, {None, 0, 1})):
+        reports = [line for line in metrics(directory) if "loss" in line]
+        between = [after["time"] - before["time"] for before, after in itertools.pairwise(reports)]
+        for each, seconds in zip(reports[1:], between, strict=True):
+            assert 0 < each["data_wait_seconds"] + each["host_seconds"] < seconds + 0.01
+            assert each["slowest_rank"] in ranks
+            assert (each["slowest_rank"] is None) == (each["slowest_rank_lag_seconds"] is None)
+            assert (each["mfu"], each["matmul_share"]) == (None, None)
 
     model = AutoModelForCausalLM.from_pretrained(one / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(one / "model")

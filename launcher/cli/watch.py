@@ -184,7 +184,11 @@ def _rows(found: Status) -> list[tuple[str, str]]:
         ),
         ("tokens", "-" if found.tokens is None else console.count(found.tokens)),
         ("tokens/s", "-" if found.tokens_per_second is None else console.count(found.tokens_per_second)),
-        ("MFU", _or(found.mfu, ".1%")),
+        ("MFU, by PaLM's count", _share(found.mfu, "of the datasheet's peak")),
+        ("", _share(found.matmul_share, "of what a large matrix product reaches")),
+        ("waited for data", _between_reports(found.data_wait_seconds)),
+        ("host in steps", _between_reports(found.host_seconds)),
+        ("slowest rank", _slowest(found)),
         (
             "GPU memory, peak",
             "-" if found.peak_memory_bytes is None else console.gibibytes(found.peak_memory_bytes),
@@ -220,6 +224,20 @@ def _job_rows(job: QueuedJob) -> list[tuple[str, str]]:
         "not known yet" if job.start is None else datetime.fromtimestamp(job.start).isoformat(" ", "minutes")
     )
     return [*rows, ("waits for", f"{job.reason}{ours}{place}"), ("expected start", start)]
+
+
+def _share(value: float | None, of: str) -> str:
+    return "-" if value is None else f"{value:.1%} {of}"
+
+
+def _between_reports(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.2f} s between the last two reports"
+
+
+def _slowest(found: Status) -> str:
+    if found.slowest_rank is None or found.slowest_rank_lag_seconds is None:
+        return "-"
+    return f"{found.slowest_rank}, {found.slowest_rank_lag_seconds * 1000:.1f} ms a step behind the median"
 
 
 def _left(found: Status) -> str:

@@ -51,9 +51,9 @@ class Status:
     """How a run stands. Times are in seconds, sizes in bytes; None: not known (yet).
 
     `alive`: who lives to carry it on, by the locks they hold. `ended`: how the run itself came to its end.
-    `phase`: what rank 0 did by its last heartbeat. `tokens_per_second` and `mfu` are of the last report;
-    `seconds_left` is by the pace of the last REPORTS of them, evaluations and saving included. `job`: the
-    newest one, on a SLURM cluster.
+    `phase`: what rank 0 did by its last heartbeat. `tokens_per_second` to `peak_memory_bytes` are of the last
+    report, as docs/concepts/runs.md has them; `seconds_left` is by the pace of the last REPORTS of them,
+    evaluations and saving included. `job`: the newest one, on a SLURM cluster.
     """
 
     name: str
@@ -69,6 +69,11 @@ class Status:
     tokens: int | None
     tokens_per_second: float | None
     mfu: float | None
+    matmul_share: float | None
+    data_wait_seconds: float | None
+    host_seconds: float | None
+    slowest_rank: int | None
+    slowest_rank_lag_seconds: float | None
     peak_memory_bytes: int | None
     seconds_left: float | None
     eval_loss: float | str | None
@@ -142,6 +147,11 @@ def read_status(directory: RunDirectory, now: float) -> Status:
         tokens=newest.get("tokens"),
         tokens_per_second=newest.get("tokens_per_second"),
         mfu=newest.get("mfu"),
+        matmul_share=newest.get("matmul_share"),
+        data_wait_seconds=newest.get("data_wait_seconds"),
+        host_seconds=newest.get("host_seconds"),
+        slowest_rank=newest.get("slowest_rank"),
+        slowest_rank_lag_seconds=newest.get("slowest_rank_lag_seconds"),
         peak_memory_bytes=newest.get("peak_memory_bytes"),
         seconds_left=_seconds_left(training, step, plan["steps"]),
         eval_loss=evaluation.get("eval_loss"),

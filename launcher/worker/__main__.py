@@ -56,6 +56,7 @@ from launcher.worker.pickles import allow_deepspeed, read_as_data
 from launcher.worker.rank import Rank, join, last_word, say_last
 from launcher.worker.report import Report
 from launcher.worker.resume import check_length, go_on
+from launcher.worker.step_times import StepTimes
 from launcher.worker.stop import Agreement, StopSignals
 from launcher.worker.stream import open_stream
 from launcher.worker.trainer import LauncherTrainer, Rows, training_arguments
@@ -222,6 +223,7 @@ def train(
     model = trained_model(orders, tokenizer, run.seed)
     fell_back = make_fast(model, plan.fast, block_size=plan.block_size)
     agreement = Agreement(rank.world_size)
+    times = StepTimes(plan, agreement)
     divergence = Divergence(
         directory, start_step, orders.vocabulary, tolerates_overflow=plan.precision == "fp16"
     )
@@ -244,10 +246,10 @@ def train(
     )
     checks = Verify(directory, orders, run, rows, start_step)
     reached.step = start_step
-    # The writer waits for the last checkpoint before the report is closed.
-    callbacks: list[TrainerCallback] = [checks, reached, cadence, writer]
+    # Times stop before anything waits. The writer waits for the last checkpoint before the report is closed.
+    callbacks: list[TrainerCallback] = [checks, times, reached, cadence, writer]
     if rank.number == 0:
-        report, others = reports(directory, orders, run, rank, rows.training, phases, start_step)
+        report, others = reports(directory, orders, run, rank, rows.training, phases, times, start_step)
         writer.told = report.saved
         callbacks += [report, *others]
     callbacks += [load_object("train.callbacks", name)() for name in run.train.callbacks]
@@ -267,6 +269,7 @@ def train(
         cadence=cadence,
         divergence=divergence,
         agreement=agreement,
+        times=times,
         callbacks=callbacks,
         fell_back=fell_back,
     )
@@ -348,6 +351,7 @@ def reports(
     rank: Rank,
     rows: TrainingRows,
     phases: Phases,
+    times: StepTimes,
     start_step: int,
 ) -> tuple[Report, list[TrainerCallback]]:
     """Rank 0's record of the run, and what else the user looks at."""
@@ -358,6 +362,7 @@ def reports(
         plan,
         rows,
         phases,
+        times,
         MetricsFile(directory.metrics, start_step),
         Progress(rank.terminal, steps=plan.steps, done=start_step, name=run.name),
         flops_per_token=None if shape is None else flops_per_token(shape, plan.block_size),

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -39,12 +40,20 @@ def _keep_until(file: Path, step: int) -> None:
     temporary.replace(file)
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast training goes."""
+
+    tokens_per_second: float
+    step_seconds: float
+
+
 class Throughput:
-    """Tokens per second of training alone: time spent evaluating and saving is left out."""
+    """The pace of training alone: time spent evaluating and saving is left out."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
-        self._tokens = 0
+        self._tokens = self._steps = 0
         self._aside = 0.0
         self._left: float | None = None
 
@@ -58,14 +67,17 @@ class Throughput:
             self._left = None
 
     def count(self, tokens: int) -> None:
+        """A step of so many tokens was done."""
         self._tokens += tokens
+        self._steps += 1
 
-    def read(self) -> float:
-        """Tokens per second since the last reading."""
+    def read(self) -> Pace:
+        """The pace since the last reading."""
         now = time.perf_counter()
-        rate = self._tokens / max(now - self._since - self._aside, 1e-9)
-        self._since, self._tokens, self._aside = now, 0, 0.0
-        return rate
+        seconds = max(now - self._since - self._aside, 1e-9)
+        pace = Pace(self._tokens / seconds, seconds / max(self._steps, 1))
+        self._since, self._tokens, self._steps, self._aside = now, 0, 0, 0.0
+        return pace
 
 
 class Progress:

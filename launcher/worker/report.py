@@ -11,15 +11,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from launcher.data.phases import Phases
 from launcher.plan.choose import Plan
+from launcher.worker.ceiling import matmul_flops
 from launcher.worker.checkpoint import Saved
 from launcher.worker.dataset import TrainingRows
+from launcher.worker.engine import DTYPES
 from launcher.worker.metrics import MetricsFile, Progress, Throughput
+from launcher.worker.step_times import Slowest, StepTimes, slowest
+
+NAMED_EVERY_SECONDS = 600.0
+"""The log names a slow rank at most so often; metrics.jsonl does in each line."""
 
 
 class Report(TrainerCallback):
     """Writes one line for each report of training and each evaluation.
 
-    `flops_per_token` (PaLM count) and the plan's peak give MFU; None where unknown.
+    `flops_per_token` (PaLM count) gives MFU against the plan's peak, a datasheet's, and `matmul_share`
+    against what a large product reaches on rank 0's GPU; None where unknown.
     """
 
     def __init__(
@@ -27,6 +34,7 @@ class Report(TrainerCallback):
         plan: Plan,
         rows: TrainingRows,
         phases: Phases,
+        times: StepTimes,
         file: MetricsFile,
         progress: Progress,
         *,
@@ -35,14 +43,20 @@ class Report(TrainerCallback):
         self._plan = plan
         self._rows = rows
         self._phases = phases
+        self._times = times
         self._file = file
         self._progress = progress
         self._throughput = Throughput()
         self._flops_per_token = flops_per_token
+        self._matmul_flops: float | None = None
+        self._slowest_before: int | None = None
+        self._named: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        if self._plan.device == "cuda" and self._flops_per_token is not None:
+            self._matmul_flops = matmul_flops(DTYPES[self._plan.precision])
         self._throughput = Throughput()
 
     def on_step_end(
@@ -96,17 +110,42 @@ class Report(TrainerCallback):
         return int(self._rows.lengths(self._phases.samples_of_step(step).tolist()).sum())
 
     def _speed(self, state: TrainerState) -> dict[str, float | int | None]:
-        rate, peak = self._throughput.read(), self._plan.peak_flops
-        mfu = None
-        if self._flops_per_token is not None and peak is not None:
-            mfu = rate * self._flops_per_token / (peak * self._plan.batch.world_size)
+        pace, spent = self._throughput.read(), self._times.spent
         memory = torch.cuda.max_memory_allocated() if self._plan.device == "cuda" else None
+        behind = slowest(spent.by_rank, pace.step_seconds)
+        self._name(behind)
         return {
             "tokens": state.num_input_tokens_seen,
-            "tokens_per_second": rate,
-            "mfu": mfu,
+            "tokens_per_second": pace.tokens_per_second,
+            "mfu": self._share(pace.tokens_per_second, self._plan.peak_flops),
+            "matmul_share": self._share(pace.tokens_per_second, self._matmul_flops),
+            "data_wait_seconds": spent.data_wait,
+            "host_seconds": spent.host,
+            "slowest_rank": None if behind is None else behind.rank,
+            "slowest_rank_lag_seconds": None if behind is None else behind.lag,
             "peak_memory_bytes": memory,
         }
+
+    def _share(self, tokens_per_second: float, flops: float | None) -> float | None:
+        """Of the FLOP/s that every GPU could do, `flops` each, those that the model needed."""
+        if self._flops_per_token is None or flops is None:
+            return None
+        return tokens_per_second * self._flops_per_token / (flops * self._plan.batch.world_size)
+
+    def _name(self, behind: Slowest | None) -> None:
+        """Say in the log which rank is slow, once it has been so in two reports in a row."""
+        before, self._slowest_before = self._slowest_before, None if behind is None else behind.rank
+        if behind is None or behind.rank != before:
+            return
+        now = time.monotonic()
+        if self._named is not None and now - self._named < NAMED_EVERY_SECONDS:
+            return
+        self._named = now
+        print(
+            f"rank {behind.rank} is the slowest: {behind.lag * 1000:.1f} ms a step behind the median rank, "
+            f"{max(behind.data_wait_lag, 0.0) * 1000:.1f} ms of them waiting for data",
+            flush=True,
+        )
 
 
 def _finite(value: float | int | None) -> float | int | str | None:

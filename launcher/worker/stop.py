@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -92,3 +93,12 @@ class Agreement:
         flag = torch.tensor([mine], dtype=torch.int32)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
+
+    def gather(self, mine: Sequence[float]) -> list[list[float]]:
+        """Each rank's numbers, by rank; all give as many. Waits for all; proposals stay as they are."""
+        if self._group is None:
+            return [list(mine)]
+        numbers = torch.tensor(mine, dtype=torch.float64)
+        found = [torch.empty_like(numbers) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(found, numbers, group=self._group)
+        return [each.tolist() for each in found]

@@ -48,6 +48,7 @@ from launcher.worker.pickles import refusing_code
 from launcher.worker.reshard import Remove, mend_zero3, reshard
 from launcher.worker.resume import data_state
 from launcher.worker.schedule import follow_samples
+from launcher.worker.step_times import StepTimes, Timed
 from launcher.worker.stop import Agreement
 
 
@@ -156,6 +157,7 @@ class LauncherTrainer(Trainer):
         cadence: Cadence,
         divergence: Divergence,
         agreement: Agreement,
+        times: StepTimes,
         callbacks: list[TrainerCallback],
         fell_back: Mapping[str, str],
     ) -> None:
@@ -176,6 +178,7 @@ class LauncherTrainer(Trainer):
         self._cadence = cadence
         self._divergence = divergence
         self._agreement = agreement
+        self._times = times
 
     @property
     def rank(self) -> int:
@@ -215,6 +218,14 @@ class LauncherTrainer(Trainer):
             assert self._plan.warmup_steps is not None
             follow_samples(scheduler, self.phases, warmup=self._plan.warmup_steps, steps=num_training_steps)
         return scheduler
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """A step's micro-batches. What the loader takes for them is timed; counting labels is not."""
+        return super().get_batch_samples(Timed(epoch_iterator, self._times.data_wait), num_batches, device)
+
+    def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+        with self._times.forward.running():
+            return super().compute_loss(*arguments, **named)
 
     def _get_num_items_in_batch(self, batch_samples: list[Tensors], device: torch.device) -> Any:
         """Labelled tokens in the whole optimizer step. Equal rows need no counting and no collective."""

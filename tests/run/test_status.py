@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from launcher.cli import app
 from launcher.errors import RequestError, RunDirectoryError
 from launcher.plan.orders import Orders, format_orders
 from launcher.run import checkpoints as ledger
@@ -57,9 +59,10 @@ def test_a_run_that_trains(directory: RunDirectory) -> None:
     event(directory, NOW - 100, "attempt_started", attempt=2, world_size=4)
     report(directory, 8, NOW - 70, loss=4.5)
     report(directory, 8, NOW - 65, eval_loss=4.6)
-    report(
-        directory, 10, NOW - 50, loss=4.25, tokens=640, tokens_per_second=12.5, mfu=0.4, peak_memory_bytes=9
-    )
+    numbers = {"tokens_per_second": 12.5, "mfu": 0.4, "matmul_share": 0.5, "peak_memory_bytes": 9}
+    spent = {"data_wait_seconds": 0.5, "host_seconds": 2.0}
+    behind = {"slowest_rank": 3, "slowest_rank_lag_seconds": 0.25}
+    report(directory, 10, NOW - 50, loss=4.25, tokens=640, **numbers, **spent, **behind)
     report(directory, 10, NOW - 45, save_seconds=1.0)
     save(directory, 5, NOW - 4200)
     save(directory, 9, NOW - 60)
@@ -72,7 +75,9 @@ def test_a_run_that_trains(directory: RunDirectory) -> None:
         found = read_status(directory, NOW)
     assert (found.state, found.alive, found.phase) == ("running", "supervisor", "evaluating")
     assert (found.step, found.steps, found.loss, found.tokens) == (11, 20, 4.25, 640)
-    assert (found.tokens_per_second, found.mfu, found.peak_memory_bytes) == (12.5, 0.4, 9)
+    assert {name: getattr(found, name) for name in numbers} == numbers
+    assert (found.data_wait_seconds, found.host_seconds) == (0.5, 2.0)
+    assert (found.slowest_rank, found.slowest_rank_lag_seconds) == (3, 0.25)
     assert (found.eval_loss, found.eval_step) == (4.6, 8)
     # 2 steps took 20 s with the evaluation between them, and the attempt before is no measure: 9 are left.
     assert found.seconds_left == pytest.approx(90.0)
@@ -158,3 +163,19 @@ def test_the_journal_is_read_as_it_is_written(directory: RunDirectory) -> None:
     journal.record(directory.journal, "attempt_ended", attempt=1, outcome="FINISHED", step=20)
     (attempt,) = read_status(directory, time.time()).attempts
     assert (attempt.outcome, attempt.step, attempt.reason) == ("FINISHED", 20, None)
+
+
+def test_speed_is_shown_with_what_it_is_counted_by(directory: RunDirectory) -> None:
+    shares = {"mfu": 0.4, "matmul_share": 0.625}
+    behind = {"slowest_rank": 3, "slowest_rank_lag_seconds": 0.0125}
+    report(directory, 10, NOW, loss=4.0, data_wait_seconds=0.25, host_seconds=1.5, **shares, **behind)
+    shown = CliRunner().invoke(app, ["status", str(directory.root)]).stdout
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    for row in (
+        "MFU, by PaLM's count 40.0% of the datasheet's peak",
+        "62.5% of what a large matrix product reaches",
+        "waited for data 0.25 s between the last two reports",
+        "host in steps 1.50 s between the last two reports",
+        "slowest rank 3, 12.5 ms a step behind the median",
+    ):
+        assert row in rows

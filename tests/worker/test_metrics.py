@@ -20,6 +20,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from launcher.worker.dataset import TrainingRows
 from launcher.worker.metrics import MetricsFile, Progress, Throughput
 from launcher.worker.report import Report
+from launcher.worker.step_times import OwnTime, StepTimes
+from launcher.worker.stop import Agreement
 from tests.conftest import small_plan
 from tests.worker.test_dataset import without_changes
 
@@ -79,11 +81,14 @@ class Full:
         return np.full(len(samples), PLAN.block_size)
 
 
-def report(file: Path, *, flops: float | None = None, peak: float | None = None) -> Report:
+def report(
+    file: Path, *, flops: float | None = None, peak: float | None = None, times: StepTimes | None = None
+) -> Report:
     return Report(
         replace(PLAN, gpu="described", peak_flops=peak),
         cast("TrainingRows", Full()),
         without_changes(PLAN.batch.batch_size),
+        times or StepTimes(PLAN, Agreement(1)),
         MetricsFile(file, 0),
         Progress(io.StringIO(), steps=12, done=0, name="run"),
         flops_per_token=flops,
@@ -134,16 +139,40 @@ def test_speed_and_mfu_leave_out_evaluating_and_saving(tmp_path: Path) -> None:
     assert isinstance(rate, float)
     assert rate == pytest.approx(3 * 8 * 64 / busy, rel=0.1)
     assert line["mfu"] == pytest.approx(rate * 1000 / (1e6 * PLAN.batch.world_size))
+    assert line["matmul_share"] is None, "there is no GPU to multiply on"
     assert line["peak_memory_bytes"] is None
+
+
+def test_a_slow_rank_is_in_each_line_and_in_the_log_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = StepTimes(PLAN, Agreement(1))
+    rank0 = report(tmp_path / "metrics.jsonl", times=times)
+    state, control = TrainerState(), TrainerControl()
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    usual, slow = OwnTime(0.0, 0.1), OwnTime(0.0625, 0.1)
+    for by_rank in ([usual, slow, usual], [usual] * 3, *[[usual, usual, slow]] * 3):
+        times.spent = replace(times.spent, data_wait=0.5, host=2.0, by_rank=by_rank)
+        rank0.on_log(arguments, state, control, logs={"loss": 1.0})
+    written = lines(tmp_path / "metrics.jsonl")
+    assert [line["slowest_rank"] for line in written] == [1, None, 2, 2, 2]
+    assert [line["slowest_rank_lag_seconds"] for line in written] == [0.0625, None, 0.0625, 0.0625, 0.0625]
+    assert {(line["data_wait_seconds"], line["host_seconds"]) for line in written} == {(0.5, 2.0)}
+    said = [line for line in capsys.readouterr().out.splitlines() if "slowest" in line]
+    assert said == [
+        "rank 2 is the slowest: 62.5 ms a step behind the median rank, 62.5 ms of them waiting for data"
+    ]
 
 
 def test_throughput_starts_afresh_at_each_reading() -> None:
     throughput = Throughput()
     throughput.count(1000)
     time.sleep(0.05)
-    assert throughput.read() == pytest.approx(1000 / 0.05, rel=0.5)
+    pace = throughput.read()
+    assert pace.tokens_per_second == pytest.approx(1000 / 0.05, rel=0.5)
+    assert pace.step_seconds == pytest.approx(0.05, rel=0.5)
     time.sleep(0.01)
-    assert throughput.read() == 0.0
+    assert throughput.read().tokens_per_second == 0.0
 
 
 def test_elsewhere_than_on_a_terminal_a_report_is_a_plain_line() -> None:

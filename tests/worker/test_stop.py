@@ -23,6 +23,7 @@ def test_alone_a_wish_is_granted_one_step_later() -> None:
     agreement.propose(Wishes(stop=True))
     assert agreement.settle() == Wishes(stop=True)
     assert agreement.settle() == Wishes()
+    assert agreement.gather((1.5, 2)) == [[1.5, 2]]
 
 
 def _ask_on_one_rank(rank: int, world: int, folder: str) -> None:
@@ -35,6 +36,8 @@ def _ask_on_one_rank(rank: int, world: int, folder: str) -> None:
             stopped = step
             break
         agreement.propose(Wishes(stop=rank == 1 and step >= 7, evaluate=rank == 0 and step == 3))
+        assert agreement.gather((rank, step)) == [[0, step], [1, step], [2, step]]
+    assert agreement.gather([rank / 2]) == [[0.0], [0.5], [1.0]], "at the step of the stop too"
     Path(folder, f"rank-{rank}").write_text(str(stopped))
     dist.destroy_process_group()
 

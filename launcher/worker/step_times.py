@@ -1,0 +1,197 @@
+"""Where a rank's time goes between two reports, and which rank the others wait for.
+
+Nothing here waits for a device. Ranks exchange their times at a report, whose loss makes them meet anyway.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median_low
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from launcher.plan.choose import Plan
+from launcher.plan.sharding import zero_stage
+from launcher.worker.stop import Agreement
+
+NOTABLE = 0.1
+"""A rank is named where its own time is so much of the median rank's longer than that."""
+OF_A_STEP = 0.01
+"""And so much of a step: a rank that waits 20 microseconds for its data where others wait 10 slows nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTime:
+    """Seconds a step which no other rank can lengthen: waiting for data, and the forward pass."""
+
+    data_wait: float
+    forward: float
+
+    @property
+    def total(self) -> float:
+        return self.data_wait + self.forward
+
+
+@dataclass(frozen=True, slots=True)
+class Slowest:
+    """The rank whose own time is the longest, and by how many seconds a step more than the median rank's."""
+
+    rank: int
+    lag: float
+    data_wait_lag: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of this rank since the last report, and each rank's own time in them, by rank.
+
+    `host`: the main thread inside steps; data, reports, evaluations and saving are outside. On a GPU that is
+    the time it takes to hand out the work, and whatever makes it wait; on a CPU it is the work.
+    """
+
+    data_wait: float
+    host: float
+    by_rank: Sequence[OwnTime]
+
+
+def slowest(by_rank: Sequence[OwnTime], step_seconds: float) -> Slowest | None:
+    """The rank that is behind the others; None where they are alike.
+
+    `step_seconds`: how long a step takes. Of an even number of ranks the lower median counts.
+    """
+    usual = median_low(each.total for each in by_rank)
+    rank = max(range(len(by_rank)), key=lambda rank: by_rank[rank].total)
+    lag = by_rank[rank].total - usual
+    if lag <= max(NOTABLE * usual, OF_A_STEP * step_seconds):
+        return None
+    usual_wait = median_low(each.data_wait for each in by_rank)
+    return Slowest(rank, lag, by_rank[rank].data_wait - usual_wait)
+
+
+class Stopwatch(ABC):
+    """Seconds spent inside `running` since the last reading."""
+
+    @abstractmethod
+    @contextmanager
+    def running(self) -> Iterator[None]: ...
+
+    @abstractmethod
+    def read(self) -> float: ...
+
+
+class HostStopwatch(Stopwatch):
+    """The calling thread's time."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began
+
+    def read(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class StreamStopwatch(Stopwatch):
+    """The current CUDA stream's time, taken up as the GPU gets through it: what is yet to do counts later."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._spare: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        begin, end = self._spare.pop() if self._spare else (stream_event(), stream_event())
+        begin.record()
+        yield
+        end.record()
+        self._open.append((begin, end))
+        self._take_up()
+
+    def read(self) -> float:
+        self._take_up()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _take_up(self) -> None:
+        while self._open and self._open[0][1].query():  # type: ignore[no-untyped-call]
+            begin, end = self._open.popleft()
+            self._seconds += begin.elapsed_time(end) / 1000
+            self._spare.append((begin, end))
+
+
+def stream_event() -> torch.cuda.Event:
+    """A moment in a CUDA stream that can be told from others in milliseconds."""
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+class Timed(Iterator[Any]):
+    """An iterator whose `next` is timed."""
+
+    def __init__(self, inner: Iterator[Any], stopwatch: Stopwatch) -> None:
+        self._inner = inner
+        self._stopwatch = stopwatch
+
+    def __next__(self) -> Any:
+        with self._stopwatch.running():
+            return next(self._inner)
+
+
+class StepTimes(TrainerCallback):
+    """Times this rank's steps. A callback of every rank: at each report all exchange their own times."""
+
+    def __init__(self, plan: Plan, agreement: Agreement) -> None:
+        self._agreement = agreement
+        # Gathering parameters, a sharded forward pass waits for other ranks.
+        self._forward_is_own = plan.strategy != "fsdp" and zero_stage(plan.strategy) != 3
+        self._on_cuda = plan.device == "cuda"
+        self._start()
+
+    def _start(self) -> None:
+        self.data_wait: Stopwatch = HostStopwatch()
+        self.forward: Stopwatch = StreamStopwatch() if self._on_cuda else HostStopwatch()
+        self._host = 0.0
+        self._steps = 0
+        self._step_began = time.perf_counter()
+        self.spent = Spent(0.0, 0.0, [OwnTime(0.0, 0.0)])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._step_began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._host += time.perf_counter() - self._step_began
+        self._steps += 1
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **about: Any
+    ) -> None:
+        if "loss" in about["logs"]:
+            self.spent = self._read()
+
+    def _read(self) -> Spent:
+        data_wait, forward = self.data_wait.read(), self.forward.read()
+        steps, host = max(self._steps, 1), self._host
+        self._steps, self._host = 0, 0.0
+        own = (data_wait / steps, forward / steps if self._forward_is_own else 0.0)
+        return Spent(data_wait, host, [OwnTime(*each) for each in self._agreement.gather(own)])

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from launcher.worker.ceiling import matmul_flops
+from launcher.worker.step_times import (
+    HostStopwatch,
+    OwnTime,
+    Slowest,
+    Spent,
+    StepTimes,
+    StreamStopwatch,
+    Timed,
+    slowest,
+)
+from launcher.worker.stop import Agreement
+from tests.conftest import small_plan
+
+PLAN = small_plan()
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Drive:
+    """Steps with the Trainer's own calls, in its order; sleeping stands for work."""
+
+    def __init__(self, folder: Path, times: StepTimes) -> None:
+        self.times = times
+        self._about = (
+            TrainingArguments(output_dir=str(folder), use_cpu=True),
+            TrainerState(),
+            TrainerControl(),
+        )
+        times.on_train_begin(*self._about)
+
+    def step(
+        self, *, data: float = 0.0, forward: float = 0.0, backward: float = 0.0, aside: float = 0.0
+    ) -> None:
+        def loader() -> Iterator[int]:
+            time.sleep(data)
+            yield 1
+
+        assert next(Timed(loader(), self.times.data_wait)) == 1
+        self.times.on_step_begin(*self._about)
+        with self.times.forward.running():
+            time.sleep(forward)
+        time.sleep(backward)
+        self.times.on_step_end(*self._about)
+        time.sleep(aside)
+
+    def log(self, **logs: float) -> Spent:
+        self.times.on_log(*self._about, logs=logs)
+        return self.times.spent
+
+
+def test_each_second_is_where_it_belongs(tmp_path: Path) -> None:
+    run = Drive(tmp_path, StepTimes(PLAN, Agreement(1)))
+    began = time.perf_counter()
+    for _ in range(2):
+        run.step(data=0.04, forward=0.02, backward=0.06, aside=0.1)
+    assert run.log(eval_loss=1.0).host == 0.0, "an evaluation is no report of training"
+    spent, reported = run.log(loss=1.0), time.perf_counter()
+    (own,) = spent.by_rank
+    assert 0.08 <= spent.data_wait == pytest.approx(2 * own.data_wait)
+    assert 0.04 <= 2 * own.forward <= spent.host - 0.12
+    assert spent.data_wait + spent.host <= reported - began - 0.2
+    run.step(data=0.01)
+    again = run.log(loss=1.0)
+    assert again.data_wait + again.host <= time.perf_counter() - reported, "each report begins anew"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
+def test_a_forward_pass_that_gathers_parameters_is_not_a_rank_s_own(tmp_path: Path, strategy: str) -> None:
+    run = Drive(tmp_path, StepTimes(replace(PLAN, strategy=strategy), Agreement(1)))
+    run.step(data=0.01, forward=0.01)
+    (own,) = run.log(loss=1.0).by_rank
+    assert own.forward == 0.0
+    assert own.data_wait >= 0.01
+
+
+def test_an_iterator_that_ends_ends_when_timed() -> None:
+    assert list(Timed(iter([1, 2]), HostStopwatch())) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("data_waits", "forwards", "expected"),
+    [
+        ([0.0, 0.0, 0.0], [1.0, 1.0625, 1.0], None),
+        ([0.0, 0.0, 0.0], [1.0, 1.25, 1.0], Slowest(1, 0.25, 0.0)),
+        ([0.0, 0.5], [1.0, 1.0], Slowest(1, 0.5, 0.5)),
+        ([0.5, 0.0, 0.0, 0.0], [0.75, 1.0, 1.0, 1.0], Slowest(0, 0.25, 0.5)),
+        ([0.001, 0.002], [0.0, 0.0], None),
+        ([0.0, 0.0625], [0.0, 0.0], Slowest(1, 0.0625, 0.0625)),
+        ([0.5], [1.0], None),
+    ],
+    ids=["a sixteenth", "a quarter", "of two", "of four", "next to nothing", "sharded", "alone"],
+)
+def test_who_is_the_slowest(data_waits: list[float], forwards: list[float], expected: Slowest | None) -> None:
+    by_rank = [OwnTime(*each) for each in zip(data_waits, forwards, strict=True)]
+    assert slowest(by_rank, step_seconds=3.0) == expected
+
+
+@on_cuda
+def test_a_stream_is_timed_without_waiting_for_it() -> None:
+    stopwatch = StreamStopwatch()
+    began = time.perf_counter()
+    for _ in range(3):
+        with stopwatch.running():
+            torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call]
+    assert time.perf_counter() - began < 0.03
+    torch.cuda.synchronize()
+    waited = time.perf_counter() - began
+    assert stopwatch.read() == pytest.approx(waited, rel=0.2)
+
+
+@on_cuda
+def test_a_large_product_leaves_nothing_behind() -> None:
+    torch.cuda.manual_seed(1)
+    expected = torch.rand(4, device="cuda")
+    torch.cuda.manual_seed(1)
+    reached = matmul_flops(torch.bfloat16)
+    assert reached is not None
+    assert reached > 1e12
+    assert torch.equal(torch.rand(4, device="cuda"), expected)
+    assert torch.cuda.max_memory_allocated() < 1 << 20
