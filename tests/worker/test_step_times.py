@@ -108,14 +108,20 @@ def test_who_is_the_slowest(data_waits: list[float], forwards: list[float], expe
 
 @on_cuda
 def test_a_stream_is_timed_without_waiting_for_it() -> None:
+    def work(cycles: int) -> None:
+        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+
     stopwatch = StreamStopwatch()
+    work(1)
+    torch.cuda.synchronize()
     began = time.perf_counter()
     for _ in range(3):
         with stopwatch.running():
-            torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call]
-    assert time.perf_counter() - began < 0.03
+            work(100_000_000)
+    handed_out = time.perf_counter() - began
     torch.cuda.synchronize()
     waited = time.perf_counter() - began
+    assert handed_out < waited / 2
     assert stopwatch.read() == pytest.approx(waited, rel=0.2)
 
 
@@ -128,4 +134,4 @@ def test_a_large_product_leaves_nothing_behind() -> None:
     assert reached is not None
     assert reached > 1e12
     assert torch.equal(torch.rand(4, device="cuda"), expected)
-    assert torch.cuda.max_memory_allocated() < 1 << 20
+    assert torch.cuda.max_memory_allocated() < 2 * 8192**2, "no matrix, only what cuBLAS works in"
