@@ -144,6 +144,11 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def last_with(directory: Path, name: str) -> dict[str, Any]:
+    """The last line of a run's metrics.jsonl that has this number: a report, an evaluation or a save."""
+    return [line for line in metrics(directory) if name in line][-1]
+
+
 def losses(directory: Path) -> dict[tuple[int, str], float]:
     """(step, loss or eval_loss) to its value."""
     return {

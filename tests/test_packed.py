@@ -15,7 +15,7 @@ from launcher.data.mixture import training_order
 from launcher.data.store import open_store
 from launcher.run.directory import RunDirectory
 from launcher.worker.model import build_model, load_tokenizer
-from tests.conftest import Workplace, losses, metrics, sentences, small_run, write_json
+from tests.conftest import Workplace, last_with, losses, metrics, sentences, small_run, write_json
 from tests.long import LONG
 
 STOP = """
@@ -101,8 +101,9 @@ def test_the_loss_is_that_of_documents_alone_on_any_world(mine: Workplace, packi
 
     final = AutoModelForCausalLM.from_pretrained(one / "model").eval()
     expected, labels = alone(final, rows_of(one, "validation"), tokenizer.eos_token_id)
-    assert metrics(one)[-1]["eval_loss"] == pytest.approx(expected, abs=1e-4)
-    assert metrics(one)[-1]["eval_tokens"] == metrics(two)[-1]["eval_tokens"] == labels
+    assert last_with(one, "eval_loss")["eval_loss"] == pytest.approx(expected, abs=1e-4)
+    for directory in (one, two):
+        assert last_with(directory, "eval_loss")["eval_tokens"] == labels
 
 
 @LONG
@@ -127,7 +128,7 @@ def test_a_llama_trains_and_a_leak_stops_it_before_the_first_step(mine: Workplac
     final = AutoModelForCausalLM.from_pretrained(directory / "model").eval()
     assert final.config.model_type == "llama"
     expected, _ = alone(final, rows_of(directory, "validation"), tokenizer.eos_token_id)
-    assert metrics(directory)[-1]["eval_loss"] == pytest.approx(expected, abs=1e-4)
+    assert last_with(directory, "eval_loss")["eval_loss"] == pytest.approx(expected, abs=1e-4)
 
     for cluster in ((), ("--cluster", "two.yaml")):
         name = f"leak-{len(cluster)}"

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launcher.data.blocks import Blocks
 from launcher.data.store import open_store
 from launcher.run.directory import RunDirectory
-from tests.conftest import Workplace, losses, metrics, sentences, small_run, write_json
+from tests.conftest import Workplace, last_with, losses, metrics, sentences, small_run, write_json
 from tests.long import LONG
 
 STOP_AT_SEVEN = """
@@ -91,7 +91,7 @@ def test_the_model_is_stock_and_its_evaluation_is_what_transformers_computes(wor
     ids = torch.from_numpy(np.stack([blocks.read(0, block) for block in range(len(blocks[0]))]))
     with torch.no_grad():
         expected = model(input_ids=ids, labels=ids).loss.item()
-    last = metrics(directory)[-1]
+    last = last_with(directory, "eval_loss")
     assert last["step"] == 20
     assert last["eval_loss"] == pytest.approx(expected, abs=1e-5)
     assert last["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
@@ -210,11 +210,11 @@ def test_padded_documents_train_the_same_on_any_world_and_learn_to_stop(mine: Wo
             right += int((out.logits[0, :-1].argmax(-1) == ids[0, 1:]).sum())
             count += tokens
     for directory in (one, two):
-        last = metrics(directory)[-1]
+        last = last_with(directory, "eval_loss")
         assert last["eval_tokens"] == count, "the end-of-text of each document is a label too"
         assert last["eval_loss"] == pytest.approx(total / count, abs=1e-4)
         assert last["eval_accuracy"] == pytest.approx(right / count, abs=1e-6)
-    assert metrics(one)[-2]["tokens"] == metrics(two)[-2]["tokens"]
+    assert last_with(one, "tokens")["tokens"] == last_with(two, "tokens")["tokens"]
 
 
 def test_durations_are_agreed_on_and_act_once(workplace: Workplace) -> None:
