@@ -170,8 +170,10 @@ def _one(wanted: str) -> None:
 
 def main(wanted: list[str]) -> None:
     """Each in a process of its own, as an engine is not wholly let go; the libraries are loaded once."""
-    import deepspeed  # noqa: F401
+    import deepspeed
 
+    # It would compile a collective of its own, under a file lock that a killed run leaves for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for one in wanted:
         child = multiprocessing.get_context("fork").Process(target=_one, args=(one,))
         child.start()
