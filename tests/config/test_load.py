@@ -349,7 +349,9 @@ runs: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
                 "compile": st.booleans() | st.just("auto"),
                 "eval_every": st.integers(1, 10**9) | st.sampled_from(["30min", "1.5h"]),
                 "early_stopping": st.just({"patience": 3}) | st.none(),
-                "extra": st.dictionaries(st.sampled_from(["debug", "optim", "full_determinism"]), anything, max_size=3),
+                "extra": st.dictionaries(
+                    st.sampled_from(["debug", "optim", "full_determinism"]), anything, max_size=3
+                ),
             },
         ),
         "seed": st.integers(0, 2**32 - 1),
@@ -387,8 +389,12 @@ def test_a_dumped_length_can_be_overridden(run_file: Path) -> None:
 
 
 def test_differences_names_the_leaves_that_differ(run_file: Path) -> None:
-    one = load_run(run_file, ["model.overrides={n_layer: 2, n_head: 2}", "train.extra.full_determinism=1"]).config
-    two = load_run(run_file, ["model.overrides.n_layer=3", "train.extra.full_determinism=true", "train.steps=5"]).config
+    one = load_run(
+        run_file, ["model.overrides={n_layer: 2, n_head: 2}", "train.extra.full_determinism=1"]
+    ).config
+    two = load_run(
+        run_file, ["model.overrides.n_layer=3", "train.extra.full_determinism=true", "train.steps=5"]
+    ).config
     assert differences(one, two) == [
         "model.overrides.n_layer",
         "model.overrides.n_head",
