@@ -145,6 +145,7 @@ def test_evaluation_gives_the_stock_loss_and_a_metric_the_stock_predictions() ->
     found = []
     for fast in (ALL, NOTHING):
         about: dict[str, Any] = {"rank": 0, "world_size": 1, "micro_batch": 3, "block_size": LENGTH}
+        about |= {"goes_on": lambda: True}
         model = made(gpt2, fast)[0]
         found.append(evaluate(model, rows, stack, **about, device=torch.device("cpu"), metrics=[metric]))
     assert found[0] == pytest.approx(found[1], rel=1e-6)

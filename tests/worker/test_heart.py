@@ -45,12 +45,13 @@ def test_it_tells_how_far_it_is_and_where_it_is_stuck(
     assert (begun.rank, begun.phase, begun.step, begun.limit) == (1, "starting", 0, LIMITS["starting"])
     heart.step(1)
     heart.step(2)
+    heart.saved(1.5)
     with heart.during("saving"):
         assert told(lambda beat: beat.phase == "saving").limit == LIMITS["saving"]
     trains = told(lambda beat: beat.phase == "training")
     assert (trains.step, trains.limit) == (2, 3.0)
     assert trains.step_seconds is not None
-    assert trains.save_seconds is not None
+    assert trains.save_seconds == 1.5
     stuck = told(lambda beat: beat.quiet > beat.limit)
     assert stuck.at is not None
     assert "worker/test_heart.py" in stuck.at
