@@ -33,7 +33,11 @@ class Command:
 LAUNCHERS: Final = re.compile(
     r"\b(accelerate\s+launch|torchrun|torch\.distributed\.(?:run|launch)|deepspeed|launcher\.worker)\b"
 )
-SRUN: Final = re.compile(r"(?:^|[;&|(]|\b(?:exec|time|nohup|env)\s)\s*(?:\S+=\S*\s+)*srun\b")
+PROGRAM: Final = re.compile(LAUNCHERS.pattern + r"|\bpython[\d.]*\s+(?!-c\b)")
+"""What srun may start one of for each rank, without a launcher."""
+SRUN: Final = re.compile(
+    r"(?:^|[;&|(!]|\b(?:exec|time|nohup|env|if|then|else|do)\s)\s*(?:\S+=\S*\s+)*(?:\S*/)?srun\b"
+)
 PER_TASK: Final = r"SLURM_(?:PROCID|NODEID|LOCALID|TASK_PID)"
 _FALLBACK: Final = r"""["']?(?:\$\{\w+:?[-=])?"""
 PORT: Final = re.compile(
@@ -191,7 +195,7 @@ def _runs(script: Script) -> list[Command]:
         command
         for command in script.commands
         if SRUN.search(command.text)
-        and (LAUNCHERS.search(command.text) or (by_name is not None and by_name.search(command.text)))
+        and (PROGRAM.search(command.text) or (by_name is not None and by_name.search(command.text)))
     ]
 
 
@@ -200,7 +204,7 @@ def _cpus_not_passed_on(script: Script) -> Iterator[Finding]:
     if asked is None or script.says(r"SRUN_CPUS_PER_TASK="):
         return
     for command in _runs(script):
-        if not re.search(r"\s(?:--cpus-per-task[ =]|-c *\d)", command.text):
+        if not re.search(r"\s(?:--cpus-per-task[ =]|-c *(?:\d|\"?\$\{?SLURM_CPUS))", command.text):
             yield Finding(
                 command.line,
                 "cpus-not-passed-on",
@@ -252,6 +256,8 @@ def _survivors(script: Script) -> Iterator[Finding]:
     if script.says(r"SLURM_KILL_BAD_EXIT=1"):
         return
     for command in _runs(script):
+        if script.nodes() < 2 and not script.training():
+            continue  # any program, on one node
         if not re.search(r"\s(?:--kill-on-bad-exit(?:=1)?|-K1?)(?=\s)", command.text):
             yield Finding(
                 command.line,

@@ -109,6 +109,10 @@ srun --kill-on-bad-exit=1 torchrun --nnodes=2 train.py
         "#SBATCH --signal=SIGUSR1@90\n#SBATCH --requeue\nsrun -K torchrun train.py\n",
         [(1, "signal-without-b"), (2, "log-overwritten")],
     ),
+    "Lightning's: a task for each rank, without a launcher": (
+        "#SBATCH --nodes=4\n#SBATCH -c 8\nsrun python3 train.py\n",
+        [(3, "cpus-not-passed-on"), (3, "no-kill-on-bad-exit")],
+    ),
     "one CPU for eight ranks": (
         "#SBATCH --cpus-per-task=64\nsrun -K torchrun --nproc-per-node 8 train.py\n",
         [(2, "cpus-not-passed-on")],
@@ -124,6 +128,24 @@ def test_what_others_published_is_caught(name: str) -> None:
 
 def test_a_program_that_handles_the_signal_itself_is_left_alone() -> None:
     assert rules("#SBATCH --signal=SIGUSR1@90\nsrun python train.py\n") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "if true; then srun -K torchrun train.py; fi",
+        "for node in $nodes; do srun -K -w $node torchrun train.py & done",
+        "/opt/slurm/bin/srun -K torchrun train.py",
+        "! srun -K torchrun train.py",
+    ],
+)
+def test_srun_is_known_wherever_a_command_may_stand(line: str) -> None:
+    assert rules(f"#SBATCH --nodes=2\n{line}\n") == []
+
+
+@pytest.mark.parametrize("value", ["8", "$SLURM_CPUS_PER_TASK", '"$SLURM_CPUS_PER_TASK"'])
+def test_cpus_may_be_passed_on_by_hand(value: str) -> None:
+    assert rules(f"#SBATCH -c 8\nsrun -K -c {value} torchrun train.py\n") == []
 
 
 def test_a_comment_is_no_command() -> None:
