@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,10 +45,15 @@ def supervise_command(launcher: str, directory: str) -> str:
     return shlex.join([launcher, "supervise", directory])
 
 
-def sweep_command(launcher: str, runs: str) -> str:
-    """Supervise the run that stands in the file `runs` on the line of this element of an array from 0 on."""
-    line = f'"$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(runs)})"'
-    return f"{shlex.quote(launcher)} supervise {line}"
+def sweep_command(launcher: str, directories: Sequence[str]) -> str:
+    """Supervise the run in that one of `directories` which is this element's, in an array from 0 on.
+
+    They stand in the script itself, of which SLURM keeps a copy: a file of them could be another sweep's by
+    the time that an element starts, or starts again.
+    """
+    own = '"${@:SLURM_ARRAY_TASK_ID+1:1}"'
+    each = f"exec {shlex.quote(launcher)} supervise {own}"
+    return shlex.join(["bash", "-c", each, "sweep", *directories])
 
 
 def prepare_command(launcher: str, directory: str, count: int) -> str:

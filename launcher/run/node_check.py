@@ -77,9 +77,11 @@ def proven(directory: RunDirectory, now: float) -> set[str]:
 
 
 def failures(directory: RunDirectory) -> int:
-    """How many checks in a row have found a fault, the newest ones."""
+    """How many checks in a row have found a fault, the newest ones, since the run last ended."""
     count = 0
     for event in journal.read(directory.journal):
         if event["event"] == "nodes_checked":
             count = count + 1 if event["faults"] else 0
+        elif event["event"] == "ended":
+            count = 0
     return count

@@ -76,12 +76,10 @@ def _dependency(after: str | None) -> list[str]:
 def submit_sweep(drafts: Sequence[Assembly], folder: Path, launcher: str, after: str | None) -> str:
     """Hand in the written runs of a sweep as one array, its script in `folder`; returns the array's id."""
     directories = [run_directory(draft.run.config) for draft in drafts]
-    runs = folder / "runs.txt"
-    write_text(runs, "".join(f"{directory.root}\n" for directory in directories))
     job = replace(
         job_of(drafts[0], RunDirectory(folder), launcher),
         name=folder.name,
-        command=sweep_command(launcher, str(runs)),
+        command=sweep_command(launcher, [str(directory.root) for directory in directories]),
         array=f"0-{len(drafts) - 1}",
     )
     script = RunDirectory(folder).job
@@ -178,7 +176,14 @@ def wait_for(job: str, say: Callable[[str], None]) -> slurm.JobState | None:
     last: tuple[Any, ...] = ()
     pause = 1.0
     while True:
-        state = slurm.job_state(job)
+        try:
+            state = slurm.job_state(job)
+        except MachineError as error:  # slurmctld is restarted: the job lives on
+            if last != (error.message,):
+                last = (error.message,)
+                say(f"job {job}: {error.message}; asking again")
+            time.sleep(WAIT_SECONDS)
+            continue
         if state is None or state.is_over:
             return state
         shown = (state.state, state.reason if state.state == "PENDING" else state.nodes, state.restarts)

@@ -123,10 +123,8 @@ def test_options_are_quoted_as_sbatch_reads_them(value: str, expected: str) -> N
     assert quoted(value) == expected
 
 
-def test_an_element_of_an_array_finds_its_own_run(tmp_path: Path) -> None:
-    runs = tmp_path / "runs.txt"
-    runs.write_text("/runs/a b\n/runs/c\n")
-    each = replace(job(), command=sweep_command("echo", str(runs)), array="0-1")
+def test_an_element_of_an_array_finds_its_own_run() -> None:
+    each = replace(job(), command=sweep_command("echo", ["/runs/a 'b' $c", "/runs/c"]), array="0-1")
     script = render_job(each, TEMPLATE)
     assert "#SBATCH --array=0-1\n" in script
     assert "job-%A_%a.log" in script
@@ -140,7 +138,7 @@ def test_an_element_of_an_array_finds_its_own_run(tmp_path: Path) -> None:
         ).stdout
         for index in "01"
     ]
-    assert said == ["supervise /runs/a b\n", "supervise /runs/c\n"]
+    assert said == ["supervise /runs/a 'b' $c\n", "supervise /runs/c\n"]
 
 
 def test_parts_of_the_text_are_prepared_by_an_array() -> None:
