@@ -47,10 +47,7 @@ class QueuedJob:
 
     @property
     def is_over(self) -> bool:
-        return self.state not in ("PENDING", *RUNNING)
-
-
-RUNNING: Final = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
+        return self.state not in slurm.GOES_ON
 
 
 def last_job(directory: RunDirectory) -> str | None:

@@ -10,7 +10,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +37,22 @@ WORDS: Final[Mapping[str, tuple[str, str]]] = {
 """A part of what SLURM says, the key it speaks of, and where to look."""
 
 
+GOES_ON: Final = frozenset(
+    (
+        *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"),
+        *("COMPLETING", "STAGE_OUT", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"),
+    )
+)
+"""States of a job that has not come to its end: it runs, or may yet."""
+
+UNAMBIGUOUS: Final[Mapping[str, str]] = {"TZ": "UTC0", "SLURM_TIME_FORMAT": "standard"}
+"""Environment in which SLURM writes times that can be read: by themselves they have no time zone, an hour of
+each autumn is there twice, and a user may have asked for words such as `Tomorr 15:00`."""
+
+OF_ANOTHER_JOB: Final = ("SLURM_ARRAY_", "SLURM_RESTART_COUNT", "SRUN_CPUS_PER_TASK")
+"""What begins so in the environment of a job is no business of another that is submitted from inside it."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobState:
     """A job as slurmctld knows it. Times are in seconds since the epoch.
@@ -59,7 +75,7 @@ class JobState:
 
     @property
     def is_over(self) -> bool:
-        return self.state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
+        return self.state not in GOES_ON
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +88,14 @@ class Partition:
     nodes: tuple[str, ...]
 
 
-def said(*command: str, seconds: float = ANSWER_SECONDS) -> str:
-    """What a command of SLURM's prints.
+def said(*command: str, seconds: float = ANSWER_SECONDS, env: Mapping[str, str] | None = None) -> str:
+    """What a command of SLURM's prints, in the environment `env`; None: in this process's.
 
     Raises MachineError where there is no such command, or slurmctld does not answer, and RequestError in
     SLURM's own words, and ours, where it refuses.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=env)
     except FileNotFoundError as error:
         raise MachineError(
             f"there is no {command[0]} here",
@@ -114,7 +130,8 @@ def fields_of(line: str) -> dict[str, str]:
 def job_state(job: str, seconds: float = ANSWER_SECONDS) -> JobState | None:
     """The job as slurmctld knows it; None once it is forgotten."""
     try:
-        answer = said("scontrol", "--oneliner", "show", "job", job, seconds=seconds)
+        asked = ("scontrol", "--oneliner", "show", "job", job)
+        answer = said(*asked, seconds=seconds, env={**os.environ, **UNAMBIGUOUS})
     except RequestError as error:
         if "Invalid job id" in error.message:
             return None
@@ -123,7 +140,7 @@ def job_state(job: str, seconds: float = ANSWER_SECONDS) -> JobState | None:
 
 
 def read_job(line: str) -> JobState:
-    """The job in a line of `scontrol --oneliner show job`."""
+    """The job in a line of `scontrol --oneliner show job`, asked for in UTC (`UNAMBIGUOUS`)."""
     found = fields_of(line)
     return JobState(
         job=found["JobId"],
@@ -145,9 +162,9 @@ def _given(value: str | None) -> str | None:
 
 
 def _time(value: str | None) -> float | None:
-    """Seconds since the epoch: SLURM's commands speak in this machine's own time zone."""
+    """Seconds since the epoch."""
     given = _given(value)
-    return None if given is None else datetime.fromisoformat(given).timestamp()
+    return None if given is None else datetime.fromisoformat(given).replace(tzinfo=UTC).timestamp()
 
 
 def hosts(nodes: str) -> tuple[str, ...]:
@@ -238,4 +255,5 @@ def own_job() -> str | None:
 
 def submit(script: Path, *options: str) -> str:
     """Hand a job script in; returns the job's id. Raises what `said` does."""
-    return said("sbatch", "--parsable", *options, str(script)).split(";")[0]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(OF_ANOTHER_JOB)}
+    return said("sbatch", "--parsable", *options, str(script), env=env).split(";")[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_a_job() -> None:
         "n1",
     )
     assert job.preempted
-    assert job.end == datetime(2026, 11, 26, 3, 32, 14).timestamp()
+    assert job.end == datetime(2026, 11, 26, 3, 32, 14, tzinfo=UTC).timestamp()
     assert not job.is_over
 
 
@@ -116,3 +116,8 @@ def test_an_element_of_an_array_goes_by_its_own_name(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "46")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     assert own_job() == "46_0"
+
+
+@pytest.mark.parametrize("state", ["REQUEUED", "REQUEUE_HOLD", "STAGE_OUT"])
+def test_a_job_that_is_to_start_again_is_not_over(state: str) -> None:
+    assert not read_job(JOB.replace("JobState=RUNNING", f"JobState={state}")).is_over

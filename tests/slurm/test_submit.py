@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,31 @@ def test_a_job_is_found_by_its_id(slurm: Cluster, monkeypatch: pytest.MonkeyPatc
     assert ended is not None
     assert ended.is_over
     assert job_state("999999") is None
+
+
+def test_times_are_read_in_every_time_zone(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a user who has asked SLURM for `Tomorr 15:00`."""
+    more = {"TZ": "America/New_York", "SLURM_TIME_FORMAT": "relative"}
+    for name, value in (slurm.environment | more).items():
+        monkeypatch.setenv(name, value)
+    job = slurm.run("sbatch", "--parsable", "--begin=now+1hour", "--output=/dev/null", "--wrap=true")
+    found = job_state(job)
+    slurm.run("scancel", job)
+    assert found is not None
+    assert found.eligible is not None
+    assert 3500 < found.eligible - time.time() < 3700
+
+
+def test_a_job_submitted_from_a_job_is_another(
+    slurm: Cluster, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (slurm.environment | {"SLURM_ARRAY_JOB_ID": "1", "SLURM_RESTART_COUNT": "7"}).items():
+        monkeypatch.setenv(name, value)
+    said = place.folder / "said"
+    script = place.folder / "job.sh"
+    script.write_text(f'#!/bin/sh\necho "<$SLURM_ARRAY_JOB_ID$SLURM_RESTART_COUNT>" > {said}\n')
+    commands.submit(script, "--output=/dev/null")
+    slurm.wait(lambda: said.exists() and said.read_text() == "<>\n", "the job has its own variables", 30)
 
 
 def test_the_text_is_prepared_by_jobs_and_the_run_waits_for_them(slurm: Cluster, place: Place) -> None:
