@@ -71,13 +71,16 @@ def srun_command(step: Step) -> list[str]:
 
 
 def check_command(step: Step, word: str, backend: str) -> list[str]:
-    """The argument vector that has every node answer for itself (`worker.node`), before there are ranks."""
-    meeting = [step.hosts[0], str(meeting_port(step.job_id)), str(len(step.hosts))]
+    """The argument vector that has every node answer for itself (`worker.node`), before there are ranks.
+
+    A node that fails does not end the others: what they say tells which it is.
+    """
+    meeting = [",".join(step.hosts), str(meeting_port(step.job_id))]
     answer = [step.python, "-m", "launcher.worker.node", step.directory, word, *meeting, backend]
-    return [*_srun(step, "nodes"), *_apptainer(step), *answer]
+    return [*_srun(step, "nodes", kill_on_bad_exit=0), *_apptainer(step), *answer]
 
 
-def _srun(step: Step, name: str) -> list[str]:
+def _srun(step: Step, name: str, *, kill_on_bad_exit: int = 1) -> list[str]:
     nodes = len(step.hosts)
     return [
         "srun",
@@ -85,8 +88,9 @@ def _srun(step: Step, name: str) -> list[str]:
         f"--nodes={nodes}",
         f"--ntasks={nodes}",
         "--ntasks-per-node=1",
-        "--kill-on-bad-exit=1",
+        f"--kill-on-bad-exit={kill_on_bad_exit}",
         "--cpu-bind=none",
+        "--export=ALL",  # also where SBATCH_EXPORT=NONE: the ranks need LAUNCHER_ATTEMPT
         *_pyxis(step),
     ]
 

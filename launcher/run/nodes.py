@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -95,7 +95,7 @@ def judge(
     for host, words in _other_versions(reports, submitted):
         faults.append(words)
         culprits.append(host)
-    for words, blamed in _pairs(reports):
+    for words, blamed in _pairs(reports, heard):
         faults.append(words)
         culprits += blamed
     named = tuple(dict.fromkeys(culprits))
@@ -133,11 +133,11 @@ def _named(package: str, version: str | None) -> str:
     return f"no {package}" if version is None else f"{package} {version}"
 
 
-def _pairs(reports: Sequence[NodeReport]) -> list[tuple[str, list[str]]]:
-    """Pairs that failed or were slow, and who is in most of them."""
+def _pairs(reports: Sequence[NodeReport], heard: Set[str]) -> list[tuple[str, list[str]]]:
+    """Pairs of nodes that were `heard` which failed or were slow, and who is in most of them."""
     told: dict[tuple[str, str], list[float | None]] = {}
     for report in reports:
-        for pair in report.pairs:
+        for pair in (each for each in report.pairs if set(each.nodes) <= heard):
             told.setdefault((min(pair.nodes), max(pair.nodes)), []).append(pair.seconds)
     times = sorted(seconds for each in told.values() for seconds in each if seconds is not None)
     usual = times[len(times) // 4] if times else 0.0

@@ -1,11 +1,12 @@
 """One node of a job before training: its versions, what it sees, and all-reduces with each other node.
 
-Started on every node: `python -m launcher.worker.node RUN_DIR WORD HOST PORT NODES BACKEND`.
+Started on every node: `python -m launcher.worker.node RUN_DIR WORD HOST,HOST PORT BACKEND`.
 Its answer is one line of JSON on standard output (`run.nodes.NodeReport`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from launcher.run.directory import RunDirectory
 from launcher.run.environment import versions
@@ -34,16 +35,16 @@ STARTING: Final = timedelta(seconds=180)
 
 def main(arguments: list[str]) -> int:
     """Answer for this node; returns its exit code."""
-    folder, word, host, port, count, backend = arguments
+    folder, word, hosts, port, backend = arguments
     directory = RunDirectory(Path(folder))
     number, sees = int(os.environ["SLURM_NODEID"]), _sees(directory, word)
-    name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    names = hosts.split(",")
     said = {
-        "host": name,
+        "host": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         "sees": sees,
         "free": shutil.disk_usage(directory.root).free if sees else 0,
         "versions": versions(),
-        "pairs": _pairs(name, number, int(count), host, int(port), backend) if int(count) > 1 else [],
+        "pairs": _pairs(number, names, int(port), backend) if len(names) > 1 else [],
     }
     print(json.dumps(said), flush=True)
     return 0
@@ -57,25 +58,63 @@ def _sees(directory: RunDirectory, word: str) -> bool:
         return False
 
 
-def _pairs(name: str, number: int, count: int, host: str, port: int, backend: str) -> list[dict[str, object]]:
-    """An all-reduce with each other node, and the seconds it took; null where it failed."""
-    store = TCPStore(host, port, count, is_master=number == 0, timeout=STARTING)
-    store.set(f"name-{number}", name)
-    names = [store.get(f"name-{other}").decode() for other in range(count)]
-    store.set_timeout(TIMEOUT)
-    found: list[dict[str, object]] = []
-    for index, pairs in enumerate(rounds(count)):
-        pair = next((each for each in pairs if number in each), None)
+def _pairs(number: int, names: list[str], port: int, backend: str) -> list[dict[str, object]]:
+    """An all-reduce of node `number` with each other of `names`, and the seconds it took; null where it
+    failed, or where one of them was not there."""
+    everyone = range(len(names))
+    try:
+        store = TCPStore(names[0], port, is_master=number == 0, timeout=STARTING, wait_for_workers=False)
+        present = _present(store, number, len(names))
+    except Exception as error:  # noqa: BLE001 - whatever it is, this node has not met the first
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        present = []
+    if number not in present:
+        return [_told(names[other], None) for other in (everyone[1:] if number == 0 else [0])]
+    found = [_told(names[other], None) for other in everyone if other not in present]
+    own = present.index(number)
+    for index, pairs in enumerate(rounds(len(present))):
+        # Who had a partner that failed comes late, and is not to be taken for one that fails.
+        store.add(f"round-{index}", 1)
+        _wait_for(store, f"round-{index}", len(present))
+        pair = next((each for each in pairs if own in each), None)
         if pair is None:
             continue
-        other = pair[1] if pair[0] == number else pair[0]
+        other = pair[1] if pair[0] == own else pair[0]
         meeting = PrefixStore(f"round-{index}-{pair[0]}", store)
-        found.append({"with": names[other], "seconds": _all_reduce(meeting, pair.index(number), backend)})
+        found.append(_told(names[present[other]], _all_reduce(meeting, pair.index(own), backend)))
     # The store is the first node's: it leaves last.
     store.add("done", 1)
-    deadline = time.monotonic() + TIMEOUT.total_seconds() * count
-    while number == 0 and store.add("done", 0) < count and time.monotonic() < deadline:
+    if number == 0:
+        _wait_for(store, "done", len(present))
+    return found
+
+
+def _wait_for(store: Store, name: str, count: int) -> None:
+    """Wait until so many have added 1 to `name`, for twice as long as a pair may take."""
+    deadline = time.monotonic() + 2 * TIMEOUT.total_seconds()
+    while store.add(name, 0) < count and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def _told(name: str, seconds: float | None) -> dict[str, object]:
+    return {"with": name, "seconds": seconds}
+
+
+def _present(store: Store, number: int, count: int) -> list[int]:
+    """The nodes that are there by the time that the first has waited STARTING for them: it tells the others,
+    so that all begin together. Raises what the store does for one that cannot reach it."""
+    store.set(f"here-{number}", "")
+    if number == 0:
+        deadline, here = time.monotonic() + STARTING.total_seconds(), []
+        for other in range(count):
+            with contextlib.suppress(DistStoreError):
+                left = max(0.1, deadline - time.monotonic())
+                store.wait([f"here-{other}"], timedelta(seconds=left))
+                here.append(other)
+        store.set("present", json.dumps(here))
+    store.set_timeout(STARTING + TIMEOUT)
+    found: list[int] = json.loads(store.get("present"))
+    store.set_timeout(TIMEOUT)
     return found
 
 

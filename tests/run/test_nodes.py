@@ -107,3 +107,21 @@ def test_a_report_comes_as_a_line() -> None:
     assert NodeReport.from_line(line) == NodeReport(
         "n1", True, 5, {"torch": None}, (Pair(("n1", "n2"), 0.5),)
     )
+
+
+def test_a_node_that_nobody_meets_is_named() -> None:
+    """n4 cannot reach the first, where all meet; the others tell that it was not there."""
+    missed = {(host, "n4"): None for host in HOSTS[:3]}
+    reports = [*timed(missed)[:3], report("n4", pairs=(Pair(("n4", "n1"), None),))]
+    found = judge(reports, HOSTS, GIB)
+    assert found.culprits == ("n4",)
+    silent = judge(timed(missed)[:3], HOSTS, GIB)
+    assert silent == Findings(("n4 did not answer",), ("n4",)), "and nothing of its pairs"
+
+
+def test_where_all_meet_may_be_the_bad_one() -> None:
+    first = report("n1", pairs=tuple(Pair(("n1", host), None) for host in HOSTS[1:]))
+    found = judge(
+        [first, *(report(host, pairs=(Pair((host, "n1"), None),)) for host in HOSTS[1:])], HOSTS, GIB
+    )
+    assert found.culprits == ("n1",)
