@@ -24,6 +24,7 @@ from launcher.run.outcome import (
     Attempt,
     End,
     Evidence,
+    Facts,
     Outcome,
     Patience,
     RankEnd,
@@ -34,12 +35,14 @@ from launcher.run.outcome import (
     first_failure,
     what_next,
 )
-from launcher.run.requests import ask_to_stop, asked_by
+from launcher.run.requests import ask_to_stop, asked_by, forget_all_but_persons
 
 Say = Callable[[str], None]
 POLL_SECONDS = 0.1
 START_SECONDS = 2.0
 """Ranks that have not begun to train so long after a wish to stop are ended."""
+LAST_SECONDS = 2.0
+"""What is kept of a job's time to end ranks that did not stop in time: SLURM's KillWait comes on top, for a requeue."""
 PATIENCE = Patience()
 TAIL_LINES = 15
 """Lines of launch.log shown when no rank lived long enough to say what went wrong."""
@@ -162,7 +165,8 @@ def _run(
     asked: float | None = None
     by_person = at_once = False
     while True:
-        if launching.facts(signals[before:]).asks_to_stop:
+        facts = launching.facts(signals[before:])
+        if facts.asks_to_stop:
             ask_to_stop(directory, "scheduler")
         by = asked_by(directory)
         by_person |= by == "person"
@@ -173,7 +177,7 @@ def _run(
         followed = following.look()
         # Before the first step there is nothing to save.
         waits_in_vain = asked is not None and not followed.trains and time.monotonic() - asked > START_SECONDS
-        if signals[before:].count(signal.SIGINT) > 1 or waits_in_vain:
+        if signals[before:].count(signal.SIGINT) > 1 or waits_in_vain or _too_late(facts):
             at_once = True
         if at_once or followed.is_over:
             if followed.hang is not None:
@@ -202,6 +206,12 @@ def _run(
     )
 
 
+def _too_late(facts: Facts) -> bool:
+    """Whether a stop has taken so long that the supervisor would be killed with the ranks, at the end of the
+    job's time: then nobody would ask for its requeue."""
+    return facts.time_limit and facts.ends_at is not None and facts.ends_at - time.time() < LAST_SECONDS
+
+
 def _restart(
     directory: RunDirectory,
     launching: Launching,
@@ -216,7 +226,7 @@ def _restart(
         directory.journal, "restart", attempt=directory.next_attempt(), in_seconds=restart.seconds, why=why
     )
     if launching.hands_over(outcome, why):
-        directory.stop_request.unlink(missing_ok=True)
+        forget_all_but_persons(directory)
         raise Interrupted(
             f"attempt {ended.number} ended at step {ended.step}: {outcome}: {why}; queued again"
         )

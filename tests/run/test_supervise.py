@@ -24,7 +24,8 @@ from launcher.run import journal
 from launcher.run.directory import RunDirectory, write_text
 from launcher.run.holding import only_supervisor
 from launcher.run.outcome import Facts, Outcome, Patience
-from launcher.run.supervise import is_finished, supervise
+from launcher.run.requests import ask_to_stop, asked_by
+from launcher.run.supervise import LAST_SECONDS, is_finished, supervise
 from tests.conftest import small_plan
 
 F, S, C, M = Outcome.FINISHED, Outcome.STOPPED, Outcome.CRASHED, Outcome.OUT_OF_MEMORY
@@ -240,6 +241,33 @@ def test_what_the_scheduler_takes_goes_on_without_limit(directory: RunDirectory)
     assert [event["outcome"] for event in events(directory, "attempt_ended")] == ["PREEMPTED"] * 4
     assert not events(directory, "ended"), "the next supervisor goes on"
     assert not directory.stop_request.exists()
+
+
+def test_ranks_that_do_not_stop_before_the_jobs_end_are_ended(directory: RunDirectory) -> None:
+    """While there is time to have the job requeued."""
+    launching = Scripted(directory, "beat(0, 5); beat(1, 5); time.sleep(60)")
+    launching.known = Facts(time_limit=True, ends_at=time.time() + LAST_SECONDS + 1)
+    launching.takes_over = True
+    with pytest.raises(Interrupted):
+        supervise(directory, launching, lambda text: None, QUICK)
+    (ended,) = events(directory, "attempt_ended")
+    assert (ended["outcome"], ended["step"]) == ("TIME_LIMIT", 5)
+    assert ended["seconds"] < 30
+
+
+def test_a_persons_wish_outlives_a_requeue(directory: RunDirectory) -> None:
+    """It came while the job was queued again: the next supervisor heeds it."""
+
+    class AskedMeanwhile(Scripted):
+        def hands_over(self, outcome: Outcome, why: str) -> bool:
+            ask_to_stop(directory, "person")
+            return True
+
+    launching = AskedMeanwhile(directory, "say(0, 'STOPPED', 5); say(1, 'STOPPED', 5)")
+    launching.known = Facts(preempted=True)
+    with pytest.raises(Interrupted):
+        supervise(directory, launching, lambda text: None, QUICK)
+    assert asked_by(directory) == "person"
 
 
 def test_a_rank_that_does_not_get_on_is_named_and_ended(directory: RunDirectory) -> None:
