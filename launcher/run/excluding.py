@@ -23,3 +23,19 @@ def nodes_to_avoid(directory: RunDirectory, now: float) -> tuple[str, ...]:
     events = journal.read(directory.journal)
     told = [each for each in events if each["event"] == "nodes_avoided" and each["until"] > now]
     return tuple(dict.fromkeys(node for each in told for node in each["nodes"]))
+
+
+def has_avoided(directory: RunDirectory) -> bool:
+    """Whether the run ever stayed away from a node."""
+    return any(event["event"] == "nodes_avoided" for event in journal.read(directory.journal))
+
+
+def excludable(
+    avoided: Sequence[str], never: Sequence[str], lent: Sequence[str], needed: int
+) -> tuple[str, ...]:
+    """Those of the nodes to avoid that a job of `needed` nodes can do without: all, or none where too few of
+    the nodes `lent` would be left. SLURM would hold the job for ever (BadConstraints), and say nothing.
+
+    `never`: nodes that the cluster file excludes.
+    """
+    return tuple(avoided) if len(set(lent) - set(avoided) - set(never)) >= needed else ()

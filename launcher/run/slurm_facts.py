@@ -16,7 +16,7 @@ CANCELLED = re.compile(
 )
 """What slurmstepd writes as it ends a step, and why."""
 FAILED_NODE = re.compile(r"srun: error: Node failure on (\S+)")
-OUT_OF_MEMORY = re.compile(r"oom[-_]kill|OUT_OF_MEMORY", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(r"oom[-_]kill|OUT_OF_MEMORY|: Out Of Memory\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)

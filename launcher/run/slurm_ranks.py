@@ -20,6 +20,7 @@ from launcher.errors import Interrupted, LauncherError, MachineError
 from launcher.plan.orders import Orders
 from launcher.render.srun import Step, check_command, srun_command, step_environment, step_name
 from launcher.run import excluding, journal, node_check, slurm
+from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory
 from launcher.run.heartbeat import read_beat
 from launcher.run.outcome import UNLIMITED, Facts, Outcome
@@ -34,6 +35,8 @@ NEED_SECONDS: Final = 5.0
 """How long what a stop takes stays known."""
 KILL_SECONDS: Final = 30.0
 """How long killed ranks are waited for."""
+REQUEUE_SECONDS: Final = 600.0
+"""How long a slurmctld that does not answer is asked for a requeue: without it the run would be over."""
 
 
 class Slurm:
@@ -57,6 +60,7 @@ class Slurm:
         self._restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         self._hosts = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
         self._attempt = 0
+        self._process: subprocess.Popen[bytes] | None = None
         self._look = Look(job)
         self._signals = 0
         self._warned = False
@@ -91,13 +95,16 @@ class Slurm:
                 env={**os.environ, **step_environment(attempt, self._cluster.env)},
                 start_new_session=True,
             )
+        self._process = process
         return SlurmRanks(process, self.job, attempt, self._look)
 
     def facts(self, signals: Sequence[int]) -> Facts:
         if len(signals) > self._signals:
             self._look.soon()
         self._signals = len(signals)
-        seen = Seen(self._look.newest, self._restarts, self._words(self._attempt), warned=self._warned)
+        is_over = self._process is not None and self._process.poll() is not None
+        words = self._words(self._attempt, is_over=is_over)
+        seen = Seen(self._look.newest, self._restarts, words, warned=self._warned)
         return facts_of(seen, now=time.time(), need=self._stop_seconds())
 
     def past(self, attempt: int) -> Facts:
@@ -114,7 +121,7 @@ class Slurm:
             return Facts()
         out = {node.name for node in slurm.nodes(",".join(told["nodes"])) if node.is_out}
         down = tuple(name for name in told["nodes"] if name in out)
-        seen = Seen(slurm.job_state(self.job), told["restarts"], self._words(attempt), down)
+        seen = Seen(slurm.job_state(self.job), told["restarts"], self._words(attempt, is_over=True), down)
         return facts_of(seen, now=0.0, need=0.0)
 
     def hands_over(self, outcome: Outcome, why: str) -> bool:
@@ -125,14 +132,41 @@ class Slurm:
             excluding.avoid(self._directory, [host], why, time.time())
         # A requeue ends this job, and so this process, with SIGTERM: it is no wish to stop the run.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        state = self._look.now()
-        if not is_requeued(Seen(state, self._restarts)):
-            slurm.said("scontrol", "requeue", self.job)
-        if excluded := excluding.nodes_to_avoid(self._directory, time.time()):
-            named = ",".join([*self._cluster.slurm.exclude, *excluded])
-            slurm.said("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={named}")
+        self._requeue()
+        excluded: tuple[str, ...] = ()
+        try:
+            excluded = self._exclude()
+        except LauncherError as error:  # it is queued again all the same
+            why = f"{why}; no node could be excluded: {error.message}"
         journal.record(self._directory.journal, "requeued", job=self.job, why=why, exclude=list(excluded))
         return True
+
+    def _requeue(self) -> None:
+        """Have the job queued again, unless SLURM has done so by itself."""
+        until = time.monotonic() + REQUEUE_SECONDS
+        while not is_requeued(Seen(self._look.now(), self._restarts)):
+            try:
+                slurm.said("scontrol", "requeue", self.job)
+            except MachineError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(NEED_SECONDS)
+            else:
+                return
+
+    def _exclude(self) -> tuple[str, ...]:
+        """Have the queued job stay away from the nodes to avoid now, and from none whose time is up."""
+        if not excluding.has_avoided(self._directory):
+            return ()
+        own = self._cluster.slurm.exclude
+        state = self._look.now()
+        wanted = set() if state is None else set(state.partition.split(","))
+        lent = [node for each, _ in slurm.partitions() if each.name in wanted for node in each.nodes]
+        avoided = excluding.nodes_to_avoid(self._directory, time.time())
+        excluded = excluding.excludable(avoided, slurm.hosts(",".join(own)), lent, len(self._hosts))
+        named = ",".join([*own, *excluded])
+        slurm.said("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={named}")
+        return excluded
 
     def check_nodes(self) -> None:
         """Have every node answer for itself, unless all did lately; be requeued without those at fault.
@@ -167,7 +201,7 @@ class Slurm:
                 "ended",
                 outcome=Outcome.NO_PROGRESS,
                 reason=why,
-                step=0,
+                step=max((each.step for each in committed(self._directory.checkpoints)), default=0),
                 exit_code=MachineError.exit_code,
             )
             raise MachineError(f"the nodes of job {self.job} cannot train this run: {why}")
@@ -183,8 +217,10 @@ class Slurm:
         beats = [
             read_beat(self._directory.heartbeat(hung[-1]["attempt"], rank)) for rank in hung[-1]["ranks"]
         ]
-        hosts = {beat.host for beat in beats if beat is not None}
-        return hosts.pop() if len(hosts) == 1 else None
+        hosts = {beat.host.partition(".")[0] for beat in beats if beat is not None}
+        # SLURM's name for a node may be shorter than its own.
+        named = [host for host in self._hosts if host.partition(".")[0] in hosts]
+        return named[0] if len(hosts) == len(named) == 1 else None
 
     def _taken_away(self) -> str | None:
         """Whether it is SLURM that takes the nodes away just now, in words."""
@@ -210,9 +246,11 @@ class Slurm:
             shown=tuple(str(folder) for folder in folders),
         )
 
-    def _words(self, attempt: int) -> str:
-        log = self._directory.launch_log(attempt)
-        return log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    def _words(self, attempt: int, *, is_over: bool) -> str:
+        """What srun said; once the attempt is over, also what slurmstepd said, which goes where the ranks of
+        its node write."""
+        said = _text(self._directory.launch_log(attempt))
+        return said + "\n" + words_of_slurmstepd(self._directory.logs(attempt)) if is_over else said
 
     def _stop_seconds(self) -> float:
         """What a safe stop takes, read anew now and then: it is asked for several times a second."""
@@ -282,6 +320,16 @@ class Look:
             self.now()
             self._wake.wait(LOOK_SECONDS)
             self._wake.clear()
+
+
+def words_of_slurmstepd(logs: Path) -> str:
+    """What slurmstepd said in the logs of the nodes, in the folder of an attempt."""
+    lines = (line for log in sorted(logs.glob("node-*.log")) for line in _text(log).splitlines())
+    return "\n".join(line for line in lines if line.startswith("slurmstepd"))
+
+
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
 
 
 def _kill_step_here(attempt: int) -> None:

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.run.slurm_facts import Seen, facts_of
+from launcher.run.slurm_ranks import words_of_slurmstepd
+
+
+def test_slurmstepd_speaks_where_the_ranks_of_its_node_write(tmp_path: Path) -> None:
+    """As seen with Slurm 22.05: srun's own standard error has nothing of it."""
+    (tmp_path / "node-n2.log").write_text(
+        "rank 0: CUDA out of memory, and not *** STEP 1.0 ON n1 CANCELLED AT 1 DUE TO TIME LIMIT ***\n"
+        "slurmstepd-n2: error: *** STEP 13.1 ON n2 CANCELLED AT 2026-11-26T05:43:01 DUE TO PREEMPTION ***\n"
+    )
+    (tmp_path / "node-n3.log").write_text("slurmstepd: error: Detected 1 oom-kill event(s) in StepId=13.1.\n")
+    words = words_of_slurmstepd(tmp_path)
+    facts = facts_of(Seen(None, 0, words), now=0.0, need=0.0)
+    assert (facts.preempted, facts.time_limit, facts.out_of_memory) == (True, False, True)
+
+
+def test_srun_says_that_a_task_had_no_memory() -> None:
+    words = "srun: error: n2: task 0: Out Of Memory\n"
+    assert facts_of(Seen(None, 0, words), now=0.0, need=0.0).out_of_memory
