@@ -13,7 +13,7 @@ from typing import Final
 
 from launcher.config.schema import ClusterConfig
 from launcher.config.slurm import memory_bytes, time_limit_seconds
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, MachineError, RequestError
 from launcher.plan.choose import Place
 from launcher.run import slurm
 from launcher.run.checks import Check
@@ -74,9 +74,12 @@ def examine_cluster(
         said = f"there is no partition {wanted}" if wanted else "no partition is the default"
         yield Check("partition", "missing", said, f"one of: {names}", "slurm.partition")
     else:
-        within = [nodes[name] for name in found.nodes if name not in cluster.slurm.exclude]
+        without = slurm.hosts(",".join(cluster.slurm.exclude))
+        # A node may be named in a partition and not be there yet (State=FUTURE).
+        within = [nodes[name] for name in found.nodes if name in nodes and name not in without]
         yield Check("partition", "ok", f"{found.name}: {len(within)} nodes")
         yield _time_limit(cluster, found)
+        yield _allowed(cluster)
         yield from _nodes(cluster, place, found.name, within)
         if need is not None:
             yield from stop_checks(settings, found, need)
@@ -108,6 +111,25 @@ def _time_limit(cluster: ClusterConfig, partition: slurm.Partition) -> Check:
             "slurm.time_limit",
         )
     return Check("time limit", "ok", f"{asked or 'the default of the partition'}, of {limit}")
+
+
+def _allowed(cluster: ClusterConfig) -> Check:
+    """Whether SLURM lets this user submit as the file says, by trying the smallest such job."""
+    asked = [
+        f"--{key}={value}"
+        for key in ("partition", "account", "qos", "reservation")
+        if (value := getattr(cluster.slurm, key)) is not None
+    ]
+    name, given = "account", cluster.slurm.account or "your default account"
+    try:
+        slurm.said("sbatch", "--test-only", *asked, "--output=/dev/null", "--wrap=true")
+    except MachineError as error:
+        return Check("sbatch", "missing", error.message, error.hint)
+    except RequestError as error:
+        # Whether there are nodes for it just now is looked at by itself.
+        if error.key in ("slurm.account", "slurm.qos", "slurm.reservation"):
+            return Check(error.key.removeprefix("slurm."), "missing", error.message, error.hint, error.key)
+    return Check(name, "ok", f"SLURM takes jobs for {given}")
 
 
 def as_time(seconds: int) -> str:
