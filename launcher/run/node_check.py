@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from launcher.run import journal
@@ -27,11 +28,13 @@ def findings(
     hosts: Sequence[str],
     *,
     room: int,
+    gpus: int,
     own_versions: bool,
 ) -> Findings:
     """What nodes `hosts` answer to `command`, which has them read `word`.
 
-    `room`: bytes that a run needs; `own_versions`: they are to have the packages it was submitted with.
+    `room`: bytes that a run needs; `gpus`: those that a node's ranks need; `own_versions`: they are to have
+    the packages it was submitted with.
     """
     write_text(directory.node_check, word)
     log = directory.root / "logs" / "nodes.log"
@@ -50,10 +53,16 @@ def findings(
             said = done.stdout
         except subprocess.TimeoutExpired as error:
             said = error.stdout or b""
-    lines = said.decode(errors="replace").splitlines()
-    reports = [NodeReport.from_line(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    reports = list(_reports(said.decode(errors="replace")))
     submitted = json.loads(directory.environment.read_text(encoding="utf-8"))["versions"]
-    return judge(reports, hosts, room, submitted if own_versions else None)
+    return judge(reports, hosts, room, submitted if own_versions else None, gpus)
+
+
+def _reports(said: str) -> Iterator[NodeReport]:
+    """The reports among what nodes and their libraries said; a node whose own cannot be read did not answer."""
+    for line in said.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            yield NodeReport.from_line(line)
 
 
 def record(directory: RunDirectory, hosts: Sequence[str], found: Findings, now: float) -> None:

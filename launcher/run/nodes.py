@@ -25,11 +25,13 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """One node: `sees` the run directory, has `free` bytes there; `versions` of what a run depends on."""
+    """One node: `sees` the run directory, has `free` bytes there; the `gpus` that torch finds; `versions` of
+    what a run depends on."""
 
     host: str
     sees: bool
     free: int
+    gpus: int
     versions: Mapping[str, str | None]
     pairs: tuple[Pair, ...] = ()
 
@@ -38,7 +40,7 @@ class NodeReport:
         """The report in a line of JSON. Raises ValueError, KeyError or TypeError on anything else."""
         said: dict[str, Any] = json.loads(line)
         pairs = tuple(Pair((said["host"], each["with"]), each["seconds"]) for each in said["pairs"])
-        return cls(said["host"], said["sees"], said["free"], said["versions"], pairs)
+        return cls(said["host"], said["sees"], said["free"], said["gpus"], said["versions"], pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,13 @@ def judge(
     hosts: Sequence[str],
     room: int,
     submitted: Mapping[str, str | None] | None = None,
+    gpus: int = 0,
 ) -> Findings:
     """What is wrong with the nodes of a job, whose names are `hosts`.
 
     `room`: bytes that a run needs; `submitted`: the versions that it was submitted with, None where the ranks
-    have others, as in a container: then most nodes are right, and of two the first.
+    have others, as in a container: then most nodes are right, and of two the first. `gpus`: how many the
+    ranks of a node need.
     """
     faults: list[str] = []
     culprits: list[str] = []
@@ -90,6 +94,9 @@ def judge(
             faults.append(
                 f"{report.host} does not see the run directory: put output_dir on a shared file system"
             )
+            culprits.append(report.host)
+        if report.gpus < gpus:
+            faults.append(f"torch finds {report.gpus} GPUs on {report.host}, and its ranks need {gpus}")
             culprits.append(report.host)
     faults += _room(reports, room)
     for host, words in _other_versions(reports, submitted):

@@ -176,16 +176,20 @@ class Slurm:
         now = time.time()
         if set(self._hosts) <= node_check.proven(self._directory, now):
             return
-        backend = "gloo" if self._orders.plan.device == "cpu" else "nccl"
+        plan = self._orders.plan
+        backend, gpus = "gloo", 0
+        if plan.device != "cpu":
+            backend, gpus = "nccl", plan.batch.world_size // plan.nodes
         word = f"{self.job} {now}"
         command = check_command(self._step(0), word, backend)
-        room = checkpoint_bytes(self._orders.plan)
+        room = checkpoint_bytes(plan)
         found = node_check.findings(
             self._directory,
             command,
             word,
             self._hosts,
             room=room,
+            gpus=gpus,
             own_versions=self._cluster.slurm.container is None,
         )
         if found.faults and (taken := self._taken_away()):

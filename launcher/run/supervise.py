@@ -42,7 +42,7 @@ POLL_SECONDS = 0.1
 START_SECONDS = 2.0
 """Ranks that have not begun to train so long after a wish to stop are ended."""
 LAST_SECONDS = 2.0
-"""What is kept of a job's time to end ranks that did not stop in time: SLURM's KillWait comes on top, for a requeue."""
+"""What is kept of a job's time to end ranks that did not stop in it; KillWait comes on top, for a requeue."""
 PATIENCE = Patience()
 TAIL_LINES = 15
 """Lines of launch.log shown when no rank lived long enough to say what went wrong."""

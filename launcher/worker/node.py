@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
         "host": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         "sees": sees,
         "free": shutil.disk_usage(directory.root).free if sees else 0,
+        "gpus": torch.cuda.device_count(),
         "versions": versions(),
         "pairs": _pairs(number, names, int(port), backend) if len(names) > 1 else [],
     }

@@ -12,7 +12,13 @@ HOSTS = ("n1", "n2", "n3", "n4")
 
 def report(host: str, **change: object) -> NodeReport:
     pairs = change.pop("pairs", ())
-    fields = {"sees": True, "free": 100 * GIB, "versions": {"torch": "2.13", "launcher": "0.1"}, **change}
+    fields = {
+        "sees": True,
+        "free": 100 * GIB,
+        "gpus": 8,
+        "versions": {"torch": "2.13", "launcher": "0.1"},
+        **change,
+    }
     assert isinstance(pairs, tuple)
     return NodeReport(host, pairs=pairs, **fields)  # type: ignore[arg-type]
 
@@ -76,6 +82,11 @@ def test_where_most_do_not_see_it_no_node_is_to_blame() -> None:
     assert found.culprits == ()
 
 
+def test_a_node_that_has_lost_a_gpu() -> None:
+    found = judge([*timed({})[:3], report("n4", gpus=7)], HOSTS, GIB, gpus=8)
+    assert found == Findings(("torch finds 7 GPUs on n4, and its ranks need 8",), ("n4",))
+
+
 def test_a_node_that_does_not_answer() -> None:
     found = judge(timed({})[:3], HOSTS, GIB)
     assert found == Findings(("n4 did not answer",), ("n4",))
@@ -102,10 +113,10 @@ def test_a_single_bad_pair_blames_nobody() -> None:
 
 
 def test_a_report_comes_as_a_line() -> None:
-    line = '{"host": "n1", "sees": true, "free": 5, "versions": {"torch": null}, '
+    line = '{"host": "n1", "sees": true, "free": 5, "gpus": 8, "versions": {"torch": null}, '
     line += '"pairs": [{"with": "n2", "seconds": 0.5}]}'
     assert NodeReport.from_line(line) == NodeReport(
-        "n1", True, 5, {"torch": None}, (Pair(("n1", "n2"), 0.5),)
+        "n1", True, 5, 8, {"torch": None}, (Pair(("n1", "n2"), 0.5),)
     )
 
 

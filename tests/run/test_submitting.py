@@ -8,8 +8,6 @@ from launcher.errors import RequestError
 from launcher.run import journal
 from launcher.run.cluster_checks import as_time, file_system
 from launcher.run.directory import RunDirectory
-from launcher.run.node_check import failures, record
-from launcher.run.nodes import Findings
 from launcher.run.submitting import how_it_ended, variation_name, variations
 
 
@@ -61,12 +59,3 @@ def test_the_file_system_of_a_folder() -> None:
     """As the kernel's own list of mounts has it."""
     assert file_system(Path("/proc/self")) == ("/proc", "proc")
     assert file_system(Path("/"))[0] == "/"
-
-
-def test_a_run_that_is_submitted_again_has_its_nodes_tried_anew(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path)
-    for _ in range(3):
-        record(directory, ["n1", "n2"], Findings(("n1 did not answer",), ("n1",)), 0.0)
-    assert failures(directory) == 3
-    journal.record(directory.journal, "ended", outcome="NO_PROGRESS")
-    assert failures(directory) == 0
