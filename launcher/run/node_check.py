@@ -59,7 +59,7 @@ def findings(
 
 
 def _reports(said: str) -> Iterator[NodeReport]:
-    """The reports among what nodes and their libraries said; a node whose own cannot be read did not answer."""
+    """The reports among what nodes and their libraries said. One that cannot be read is none."""
     for line in said.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             yield NodeReport.from_line(line)
