@@ -75,8 +75,7 @@ def submit(
     drafts = [_varied(run, overrides, cluster, change) for change in changes]
     following = [assembled(each, None, cluster) for each in then or []]
     if dry_run:
-        for draft in (*drafts[:1], *following):
-            console.answer(_script(draft))
+        _show(drafts, following, _sweep_folder(run, overrides, cluster, drafts) if sweep else None, prepare)
         return
     for draft in (*drafts, *following):
         check_submission(draft, console.say)
@@ -89,8 +88,8 @@ def submit(
         jobs.append((array, directory.root))
     elif sweep:
         directories = [_written(draft, workers) for draft in drafts]
-        asked = assembled(run, overrides, cluster).run.config.name
-        array = submit_sweep(drafts, directories[0].root.with_name(f"{asked}.sweep"), _launcher(), None)
+        folder = _sweep_folder(run, overrides, cluster, drafts)
+        array = submit_sweep(drafts, folder, _launcher(), None)
         jobs += [(f"{array}_{index}", each.root) for index, each in enumerate(directories)]
     else:
         directory = _written(drafts[0], workers)
@@ -118,6 +117,28 @@ def _varied(run: Path, overrides: list[str] | None, cluster: Path, change: Mappi
     name = variation_name(assembled(run, overrides, cluster).run.config.name, change)
     more = [f"{key}={value}" for key, value in change.items()]
     return assembled(run, [*(overrides or []), *more, f"name={json.dumps(name)}"], cluster)
+
+
+def _sweep_folder(run: Path, overrides: list[str] | None, cluster: Path, drafts: list[Assembly]) -> Path:
+    """Where the script of a sweep goes: beside its runs."""
+    from launcher.run.directory import run_directory
+
+    asked = assembled(run, overrides, cluster).run.config.name
+    return run_directory(drafts[0].run.config).root.with_name(f"{asked}.sweep")
+
+
+def _show(drafts: list[Assembly], following: list[Assembly], sweep: Path | None, prepare: int | None) -> None:
+    """Print every script that would be handed in, in that order."""
+    from launcher.run.directory import run_directory
+    from launcher.run.submitting import preparation_script, sweep_script
+
+    if prepare is not None:
+        directory = run_directory(drafts[0].run.config)
+        console.answer(preparation_script(drafts[0], directory, _launcher(), prepare).rstrip("\n"))
+    if sweep is not None:
+        console.answer(sweep_script(drafts, sweep, _launcher()).rstrip("\n"))
+    for draft in following if sweep else (*drafts, *following):
+        console.answer(_script(draft))
 
 
 def _script(draft: Assembly) -> str:

@@ -20,6 +20,7 @@ from launcher.run.stopping import need_of
 
 PREPARE_CPUS = 8
 """CPUs for each job that prepares text, where the cluster file does not say how many a node lends."""
+PREPARE_SCRIPT = "prepare.sbatch"
 WAIT_SECONDS = 10.0
 """How often slurmctld is asked about a job that is waited for; at first more often."""
 
@@ -76,20 +77,27 @@ def _dependency(after: str | None) -> list[str]:
 def submit_sweep(drafts: Sequence[Assembly], folder: Path, launcher: str, after: str | None) -> str:
     """Hand in the written runs of a sweep as one array, its script in `folder`; returns the array's id."""
     directories = [run_directory(draft.run.config) for draft in drafts]
-    job = replace(
-        job_of(drafts[0], RunDirectory(folder), launcher),
-        name=folder.name,
-        command=sweep_command(launcher, [str(directory.root) for directory in directories]),
-        array=f"0-{len(drafts) - 1}",
-    )
     script = RunDirectory(folder).job
-    write_text(script, render_job(job, job_template(job.slurm.template)))
+    write_text(script, sweep_script(drafts, folder, launcher))
     (folder / "logs").mkdir(exist_ok=True)
     array = slurm.submit(script, *_dependency(after))
     for index, directory in enumerate(directories):
         directory.logs(1).parent.mkdir(parents=True, exist_ok=True)
         journal.record(directory.journal, "submitted", job=f"{array}_{index}", after=after)
     return array
+
+
+def sweep_script(drafts: Sequence[Assembly], folder: Path, launcher: str) -> str:
+    """The text of the job script of a sweep, which is kept in `folder`."""
+    jobs = [job_of(draft, RunDirectory(folder), launcher) for draft in drafts]
+    job = replace(
+        jobs[0],
+        name=folder.name,
+        command=sweep_command(launcher, [str(run_directory(draft.run.config).root) for draft in drafts]),
+        lead=max(job.lead or 0 for job in jobs),
+        array=f"0-{len(drafts) - 1}",
+    )
+    return render_job(job, job_template(job.slurm.template))
 
 
 def check_preparation(sweep: Sequence[str] | None, assembly: Assembly) -> None:
@@ -108,6 +116,16 @@ def submit_preparation(assembly: Assembly, directory: RunDirectory, launcher: st
 
     The run's directory holds a draft of it: the plan needs the text.
     """
+    script = directory.root / PREPARE_SCRIPT
+    write_text(script, preparation_script(assembly, directory, launcher, count))
+    directory.logs(1).parent.mkdir(parents=True, exist_ok=True)
+    array = slurm.submit(script)
+    journal.record(directory.journal, "preparation_submitted", job=array, count=count)
+    return submit_run(directory, array)
+
+
+def preparation_script(assembly: Assembly, directory: RunDirectory, launcher: str, count: int) -> str:
+    """The text of the job script of `count` jobs that prepare the text of a run."""
     slurm_section = assembly.cluster.config.slurm.model_copy(update={"exclusive": False, "memory": None})
     job = replace(
         job_of(assembly, directory, launcher),
@@ -118,14 +136,9 @@ def submit_preparation(assembly: Assembly, directory: RunDirectory, launcher: st
         slurm=slurm_section,
         lead=None,
         array=f"1-{count}",
-        file="prepare.sbatch",
+        file=PREPARE_SCRIPT,
     )
-    script = directory.root / job.file
-    write_text(script, render_job(job, job_template(job.slurm.template)))
-    directory.logs(1).parent.mkdir(parents=True, exist_ok=True)
-    array = slurm.submit(script)
-    journal.record(directory.journal, "preparation_submitted", job=array, count=count)
-    return submit_run(directory, array)
+    return render_job(job, job_template(job.slurm.template))
 
 
 def variations(axes: Sequence[str]) -> list[Mapping[str, str]]:

@@ -200,6 +200,10 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(place: Place) -> None:
     assert done.returncode == 0
     assert done.stdout.startswith("#!/bin/bash\n")
     assert "launcher supervise" in done.stdout
+    swept = place.launcher(
+        *("submit", "run.yaml", "--cluster", "drill.yaml", "--dry-run", "--sweep", "seed=1,2")
+    )
+    assert "#SBATCH --array=0-1\n" in swept.stdout
     assert sorted(place.folder.iterdir()) == before
 
 
