@@ -122,7 +122,7 @@ def test_a_report_comes_as_a_line() -> None:
 
 def test_a_node_that_nobody_meets_is_named() -> None:
     """n4 cannot reach the first, where all meet; the others tell that it was not there."""
-    missed = {(host, "n4"): None for host in HOSTS[:3]}
+    missed: dict[tuple[str, str], float | None] = {(host, "n4"): None for host in HOSTS[:3]}
     reports = [*timed(missed)[:3], report("n4", pairs=(Pair(("n4", "n1"), None),))]
     found = judge(reports, HOSTS, GIB)
     assert found.culprits == ("n4",)
