@@ -63,14 +63,15 @@ def _pairs(number: int, names: list[str], port: int, backend: str) -> list[dict[
     """An all-reduce of node `number` with each other of `names`, and the seconds it took; null where it
     failed, or where one of them was not there."""
     everyone = range(len(names))
+    alone = [_told(names[other], None) for other in (everyone[1:] if number == 0 else [0])]
     try:
         store = TCPStore(names[0], port, is_master=number == 0, timeout=STARTING, wait_for_workers=False)
         present = _present(store, number, len(names))
     except Exception as error:  # noqa: BLE001 - whatever it is, this node has not met the first
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        present = []
+        return alone
     if number not in present:
-        return [_told(names[other], None) for other in (everyone[1:] if number == 0 else [0])]
+        return alone
     found = [_told(names[other], None) for other in everyone if other not in present]
     own = present.index(number)
     for index, pairs in enumerate(rounds(len(present))):
