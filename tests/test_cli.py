@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from launcher import __version__
-from launcher.cli import app
+from launcher.cli import app, main
 from launcher.config.presets import PRESETS
+from launcher.plan.orders import Orders, format_orders
 from launcher.run import checkpoints as ledger
-from tests.conftest import Workplace
+from launcher.run.directory import RunDirectory, hold, write_text
+from tests.conftest import Workplace, small_plan
 
 
 def commands(group: TyperGroup, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], TyperCommand]]:
@@ -310,3 +314,24 @@ def test_a_run_is_looked_at_from_its_folder_and_what_does_not_run_is_not_stopped
     assert not (workplace.folder / "runs" / "small" / "requests").exists()
     unread = workplace.run("logs", "runs/small")
     assert (unread.returncode, "it has not been started yet" in unread.stderr) == (2, True)
+
+
+def test_a_full_disk_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    orders = Orders("0", "", small_plan(), model={}, weights=None, store=None, vocabulary=None)
+    write_text(directory.orders, format_orders(orders))
+    directory.stop_request.parent.mkdir()
+    # What writes whole files uses this name first.
+    directory.stop_request.with_name(f".stop.{os.getpid()}").symlink_to("/dev/full")
+    monkeypatch.setattr("sys.argv", ["launcher", "stop", str(directory.root)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with hold(directory.lock, directory, "us"), pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert ended.value.code == 3
+    assert "No space left on device" in capsys.readouterr().err

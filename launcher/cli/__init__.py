@@ -3,6 +3,7 @@ help is quick."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -17,7 +18,10 @@ import typer
 
 from launcher import __version__, console
 from launcher.cli import checkpoint, data, run, submit, supervise, watch
-from launcher.errors import Interrupted, LauncherError
+from launcher.errors import Interrupted, LauncherError, MachineError
+
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""A disk that is full, or a folder that may not be written to: nobody needs a traceback for that."""
 
 app = typer.Typer(
     name="launcher",
@@ -62,3 +66,13 @@ def main() -> None:
             traceback.print_exception(error)
         console.show_error(error)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if debug or error.errno not in OF_THE_MACHINE:
+            raise
+        console.show_error(
+            MachineError(
+                f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}",
+                hint="make room there, or make it writable for you, then give the same command again",
+            )
+        )
+        sys.exit(MachineError.exit_code)

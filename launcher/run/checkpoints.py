@@ -95,7 +95,7 @@ def begin(checkpoints: Path, step: int) -> Path:
         _fsync(checkpoints.parent)
     for left in checkpoints.glob(".step-*"):
         if not _restored(left):
-            shutil.rmtree(left)
+            _delete(left)
     temporary = checkpoints / f".step-{step:08d}.writing"
     temporary.mkdir()
     return temporary
@@ -142,7 +142,8 @@ def commit(
     `sealed`: what `seal` has given for some of the files. A checkpoint of the same step that is there already
     (the run went back and came here again) is replaced, and until then it can be had back.
     """
-    names = names_in(temporary)
+    # A network file system may not list yet what another rank has just written.
+    names = sorted({*names_in(temporary), *(sealed or {})})
     files = {**(sealed or {}), **seal(temporary, [name for name in names if name not in (sealed or {})])}
     final = temporary.with_name(f"step-{step:08d}")
     manifest: dict[str, Any] = {
@@ -165,8 +166,16 @@ def commit(
     temporary.rename(final)
     _fsync(final.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        _delete(replaced)
     return Checkpoint(final, step, samples, world_size, created, {name: files[name] for name in names})
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give the folder `temporary` its name, once all in it is on disk."""
+    for path in (*temporary.rglob("*"), temporary):
+        _fsync(path)
+    temporary.rename(target)
+    _fsync(target.parent)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -306,7 +315,12 @@ def _remove(folder: Path) -> None:
     """Delete a checkpoint so that a crash half-way leaves nothing that looks like one."""
     doomed = _free_name(folder.with_name(f".{folder.name}.deleting"))
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(folder: Path) -> None:
+    """As far as it can be: a file that somebody reads stays on a network file system. `begin` tries again."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _free_name(path: Path) -> Path:

@@ -110,6 +110,12 @@ class Following:
         """Process ids of the ranks on this machine that have not ended: what is left of an attempt."""
         return [beat.pid for beat in self._watch.beats.values() if _is_here(beat) and self._is_ours(beat.pid)]
 
+    def kill_here(self) -> None:
+        """Kill what is left of it on this machine."""
+        for pid in self.living_here():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def _is_ours(self, pid: int) -> bool:
         """Whether that process is a rank of this run, and not another one that has its number by now."""
         import psutil

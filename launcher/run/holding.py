@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,7 +73,7 @@ def _wait_for(following: Following, directory: RunDirectory, say: Callable[[str]
     """Return once no rank of the attempt is left. Those that do not get on are killed."""
     said, until = False, time.monotonic() + ORPHANS_SECONDS
     while True:
-        hung = following.look().hang
+        followed = following.look()
         left = following.living_here()
         try:
             hold(directory.ranks_lock, directory, "ranks whose supervisor is gone").close()
@@ -92,11 +89,11 @@ def _wait_for(following: Following, directory: RunDirectory, say: Callable[[str]
                 f"attempt {following.number} lost its supervisor; waiting for its ranks to save and stop, "
                 f"{ORPHANS_SECONDS:.0f} s at most"
             )
-        if hung is not None or time.monotonic() > until:
-            say(f"killing what is left of attempt {following.number}: {'late' if hung is None else hung.how}")
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        late = time.monotonic() > until
+        if left and (followed.is_over or late):
+            why = followed.hang.how if followed.hang else "late" if late else "the others are gone"
+            say(f"killing what is left of attempt {following.number}: {why}")
+            following.kill_here()
         time.sleep(POLL_SECONDS)
 
 

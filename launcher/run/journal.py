@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -25,7 +26,12 @@ def read(journal: Path) -> list[dict[str, Any]]:
     """Every whole event, oldest first. A line cut short by a crash is left out."""
     if not journal.exists():
         return []
-    return [json.loads(line) for line in journal.read_bytes().split(b"\n") if line.endswith(b"}")]
+    found: list[dict[str, Any]] = []
+    for line in journal.read_bytes().split(b"\n"):
+        # One that ends in a brace may still be cut: a reason may hold braces, and a crash leave zeros.
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _ends_whole(stream: BinaryIO) -> bool:

@@ -120,7 +120,8 @@ class Evidence:
 
     `by_person`: a stop was asked for by a person's own request or Ctrl-C. `at_once`: the supervisor killed
     the ranks because nobody wanted to wait, or nothing was there to be saved. `dead`: ranks seen to be gone
-    without a last word. `orphaned`: its supervisor did not live to see it end.
+    without a last word. `outlived`: nobody asked for a stop, and ranks outlived what had started them.
+    `orphaned`: its supervisor did not live to see it end.
     """
 
     world_size: int
@@ -130,6 +131,7 @@ class Evidence:
     at_once: bool = False
     hang: Hang | None = None
     dead: tuple[int, ...] = ()
+    outlived: bool = False
     orphaned: bool = False
 
 
@@ -176,6 +178,10 @@ def _ended_well(evidence: Evidence) -> Verdict:
         return Verdict(Outcome.STOPPED, "a person asked for it")
     if (taken := _taken(evidence.facts)) is not None:
         return taken
+    if evidence.outlived:
+        return Verdict(
+            Outcome.CRASHED, "what started the ranks was killed; they stopped safely by themselves"
+        )
     if evidence.orphaned:
         return Verdict(Outcome.CRASHED, "its supervisor was killed; the ranks stopped safely by themselves")
     return Verdict(Outcome.STOPPED, "a signal asked for it")

@@ -82,8 +82,9 @@ def supervise(
     """
     plan = directory.read_orders().plan
     assert plan.steps is not None
-    with _signals_ask(directory, asking) as signals:
+    with _noted(asking) as signals:
         while True:
+            signals.pass_on(directory)
             if asked_by(directory) is not None:
                 return _end(directory, End(Outcome.STOPPED, "asked for before it began"), None, say)
             number = directory.next_attempt()
@@ -155,17 +156,18 @@ def history(directory: RunDirectory) -> list[Attempt]:
 
 
 def _run(
-    directory: RunDirectory, launching: Launching, number: int, world_size: int, signals: list[int]
+    directory: RunDirectory, launching: Launching, number: int, world_size: int, signals: Signals
 ) -> Ended:
     """One attempt, from start to verdict."""
     begun = time.monotonic()
-    before = len(signals)
+    before = len(signals.received)
     ranks = launching.start(number)
     following = Following(directory, number, world_size)
     asked: float | None = None
-    by_person = at_once = False
+    by_person = at_once = killed = outlived = False
     while True:
-        facts = launching.facts(signals[before:])
+        signals.pass_on(directory)
+        facts = launching.facts(signals.received[before:])
         if facts.asks_to_stop:
             ask_to_stop(directory, "scheduler")
         by = asked_by(directory)
@@ -173,24 +175,32 @@ def _run(
         if by is not None and asked is None:
             asked = time.monotonic()
         if (exit_code := ranks.poll()) is not None:
-            break
+            if exit_code >= 0 or killed or not following.living_here():
+                break
+            # What started them was killed: they stop safely by themselves, and nothing may begin beside them.
+            outlived |= asked is None
         followed = following.look()
         # Before the first step there is nothing to save.
         waits_in_vain = asked is not None and not followed.trains and time.monotonic() - asked > START_SECONDS
-        if signals[before:].count(signal.SIGINT) > 1 or waits_in_vain or _too_late(facts):
+        interrupted = signals.received[before:].count(signal.SIGINT) > 1
+        if interrupted or waits_in_vain or _too_late(facts):
             at_once = True
         if at_once or followed.is_over:
             if followed.hang is not None:
                 following.collect_stacks()
-            ranks.end()
+            if exit_code is None:
+                ranks.end()
+            following.kill_here()
+            killed = True
         time.sleep(POLL_SECONDS)
     last = following.read(time.monotonic())
     evidence = Evidence(
         world_size=world_size,
         ends=last.ends,
-        facts=launching.facts(signals[before:]),
-        by_person=by_person or signal.SIGINT in signals[before:],
+        facts=launching.facts(signals.received[before:]),
+        by_person=by_person or signal.SIGINT in signals.received[before:],
         at_once=at_once,
+        outlived=outlived,
         hang=following.hang,
         dead=following.dead,
     )
@@ -201,7 +211,7 @@ def _run(
         max(last.step, _committed_step(directory)),
         time.monotonic() - begun,
         exit_code,
-        tuple(signals[before:]),
+        tuple(signals.received[before:]),
         None if asked is None else time.monotonic() - asked,
     )
 
@@ -217,7 +227,7 @@ def _restart(
     launching: Launching,
     ended: Ended,
     restart: Restart,
-    signals: list[int],
+    signals: Signals,
     say: Say,
 ) -> None:
     """Say why, and wait; a wish to stop ends the wait. Raises Interrupted if the scheduler takes over."""
@@ -239,6 +249,7 @@ def _restart(
     until = time.monotonic() + restart.seconds
     while time.monotonic() < until and asked_by(directory) is None:
         time.sleep(POLL_SECONDS)
+        signals.pass_on(directory)
 
 
 def _end(directory: RunDirectory, end: End, ended: Ended | None, say: Say) -> int:
@@ -305,18 +316,33 @@ def _committed_step(directory: RunDirectory) -> int:
     return newest[0].step if newest else 0
 
 
+class Signals:
+    """The signals that came. Their handler only notes them: it may interrupt the writing of a wish."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._passed_on = 0
+
+    def pass_on(self, directory: RunDirectory) -> None:
+        """Write down the wish to stop that each signal since the last call is."""
+        while self._passed_on < len(self.received):
+            number = self.received[self._passed_on]
+            self._passed_on += 1
+            ask_to_stop(directory, "person" if number == signal.SIGINT else "signal")
+
+
 @contextmanager
-def _signals_ask(directory: RunDirectory, asking: Sequence[signal.Signals]) -> Iterator[list[int]]:
-    """While inside, these signals write a stop request; yields the signals received so far."""
-    received: list[int] = []
+def _noted(asking: Sequence[signal.Signals]) -> Iterator[Signals]:
+    """While inside, these signals are noted; not one that is ignored, as nohup has SIGHUP be."""
+    signals = Signals()
 
     def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        ask_to_stop(directory, "person" if number == signal.SIGINT else "signal")
+        signals.received.append(number)
 
-    before = {number: signal.signal(number, note) for number in asking}
+    heard = [number for number in asking if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
-        yield received
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

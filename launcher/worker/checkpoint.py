@@ -134,8 +134,22 @@ class CheckpointWriter(TrainerCallback):
         """
         sealed = _sealed_by_all(folder, self._rank, self._world_size) if copied is None else {}
         barrier()
-        if self._rank != 0:
-            return
+        if self._rank == 0:
+            self._commit(folder, sealed, step=step, samples=samples, best=best, state=state, copied=copied)
+        if copied is None:
+            barrier()  # or the others would wait in training, whose limit is no save's
+
+    def _commit(
+        self,
+        folder: Path,
+        sealed: ledger.Files,
+        *,
+        step: int,
+        samples: int,
+        best: int | None,
+        state: Mapping[str, Any],
+        copied: Callable[[], None] | None,
+    ) -> None:
         begun = self._begun
 
         def write() -> Saved:

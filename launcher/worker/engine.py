@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from launcher.plan.choose import Plan
 from launcher.plan.sharding import zero_stage
+from launcher.run.heartbeat import LIMITS
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What each precision is called in a plan."""
@@ -25,13 +26,14 @@ def is_sharded(plan: Plan) -> bool:
 
 
 def meet(plan: Plan, timeout: float | None, environment: MutableMapping[str, str]) -> PartialState:
-    """Join the other ranks, before anything else may choose how. `timeout`: seconds a collective may take.
+    """Join the other ranks, before anything else may choose how. `timeout`: seconds a collective may take;
+    None: longer than any of the heartbeat's limits.
 
     transformers and accelerate start neither DeepSpeed nor FSDP on a CPU by themselves: they would train
     with plain DDP and say nothing. So the state is made here, as on a GPU, and TrainingArguments is told to
     keep it.
     """
-    options: dict[str, Any] = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    options: dict[str, Any] = {"timeout": patience(timeout)}
     if plan.device != "cpu":
         return PartialState(**options)
     if plan.batch.world_size > 1 or zero_stage(plan.strategy) is not None:
@@ -47,6 +49,12 @@ def meet(plan: Plan, timeout: float | None, environment: MutableMapping[str, str
     environment["CUDA_VISIBLE_DEVICES"] = ""
     _talk_through_gloo()
     return PartialState(cpu=False, **options)
+
+
+def patience(timeout: float | None) -> timedelta:
+    """How long a collective waits. NCCL's own 10 minutes would end ranks that wait, with every right, for
+    rank 0 to read a large checkpoint, or to upload the model."""
+    return timedelta(seconds=2 * max(LIMITS.values()) if timeout is None else timeout)
 
 
 def engine_arguments(plan: Plan, deepspeed: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def allow_deepspeed() -> None:
 @contextmanager
 def refusing_code(checkpoint: Path) -> Iterator[None]:
     """While inside, `checkpoint` is read. Raises TrainingError where a file of it holds more than data."""
-    for index in checkpoint.rglob(INDEX):
+    for index in checkpoint.rglob(f"*{INDEX}"):  # without one for all ranks, torch reads each rank's own
         with index.open("rb") as stream:
             try:
                 _Index(stream).load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -96,8 +97,9 @@ class Timed(io.TextIOWrapper):
 
 
 def last_word(rank: int, step: int, error: BaseException) -> RankEnd:
-    """The record of a failure. Prints the traceback to the rank's log."""
-    traceback.print_exception(error)
+    """The record of a failure. Prints the traceback to the rank's log, where that has room."""
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error)
     now = time.time()
     if isinstance(error, LauncherError):
         return RankEnd(

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from launcher.errors import TrainingError
+from launcher.run.checkpoints import publish
 from launcher.worker.checkpoint import open_as_folder
 from launcher.worker.pickles import allow_deepspeed, refusing_code
 from launcher.worker.reshard import read_universal
@@ -92,7 +93,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, targe
     open_as_folder(temporary)
     if target.exists():
         shutil.rmtree(target)
-    temporary.rename(target)
+    publish(temporary, target)
 
 
 def check_weights(weights: Mapping[str, torch.Tensor]) -> None:

@@ -25,7 +25,7 @@ from launcher.errors import RequestError
 from launcher.plan.choose import Plan
 from launcher.plan.orders import Orders
 from launcher.plan.sharding import zero_stage
-from launcher.run.checkpoints import Checkpoint
+from launcher.run.checkpoints import Checkpoint, good_at
 from launcher.run.directory import RunDirectory
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
@@ -266,6 +266,12 @@ class LauncherTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
+    def _run_epoch(self, *arguments: Any, **about: Any) -> None:
+        """None of it where the evaluation that a resume begins with was given up, or was the last one: the
+        stock Trainer would take one step more, and forget the wish."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*arguments, **about)  # type: ignore[no-untyped-call]
+
     def _evaluation_goes_on(self) -> bool:
         self._heart.beat()
         return self._cadence.evaluation_goes_on(self.state.global_step)
@@ -385,5 +391,6 @@ class LauncherTrainer(Trainer):
             return self.bare_model
         else:
             model, step = self.bare_model, self._best.step
-        saving.load_weights(model, self._checkpoints / f"step-{step:08d}")
+        # The best one may be old: nothing has read it since it was written.
+        saving.load_weights(model, good_at(self._checkpoints, step).folder)
         return model

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,51 @@ def test_what_is_not_whole_is_not_among_the_kept(tmp_path: Path) -> None:
     ledger.prune(tmp_path, keep=1, protect=())
     assert [each.step for each in ledger.committed(tmp_path)] == [2, 3]
     assert ledger.latest_good(tmp_path) == ledger.committed(tmp_path)[0]
+
+
+def test_what_cannot_be_deleted_yet_does_not_fail_the_save(tmp_path: Path) -> None:
+    """As on a network file system, where a file that somebody reads stays."""
+    busy = save(tmp_path, 5).folder / "busy"
+    busy.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(busy)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
+    try:
+        save(tmp_path, 10)
+        ledger.prune(tmp_path, keep=1, protect=())
+        save(tmp_path, 15)
+        assert [each.step for each in ledger.committed(tmp_path)] == [10, 15]
+    finally:
+        subprocess.run(["umount", "-l", *map(str, tmp_path.rglob("busy"))], check=True)
+    save(tmp_path, 20)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_gets_its_name_once_all_in_it_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new" / "deep").mkdir(parents=True)
+    (tmp_path / "new" / "deep" / "weights").write_bytes(b"w")
+    synced: list[str] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    ledger.publish(tmp_path / "new", tmp_path / "model")
+    assert sorted(synced[:3]) == ["deep", "new", "weights"]
+    assert synced[3:] == [tmp_path.name]
+    assert (tmp_path / "model" / "deep" / "weights").read_bytes() == b"w"
+
+
+def test_what_a_rank_has_sealed_is_in_the_manifest_though_it_is_not_listed_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = ledger.begin(tmp_path, 5)
+    (temporary / "rank-1.pt").write_bytes(b"optimizer")
+    sealed = ledger.seal(temporary, ["rank-1.pt"])
+    monkeypatch.setattr(ledger, "names_in", lambda folder: [])
+    made = ledger.commit(temporary, step=5, samples=40, world_size=2, created=0.0, sealed=sealed)
+    assert list(made.files) == ["rank-1.pt"]

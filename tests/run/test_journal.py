@@ -25,3 +25,13 @@ def test_a_line_cut_by_a_crash_is_left_out_and_does_not_spoil_the_next(tmp_path:
     assert [event["event"] for event in journal.read(file)] == ["one"]
     journal.record(file, "three")
     assert [event["event"] for event in journal.read(file)] == ["one", "three"]
+
+
+def test_a_line_cut_after_a_brace_keeps_nobody_from_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "journal.jsonl"
+    journal.record(file, "one")
+    journal.record(file, "two", reason="KeyError: {1}")
+    file.write_bytes(file.read_bytes()[:-3])
+    assert file.read_bytes().endswith(b"{1}")
+    journal.record(file, "three")
+    assert [event["event"] for event in journal.read(file)] == ["one", "three"]

@@ -66,6 +66,7 @@ class Scripted:
         script = self._scripts[min(self.attempts, len(self._scripts) - 1)]
         self.attempts += 1
         command = [sys.executable, "-c", PRELUDE + script, str(self._directory.root), str(attempt)]
+        command.append("launcher.worker")  # by which a rank is told from any other process
         return ScriptedRanks(subprocess.Popen(command))
 
     def facts(self, signals: Sequence[int]) -> Facts:
@@ -208,6 +209,60 @@ def test_a_second_ctrl_c_ends_the_ranks_at_once(directory: RunDirectory, later: 
     assert (error.message, error.exit_code) == ("ended at once", 130)
 
 
+def test_under_nohup_a_terminal_that_closes_stops_nothing(
+    directory: RunDirectory, later: Callable[..., None]
+) -> None:
+    words = (
+        "beat(0, 2); time.sleep(1); "
+        'end = "STOPPED" if directory.stop_request.exists() else "FINISHED"; say(0, end, 20); say(1, end, 20)'
+    )
+    later(directory.heartbeat(1, 0).exists, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert supervise(directory, Scripted(directory, words), lambda text: None, QUICK) == 20
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_signals_that_come_while_a_wish_is_written_are_heard(
+    directory: RunDirectory, later: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_disk, more = os.fsync, [signal.SIGINT, signal.SIGINT]
+
+    def interrupted(descriptor: int) -> None:
+        to_disk(descriptor)
+        if more and any(directory.stop_request.parent.glob(".stop.*")):
+            os.kill(os.getpid(), more.pop())
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    later(directory.heartbeat(1, 0).exists, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    error = end_of(directory, Scripted(directory, "beat(0, 2); time.sleep(60)"))
+    assert (error.message, error.exit_code) == ("ended at once", 130)
+
+
+def test_ranks_that_outlive_what_started_them_are_waited_for_and_started_again(
+    directory: RunDirectory,
+) -> None:
+    words = """
+if os.fork():
+    time.sleep(1.5)
+    os.kill(os.getpid(), 9)
+parent = os.getppid()
+beat(0, 5)
+beat(1, 5)
+while os.getppid() == parent:
+    time.sleep(0.05)
+time.sleep(1)
+say(0, "STOPPED", 6)
+say(1, "STOPPED", 6)
+"""
+    end_of(directory, Scripted(directory, words, 'say(1, "OUT_OF_MEMORY", 6, "full")'))
+    ended, other = events(directory, "attempt_ended")
+    assert (ended["outcome"], ended["step"], ended["exit_code"]) == ("CRASHED", 6, -9)
+    assert "what started the ranks was killed" in ended["reason"]
+    assert other["outcome"] == "OUT_OF_MEMORY"
+
+
 def test_a_wish_is_honoured_at_once_while_there_is_nothing_to_save(
     directory: RunDirectory, later: Callable[..., None]
 ) -> None:
@@ -310,6 +365,26 @@ def test_an_attempt_that_lost_its_supervisor_is_written_down_by_the_next(directo
     with only_supervisor(directory, launching, lambda text: None):
         pass
     assert len(events(directory, "attempt_ended")) == 1
+
+
+def test_a_rank_left_behind_by_a_dead_one_is_not_waited_for(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.run.following.ECHO_SECONDS", 0.5)
+    journal.record(directory.journal, "attempt_started", attempt=1, world_size=2, nodes=1, from_step=0)
+    launching = Scripted(directory, "beat(0, 5); (os.fork() or (beat(1, 5), os._exit(9))); time.sleep(60)")
+    left = launching.start(1)
+    while not directory.heartbeat(1, 1).exists():
+        time.sleep(0.05)
+    said: list[str] = []
+    begun = time.monotonic()
+    try:
+        with only_supervisor(directory, launching, said.append):
+            assert time.monotonic() - begun < 30
+    finally:
+        left.end()
+    assert "killing what is left of attempt 1: the others are gone" in said
+    assert events(directory, "attempt_ended")[0]["outcome"] == "CRASHED"
 
 
 def test_finished_is_the_last_attempt_at_this_length_with_its_model(tmp_path: Path) -> None:

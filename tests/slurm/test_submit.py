@@ -231,7 +231,7 @@ def test_a_job_is_found_by_its_id(slurm: Cluster, monkeypatch: pytest.MonkeyPatc
 def test_times_are_read_in_every_time_zone(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for a user who has asked SLURM for `Tomorr 15:00`."""
     more = {"TZ": "America/New_York", "SLURM_TIME_FORMAT": "relative"}
-    for name, value in (slurm.environment | more).items():
+    for name, value in {**slurm.environment, **more}.items():
         monkeypatch.setenv(name, value)
     job = slurm.run("sbatch", "--parsable", "--begin=now+1hour", "--output=/dev/null", "--wrap=true")
     found = job_state(job)
@@ -244,7 +244,8 @@ def test_times_are_read_in_every_time_zone(slurm: Cluster, monkeypatch: pytest.M
 def test_a_job_submitted_from_a_job_is_another(
     slurm: Cluster, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (slurm.environment | {"SLURM_ARRAY_JOB_ID": "1", "SLURM_RESTART_COUNT": "7"}).items():
+    inside = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_RESTART_COUNT": "7"}
+    for name, value in {**slurm.environment, **inside}.items():
         monkeypatch.setenv(name, value)
     said = place.folder / "said"
     script = place.folder / "job.sh"

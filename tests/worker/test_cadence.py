@@ -19,6 +19,7 @@ from launcher.run.directory import RunDirectory
 from launcher.worker.cadence import BestEvaluation, Cadence, Clock
 from launcher.worker.divergence import Diverged, Divergence
 from launcher.worker.stop import Agreement, StopSignals
+from launcher.worker.trainer import LauncherTrainer
 from tests.conftest import small_plan
 
 STEPS = 12
@@ -179,6 +180,12 @@ def test_asked_in_an_evaluation_it_gives_that_up_and_stops_there(tmp_path: Path)
     assert (run.last, run.saved, run.evaluated) == (5, [5], [])
     assert run.cadence.stopped
     assert run.cadence.evaluation_is_due
+
+
+def test_where_the_evaluation_that_a_resume_begins_with_is_given_up_no_step_is_taken() -> None:
+    trainer = object.__new__(LauncherTrainer)
+    trainer.control = TrainerControl(should_training_stop=True)
+    trainer._run_epoch(model=None)
 
 
 def test_the_evaluation_of_the_last_step_is_always_made(tmp_path: Path) -> None:

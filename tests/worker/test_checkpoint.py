@@ -107,6 +107,16 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path: Path) -> None:
     assert not list(writing.folder.glob(".*"))
 
 
+def test_ranks_that_wrote_their_parts_wait_in_the_save_until_it_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing = Writing(tmp_path)
+    met: list[list[int]] = []
+    monkeypatch.setattr("launcher.worker.checkpoint.barrier", lambda: met.append(writing.steps()))
+    writing.save(1, small)
+    assert met[-1] == [1]
+
+
 def test_what_fails_in_the_background_fails_the_run_at_the_next_step(tmp_path: Path) -> None:
     writing = Writing(tmp_path)
     writing.save(1, small)

@@ -71,6 +71,16 @@ def test_an_index_of_torch_is_read_and_one_that_calls_something_is_not(tmp_path:
     assert (tmp_path / "ran").exists(), "torch itself would have run it"
 
 
+def test_a_ranks_own_index_is_looked_through_too(tmp_path: Path) -> None:
+    folder = tmp_path / "pytorch_model_fsdp_0"
+    _save_state_dict({"model": {"weight": torch.zeros(6)}}, FileSystemWriter(folder), no_dist=True)
+    (folder / ".metadata").unlink()
+    (folder / "__0.metadata").write_bytes(pickle.dumps(Planted(tmp_path / "ran")))
+    with pytest.raises(TrainingError, match=r"asks for posix\.mkdir"):
+        read_weights(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("name", ["os.mkdir", "Metadata.__init__.__globals__", "sys"])
 def test_a_name_that_leads_out_of_what_is_allowed_is_refused(tmp_path: Path, name: str) -> None:
     module = "torch.distributed.checkpoint.metadata"
