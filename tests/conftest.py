@@ -31,8 +31,11 @@ hypothesis.settings.load_profile("launcher")
 # Two tests at a time on two cores: more threads in each would wait for each other. Ranks are told their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell that runs the tests in the background has them ignore SIGINT, and so would what they start.
+# A shell that runs the tests in the background has them ignore SIGINT, nohup SIGHUP, and so would what they
+# start: a test that sends one would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
