@@ -184,20 +184,25 @@ class _Texts:
             own = int(np.searchsorted(starts, self._end - run.offset))
             starts, stops = starts[:own], stops[:own]
         try:
-            texts = self._rule.decode(run.data, starts, stops)
-            if self._parse is not None:
-                texts = list(map(self._parse, texts))
+            texts = self._texts(run.data, starts, stops)
         except (UnicodeDecodeError, BadLineError):
             texts, starts, stops = self._good(run, starts, stops)
         return Batch(texts, starts + run.offset, stops - starts)
+
+    def _texts(self, data: bytes, starts: Places, stops: Places) -> list[str]:
+        """The texts of the records there, the first ones in `data`."""
+        if self._parse is None:
+            return self._rule.decode(data, starts, stops)
+        # Decoded together, one character of another script would make each line two or four times as large.
+        return list(map(self._parse, data[: stops[-1]].split(b"\n"))) if len(starts) else []
 
     def _good(self, run: Run, starts: Places, stops: Places) -> tuple[list[str], Places, Places]:
         """The records of a run that are good. The others are reported."""
         texts, kept = [], []
         for number, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
             try:
-                text = run.data[start:stop].decode("utf-8")
-                texts.append(text if self._parse is None else self._parse(text))
+                record = run.data[start:stop]
+                texts.append(record.decode("utf-8") if self._parse is None else self._parse(record))
                 kept.append(number)
             except UnicodeDecodeError as error:
                 bad = start + error.start
