@@ -147,7 +147,12 @@ def test_nothing_is_written_for_a_run_that_is_not_there_yet(tmp_path: Path) -> N
 
 def test_a_lock_that_was_taken_away_meanwhile_keeps_nobody_out(directory: RunDirectory) -> None:
     first = hold(directory.lock, directory, "us")
-    waits = threading.Timer(0.05, lambda: (directory.lock.unlink(), first.close()))
+
+    def take_away() -> None:
+        directory.lock.unlink()
+        first.close()
+
+    waits = threading.Timer(0.05, take_away)
     waits.start()
     second = hold(directory.lock, directory, "us")
     assert os.path.samestat(directory.lock.stat(), os.fstat(second.fileno()))

@@ -244,12 +244,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: 
     for step in (5, 10):
         writing.save_and_wait(step, small, copied=False)
         os.truncate(writing.folder / f"step-{step:08d}" / "weights", 3)
+    quarantine = writing.folder / "quarantine"
     for _ in ("as they are found", "once they are set aside"):
         with pytest.raises(RequestError) as caught:
             newest_good(writing.folder, rank=0, world_size=1)
         for step in (5, 10):
             assert f"step-{step:08d}: weights has 3 bytes, 1000 were written" in caught.value.message
-        quarantine = writing.folder / "quarantine"
         assert str(quarantine) in caught.value.message
         assert "another name" in (caught.value.hint or "")
         end = last_word(0, 0, caught.value)
