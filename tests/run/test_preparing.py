@@ -189,10 +189,13 @@ def test_what_hears_nothing_is_ended_too_at_once_with_a_second_ctrl_c(
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "in it\n"
-        for number in signals:
-            process.send_signal(number)
-            time.sleep(0.3)
-        _, said = process.communicate(timeout=20)
+        try:
+            for number in signals:
+                process.send_signal(number)
+                time.sleep(0.3)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert said.startswith("stopped while its text was prepared\n  hint: the same command goes on")
     assert ends(directory) == [("STOPPED", 130)]
