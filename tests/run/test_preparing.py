@@ -191,8 +191,8 @@ def test_what_hears_nothing_is_ended_too_at_once_with_a_second_ctrl_c(
         assert process.stdout.readline() == "in it\n"
         try:
             for number in signals:
+                time.sleep(0.5)  # until it is in that call
                 process.send_signal(number)
-                time.sleep(0.3)
             _, said = process.communicate(timeout=20)
         finally:
             process.kill()
