@@ -1,6 +1,6 @@
 """Stop, kill, damage, fill, freeze: real training on real text, compared with an undisturbed run to the bit.
 
-./scripts/chaos [--stops N] [--kills N] [--supervised N] [--short] [--seed N] [--write]
+./scripts/chaos [--stops N] [--kills N] [--supervised N] [--others N] [--short] [--seed N] [--write]
 
 The text is the Python standard library's own source. Ranks are real processes that talk through gloo, forked
 from this one so that an attempt costs a second instead of ten; where a row is about the supervisor, it is
@@ -25,7 +25,7 @@ import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +37,7 @@ from transformers import TrainerCallback
 from launcher.run import checkpoints as ledger
 from launcher.run import journal
 from launcher.run.directory import RunDirectory
+from launcher.run.heartbeat import read_beat
 from launcher.run.outcome import Outcome, read_end
 from launcher.worker import __main__ as worker
 
@@ -96,7 +97,8 @@ def weights_of(directory: RunDirectory) -> bytes:
 
 @dataclass
 class Bench:
-    """Run directories that are ready to be trained, by world size; one with dropout, one without."""
+    """Run directories that are ready to be trained, by world size and kind: with dropout, without, under
+    zero2, with streamed text."""
 
     folder: Path
     rng: random.Random
@@ -112,7 +114,7 @@ class Bench:
         for ranks in (1, 2, 4):
             cluster = {"name": f"{ranks}", "gpu": "cpu", "gpus_per_node": ranks}
             (self.folder / f"{ranks}.yaml").write_text(json.dumps(cluster))
-        run = {
+        run: dict[str, Any] = {
             "model": {
                 "name": "gpt2",
                 "tokenizer": {"train": {"vocab_size": 1000}},
@@ -132,10 +134,14 @@ class Bench:
             "report_to": [],
         }
         quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        model: Any = run["model"]
-        for name, more in (("drop", {}), ("quiet", quiet)):
-            changed = {**model, "overrides": {**model["overrides"], **more}}
-            (self.folder / f"{name}.yaml").write_text(json.dumps({**run, "model": changed, "name": name}))
+        kinds: dict[str, dict[str, Any]] = {
+            "drop": {},
+            "quiet": {"model": {**run["model"], "overrides": {**run["model"]["overrides"], **quiet}}},
+            "zero2": {"train": {**run["train"], "strategy": "zero2"}},
+            "stream": {"data": {**run["data"], "mode": "stream"}},
+        }
+        for name, other in kinds.items():
+            (self.folder / f"{name}.yaml").write_text(json.dumps({**run, **other, "name": name}))
 
     def directory(self, kind: str, ranks: int, at: Path | None = None) -> RunDirectory:
         """A run directory of its own, that nothing has been trained in."""
@@ -189,6 +195,13 @@ def write_ready(folder: Path, kind: str, ranks: int, template: Path) -> None:
         )
 
 
+def accelerate_says(directory: RunDirectory) -> dict[str, str]:
+    """What `accelerate launch` puts into the environment of the ranks, for the engine."""
+    if not directory.deepspeed.exists():
+        return {"ACCELERATE_USE_CPU": "true"}
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(directory.deepspeed)}
+
+
 class Attempt:
     """Ranks of a run, forked from this process, which has imported all they need."""
 
@@ -214,7 +227,7 @@ class Attempt:
             log = os.open(self.directory.launch_log(self.number), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            os.environ |= {"LAUNCHER_ATTEMPT": f"{self.number}", "ACCELERATE_USE_CPU": "true"}
+            os.environ |= {"LAUNCHER_ATTEMPT": f"{self.number}", **accelerate_says(self.directory)}
             if self.ranks > 1:  # accelerate gives a single process none of these either
                 os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "MASTER_PORT": f"{port}"}
                 size = f"{self.ranks}"
@@ -282,12 +295,12 @@ Row = Iterator[str]
 """What a row tries, one after another: each an empty text, or what was wrong."""
 
 
-def stops(bench: Bench, count: int) -> Row:
+def stops(bench: Bench, count: int, kind: str = "drop", worlds: Sequence[int] = (2, 4)) -> Row:
     """Stop requests, at random moments, to one random rank or more, with skews up to 2 s."""
     done = 0
     while done < count:
-        ranks = bench.rng.choice((2, 4))
-        directory = bench.directory("drop", ranks)
+        ranks = bench.rng.choice(worlds)
+        directory = bench.directory(kind, ranks)
         finished = False
         while not finished:
             attempt = Attempt(directory, ranks)
@@ -313,7 +326,7 @@ def stops(bench: Bench, count: int) -> Row:
                 yield f"{outcomes or 'nothing said'}: {attempt.said()}"
                 break
         else:
-            if wrong := bench.differs(directory, "drop", ranks):
+            if wrong := bench.differs(directory, kind, ranks):
                 yield wrong
         shutil.rmtree(directory.root)
 
@@ -329,11 +342,11 @@ def _one_checkpoint(attempt: Attempt) -> str:
     return ""
 
 
-def kills(bench: Bench, count: int) -> Row:
+def kills(bench: Bench, count: int, kind: str = "drop") -> Row:
     """SIGKILL of a random rank or of all, three in five of them while a checkpoint is written."""
     done = 0
     while done < count:
-        directory = bench.directory("drop", 2)
+        directory = bench.directory(kind, 2)
         for _ in range(6):
             attempt = Attempt(directory, 2)
             saving = bench.rng.random() < 0.6
@@ -353,7 +366,7 @@ def kills(bench: Bench, count: int) -> Row:
         else:
             attempt = Attempt(directory, 2)
             attempt.wait()
-        yield bench.differs(directory, "drop", 2) if directory.model.is_dir() else attempt.said()
+        yield bench.differs(directory, kind, 2) if directory.model.is_dir() else attempt.said()
         shutil.rmtree(directory.root)
 
 
@@ -375,6 +388,16 @@ def damage(bench: Bench, _: int) -> Row:
                 "" if used == older.step and named and aside else f"{spoil.__name__} {name}: {used}, {moved}"
             )
             shutil.rmtree(copy)
+    directory = bench.directory("drop", 2)
+    shutil.copytree(whole, directory.checkpoints)
+    for each in ledger.committed(directory.checkpoints):
+        _flip(each.folder / ledger.STATE)
+    for _ in ("as they are found", "once they are set aside"):
+        attempt = Attempt(directory, 2)
+        refused = (
+            attempt.wait() == {Outcome.CRASHED} and "no checkpoint of this run is good" in attempt.said()
+        )
+        yield "" if refused and not rows_of(directory) else f"all damaged: {attempt.said()}"
 
 
 def _truncate(file: Path) -> None:
@@ -481,7 +504,8 @@ def worlds(bench: Bench, count: int) -> Row:
 
 
 def supervised(bench: Bench, count: int) -> Row:
-    """`launcher train`: its supervisor, a rank or all killed, a rank frozen; then the same command again."""
+    """`launcher train`: its supervisor, a rank, accelerate or all killed, a rank frozen; then the same
+    command again."""
     for number in range(count):
         name = f"supervised-{number}"
         directory = RunDirectory(bench.folder / "runs" / name)
@@ -496,7 +520,7 @@ def supervised(bench: Bench, count: int) -> Row:
             "2.yaml",
         ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAUNCHER_HANG_SECONDS": "8"}
-        what = ("supervisor", "rank", "everything", "freeze")[number % 4]
+        what = ("supervisor", "rank", "everything", "freeze", "accelerate")[number % 5]
         code = None
         for attempt in range(4):
             process = subprocess.Popen(
@@ -520,18 +544,25 @@ def _disturb(process: subprocess.Popen[bytes], directory: RunDirectory, what: st
     deadline = time.monotonic() + HANG_SECONDS
     while not any(directory.checkpoints.glob(".step-*.writing")) and time.monotonic() < deadline:
         time.sleep(0.002)
+    # A save is given half an hour, a step of training the 8 s that were asked for.
+    while what == "freeze" and not _trains(directory) and time.monotonic() < deadline:
+        time.sleep(0.002)
     family = psutil.Process(process.pid).children(recursive=True)
-    ranks = [
-        each for each in family if "launcher.worker" in each.cmdline() and "launch" not in each.cmdline()
-    ]
+    accelerate = [each for each in family if "launch" in each.cmdline()]
+    ranks = [each for each in family if "launcher.worker" in each.cmdline() and each not in accelerate]
     if what == "freeze":
         ranks[-1].suspend()
-    victims = {"supervisor": [], "rank": ranks[-1:], "everything": family}.get(what, [])
+    victims = {"rank": ranks[-1:], "accelerate": accelerate, "everything": family}.get(what, [])
     if what in ("supervisor", "everything"):
         process.kill()
     for each in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
+
+
+def _trains(directory: RunDirectory) -> bool:
+    beat = read_beat(directory.heartbeat(1, 1))
+    return beat is not None and beat.phase == "training"
 
 
 @dataclass(frozen=True)
@@ -574,14 +605,17 @@ def main() -> None:
     )
     parser.add_argument("--stops", type=int, default=200)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--supervised", type=int, default=8, help="runs of `launcher train`")
+    parser.add_argument("--supervised", type=int, default=10, help="runs of `launcher train`")
+    parser.add_argument(
+        "--others", type=int, default=4, help="stops and kills each, under zero2 and streaming"
+    )
     parser.add_argument("--worlds", type=int, default=12, help="changes of the number of ranks")
     parser.add_argument("--short", action="store_true", help="a few of each, without `launcher train`")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--write", action="store_true", help=f"keep the card in {PAGE.relative_to(ROOT)}")
     asked = parser.parse_args()
     if asked.short:
-        asked.stops, asked.kills, asked.supervised, asked.worlds = 3, 3, 0, 2
+        asked.stops, asked.kills, asked.supervised, asked.worlds, asked.others = 3, 3, 0, 2, 0
     print(f"seed {asked.seed}")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), random.Random(asked.seed))
@@ -593,6 +627,12 @@ def main() -> None:
             ("a clock that jumps by days", clock(bench, 0)),
             (f"{asked.worlds} changes among 1, 2 and 4 ranks", worlds(bench, asked.worlds)),
         ]
+        for kind, how in (("zero2", "under zero2"), ("stream", "with streamed text")):
+            if asked.others:
+                rows += [
+                    (f"{asked.others} stop requests {how}", stops(bench, asked.others, kind, worlds=(2,))),
+                    (f"{asked.others} SIGKILLs of ranks {how}", kills(bench, asked.others, kind)),
+                ]
         if os.getuid() == 0:
             rows += [
                 ("a disk that fills up in mid-write", full_disk(bench, 0)),
@@ -601,7 +641,8 @@ def main() -> None:
         if asked.supervised:
             rows.append(
                 (
-                    f"{asked.supervised} x `launcher train`: supervisor, rank or all killed, a rank frozen",
+                    f"{asked.supervised} x `launcher train`: supervisor, rank, accelerate or all killed, "
+                    "a rank frozen",
                     supervised(bench, asked.supervised),
                 )
             )

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from launcher.cli import app
 from launcher.run import journal
 from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory
@@ -91,6 +93,31 @@ def test_a_run_whose_supervisor_is_killed_is_taken_up_once_its_ranks_have_stoppe
     assert (first["outcome"], first["step"], first["orphaned"]) == ("CRASHED", saved, True)
     assert second["outcome"] == "STOPPED"
     assert second["step"] == committed(directory.checkpoints)[-1].step > saved
+
+
+def test_a_stop_while_text_is_prepared_keeps_what_is_finished(workplace: Workplace) -> None:
+    text = (workplace.folder / "corpus.txt").read_text()
+    names = [f"part-{number}.txt" for number in range(24)]
+    for name in names:
+        (workplace.folder / name).write_text(name + text * 6)
+    sources = ", ".join(
+        f"{{name: s{number}, files: [{name}], weight: 1}}" for number, name in enumerate(names)
+    )
+    command = [sys.executable, "-m", "launcher", "train", "run.yaml", f"data.train=[{sources}]"]
+    directory = RunDirectory(workplace.folder / "runs" / "small")
+    stores = workplace.folder / "runs" / ".stores"
+    with subprocess.Popen(command, cwd=workplace.folder, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: any(stores.glob("*/units/*.json")), process)
+        asked = CliRunner().invoke(app, ["stop", str(directory.root)])
+        assert "its text is being prepared" in asked.stdout
+        begun = time.monotonic()
+        _, said = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 15
+    assert process.returncode == 130, said
+    assert "stopped while its text was prepared\n  hint: the same command goes on" in said
+    assert "units are finished and kept" in said
+    assert list(stores.glob("*/units/*.json"))
+    assert not directory.root.exists(), "nothing was written to it"
 
 
 FAULTS = """

@@ -64,12 +64,16 @@ def checkpoint_verify(
 
     found = damages(_directory(run_dir).checkpoints, step)
     if as_json:
-        console.answer_json([{"checkpoint": name, "damage": damage} for name, damage in found.items()])
+        console.answer_json(
+            [
+                {"checkpoint": name, "damage": damage or [], "removed": damage is None}
+                for name, damage in found.items()
+            ]
+        )
     else:
         for name, damage in found.items():
-            console.answer(
-                "\n".join([f"{name}: {'DAMAGED' if damage else 'good'}", *(f"  {d}" for d in damage)])
-            )
+            state = "removed meanwhile" if damage is None else "DAMAGED" if damage else "good"
+            console.answer("\n".join([f"{name}: {state}", *(f"  {d}" for d in damage or [])]))
         if not found:
             console.answer("no checkpoint yet")
     if any(found.values()):

@@ -117,6 +117,7 @@ def train(
     from launcher.run.holding import only_supervisor
     from launcher.run.local import Local
     from launcher.run.preflight import check_host_memory, check_launch, check_local
+    from launcher.run.preparing import stoppable
     from launcher.run.samples import check_skip
     from launcher.run.supervise import is_finished
     from launcher.run.text import ready_text
@@ -127,19 +128,20 @@ def train(
     check_launch(draft.run.config, draft.place, draft.machine, draft.plan.strategy)
     check_host_memory(draft.plan, draft.machine)
     check_same_run(directory, draft.run.config)
-    text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
-    final = assemble(draft.run, draft.cluster, draft.machine, text)
-    _show_plan(final, stream_of_answer=False)
-    launching = Local(directory, final.cluster.config.env)
+    launching = Local(directory, draft.cluster.config.env)
     with only_supervisor(directory, launching, console.say):
-        check_same_run(directory, final.run.config)
+        check_same_run(directory, draft.run.config)
+        # Whoever gives this command wants it trained, whatever was asked of it before.
+        directory.stop_request.unlink(missing_ok=True)
+        with stoppable(directory, launching, console.say):
+            text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
+        final = assemble(draft.run, draft.cluster, draft.machine, text)
+        _show_plan(final, stream_of_answer=False)
         check_goes_on(directory, final.plan, text.store)
         if text.store and (said := check_skip(final.run.config, final.plan, text.store, directory)):
             console.say(said)
         if not is_finished(directory, final.plan.steps):
             write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
-            # Whoever gives this command wants it trained, whatever was asked of it before.
-            directory.stop_request.unlink(missing_ok=True)
         if final.plan.nodes > 1:
             console.say(
                 f"ready; on each of the {final.plan.nodes} nodes: sh {directory.launch} NODE HOST PORT"

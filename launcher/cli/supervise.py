@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from signal import Signals
 from typing import TYPE_CHECKING
 
 import typer
@@ -15,22 +17,29 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+TOLD_SECONDS = 5.0
+"""Within which slurmctld tells, once it has sent a signal, that it takes the nodes."""
+
 
 @app.command(epilog="Example: launcher supervise runs/gpt2-shakespeare")
 def supervise(run: RunFolder) -> None:
     """Train a run directory as it is written, until it ends: what `train` and a job script do."""
-    from launcher.run.beginning import begin_in_job
+    from launcher.run.beginning import begin_in_job, is_draft
     from launcher.run.directory import RunDirectory
     from launcher.run.holding import only_supervisor
+    from launcher.run.preparing import stoppable
     from launcher.run.requests import forget_all_but_persons
     from launcher.run.slurm import own_job
     from launcher.run.slurm_ranks import Slurm
     from launcher.run.submitting import launcher_here
 
     directory = RunDirectory(run.absolute())
-    if own_job() is not None:
-        begin_in_job(directory, console.Bar("preparing"), console.say, launcher_here())
     launching = launching_of(directory)
+    if own_job() is not None and is_draft(directory):
+        forget_all_but_persons(directory)
+        with stoppable(directory, launching, console.say, _asking(launching), told_within=TOLD_SECONDS):
+            begin_in_job(directory, console.Bar("preparing"), console.say, launcher_here())
+        launching = launching_of(directory)
     with only_supervisor(directory, launching, console.say, takes_over=isinstance(launching, Slurm)):
         forget_all_but_persons(directory)
         if isinstance(launching, Slurm):
@@ -57,16 +66,22 @@ def launching_of(directory: RunDirectory) -> Launching:
     return Local(directory, cluster.env)
 
 
+def _asking(launching: Launching) -> Sequence[Signals]:
+    """The signals that ask for a stop."""
+    from launcher.run.slurm_ranks import Slurm
+    from launcher.run.supervise import SIGNALS
+
+    return launching.asking if isinstance(launching, Slurm) else SIGNALS
+
+
 def train_to_the_end(directory: RunDirectory, launching: Launching) -> None:
     """Supervise the run, which is held, and say where its model is. Raises what `run.supervise` does."""
-    from launcher.run.slurm_ranks import Slurm
-    from launcher.run.supervise import SIGNALS, is_finished, supervise
+    from launcher.run.supervise import is_finished, supervise
 
     plan = directory.read_orders().plan
     if is_finished(directory, plan.steps):
         console.say(f"run {plan.name} is finished; its model is in {directory.model}")
         return
-    asking = launching.asking if isinstance(launching, Slurm) else SIGNALS
-    step = supervise(directory, launching, console.say, asking=asking)
+    step = supervise(directory, launching, console.say, asking=_asking(launching))
     console.say(f"finished at step {step}; the model is in {directory.model}")
     console.say(f"next: launcher generate {directory.root}")

@@ -93,9 +93,13 @@ def stop(run_dir: RunFolder) -> None:
     from launcher.run.directory import RunDirectory
     from launcher.run.queue import cancel, find_job
     from launcher.run.requests import ask_to_stop
-    from launcher.run.status import read_status
+    from launcher.run.status import alive, read_status
 
     directory = RunDirectory(run_dir.absolute())
+    if not directory.orders.is_file() and alive(directory) is not None:
+        ask_to_stop(directory, "person")
+        console.answer(f"run {directory.root.name!r} is asked to stop: its text is being prepared")
+        return
     found = replace(read_status(directory, time.time()), job=find_job(directory))
     if found.job is not None and found.job.state == "PENDING":
         cancel(found.job.job)

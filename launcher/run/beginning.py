@@ -50,6 +50,13 @@ def begin(draft: Assembly, workers: int, progress: Progress, say: Say, launcher:
     `launcher`: the command's path on the nodes. Raises what preparing and planning raise, and RequestError
     for a run that is finished.
     """
+    directory = _begin(draft, workers, progress, say, launcher)
+    # Whoever hands it in wants it trained, whatever was asked of it before.
+    directory.stop_request.unlink(missing_ok=True)
+    return directory
+
+
+def _begin(draft: Assembly, workers: int, progress: Progress, say: Say, launcher: str) -> RunDirectory:
     directory = run_directory(draft.run.config)
     text = ready_text(draft, workers, progress, say)
     final = assemble(draft.run, draft.cluster, draft.machine, text)
@@ -64,8 +71,6 @@ def begin(draft: Assembly, workers: int, progress: Progress, say: Say, launcher:
                 hint="to train it further, make it longer",
             )
         write_run(final, directory, text, describe_environment(final.machine, Path.cwd()), launcher)
-        # Whoever gives this command wants it trained, whatever was asked of it before.
-        directory.stop_request.unlink(missing_ok=True)
     return directory
 
 
@@ -83,12 +88,14 @@ def write_draft(draft: Assembly, directory: RunDirectory, launcher: str) -> None
     write_files(rendered_files(draft, directory, None, launcher).items())
 
 
+def is_draft(directory: RunDirectory) -> bool:
+    """Whether a run is only drafted: it is planned in its job, once its text is there."""
+    return directory.read_orders().store is None and directory.read_config().data.mode != "stream"
+
+
 def begin_in_job(directory: RunDirectory, progress: Progress, say: Say, launcher: str) -> None:
-    """Plan the run in a job that waited for its text, unless that is done. What of the text is not prepared
-    yet is prepared here."""
-    run, orders = directory.read_config(), directory.read_orders()
-    if orders.store is not None or run.data.mode == "stream":
-        return
+    """Plan a drafted run, in the job that waited for its text. What of that is not prepared yet is prepared
+    here."""
     machine = find_machine()
     draft = assemble(load_run(directory.config), load_cluster(directory.cluster), machine)
-    begin(draft, machine.cores, progress, say, launcher)
+    _begin(draft, machine.cores, progress, say, launcher)

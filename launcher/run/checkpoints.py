@@ -29,6 +29,8 @@ FOLDERS = "step-" + 8 * "[0-9]"
 """What a committed checkpoint's folder is called."""
 REASON = "WHY.txt"
 """In a folder that was set aside: what is wrong with it."""
+QUARANTINE = "quarantine"
+"""The folder beside the checkpoints that bad ones are moved to."""
 REPLACED = ".replaced"
 """How the name ends of a checkpoint that is being replaced by one of the same step."""
 THREADS = 4
@@ -82,10 +84,20 @@ class Checkpoint:
         """
         found = self.misfits()
         whole = [name for name in self.files if name not in found]
-        for name, (_, digest) in zip(whole, _sealed(self.folder, whole), strict=True):
-            if digest != self.files[name][1]:
-                found[name] = f"{name} does not have the hash it was written with"
+        with ThreadPoolExecutor(THREADS) as threads:
+            for name, digest in zip(whole, threads.map(self._hash_now, whole), strict=True):
+                if digest is None:
+                    found[name] = f"{name} is missing"
+                elif digest != self.files[name][1]:
+                    found[name] = f"{name} does not have the hash it was written with"
         return [found[name] for name in self.files if name in found]
+
+    def _hash_now(self, name: str) -> str | None:
+        """The sha256 of a file; None for one that is gone: a run that prunes may be at work."""
+        try:
+            return _sha256(self.folder / name)
+        except FileNotFoundError:
+            return None
 
 
 def begin(checkpoints: Path, step: int) -> Path:
@@ -196,10 +208,11 @@ def latest_good(checkpoints: Path) -> Checkpoint | None:
     return next((each for each in reversed(committed(checkpoints)) if not each.damage()), None)
 
 
-def damages(checkpoints: Path, step: int | None) -> dict[str, list[str]]:
+def damages(checkpoints: Path, step: int | None) -> dict[str, list[str] | None]:
     """What is wrong with each checkpoint's folder, or with that of `step`, by name; every byte is read.
 
-    Raises RequestError where there is none of `step`.
+    None for one that a run has removed or replaced meanwhile. Raises RequestError where there is none of
+    `step`.
     """
     found = {folder.name: _read(folder) for folder in sorted(checkpoints.glob(FOLDERS))}
     if step is not None:
@@ -207,10 +220,14 @@ def damages(checkpoints: Path, step: int | None) -> dict[str, list[str]]:
         if name not in found:
             raise _no_checkpoint(step, [int(each.removeprefix("step-")) for each in found])
         found = {name: found[name]}
-    return {
-        name: [f"no readable {MANIFEST}"] if checkpoint is None else checkpoint.damage()
-        for name, checkpoint in found.items()
-    }
+    return {name: _damage_now(checkpoints / name, checkpoint) for name, checkpoint in found.items()}
+
+
+def _damage_now(folder: Path, checkpoint: Checkpoint | None) -> list[str] | None:
+    """What is wrong with `checkpoint`, which was in `folder`; None where it is there no more."""
+    damage = [f"no readable {MANIFEST}"] if checkpoint is None else checkpoint.damage()
+    is_here = folder.exists() and _read(folder) in (checkpoint, None)
+    return damage if is_here or not damage else None
 
 
 def good_at(checkpoints: Path, step: int | None) -> Checkpoint:
@@ -248,13 +265,24 @@ def set_aside_damaged(checkpoints: Path, newer_than: int) -> list[tuple[str, str
             continue
         checkpoint = _read(folder)
         reason = f"no readable {MANIFEST}" if checkpoint is None else "; ".join(checkpoint.damage())
-        target = _free_name(checkpoints / "quarantine" / folder.name)
+        target = _free_name(checkpoints / QUARANTINE / folder.name)
         target.parent.mkdir(exist_ok=True)
         folder.rename(target)
         with contextlib.suppress(OSError):  # on a full disk the log alone has it
             (target / REASON).write_text(reason + "\n", encoding="utf-8")
         moved.append((folder.name, reason))
     return moved
+
+
+def quarantined(checkpoints: Path) -> dict[str, str]:
+    """What is wrong with each folder that was set aside, by its name in `quarantine/`."""
+    found = {}
+    for folder in sorted((checkpoints / QUARANTINE).glob(f"{FOLDERS}*")):
+        try:
+            found[folder.name] = (folder / REASON).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            found[folder.name] = f"its {REASON} is missing"
+    return found
 
 
 def prune(checkpoints: Path, *, keep: int, protect: Collection[int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from launcher.errors import ConfigError, RequestError, RunDirectoryError
+from launcher.errors import ConfigError, MachineError, RequestError, RunDirectoryError
 
 if TYPE_CHECKING:  # typed configurations take 0.2 s to import, and watching a run needs none
     from launcher.config.schema import RunConfig
@@ -32,7 +34,10 @@ on, and its folder be named otherwise."""
 
 
 LOCKS = frozenset({".lock", ".ranks.lock"})
+GIVEN = LOCKS | {"requests"}
 """All there is in a folder that a run has only been given, and not yet been written to."""
+WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What a file system says that keeps no locks."""
 LOOK_SECONDS = 0.2
 """Far longer than looking whether a lock is held takes."""
 
@@ -225,7 +230,7 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
     if not directory.root.exists():
         return
     if not directory.config.is_file():
-        if directory.root.is_dir() and {path.name for path in directory.root.iterdir()} <= LOCKS:
+        if directory.root.is_dir() and {path.name for path in directory.root.iterdir()} <= GIVEN:
             return
         raise RunDirectoryError(
             f"{directory.root} exists and is not a run directory",
@@ -303,15 +308,16 @@ def has_begun(directory: RunDirectory) -> bool:
 def hold(lock: Path, directory: RunDirectory, by: str) -> TextIO:
     """Hold `lock` until the returned stream is closed or this process ends.
 
-    Raises RunDirectoryError, saying that `by` trains the run, where another process holds it.
+    Raises RunDirectoryError, saying that `by` trains the run, where another process holds it, and
+    MachineError where the file system has no locks.
     """
     stream = lock.open("w", encoding="utf-8")
     try:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(stream, fcntl.LOCK_EX)
         except BlockingIOError:
             time.sleep(LOOK_SECONDS)  # it may be `is_held` that looks
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(stream, fcntl.LOCK_EX)
     except BlockingIOError as error:
         stream.close()
         raise RunDirectoryError(
@@ -319,19 +325,52 @@ def hold(lock: Path, directory: RunDirectory, by: str) -> TextIO:
             directory=directory.root,
             hint="wait for it to end, or give this run another name",
         ) from error
+    if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(stream.fileno())):
+        # Who held it before has taken it away: a lock on that one would keep nobody out.
+        stream.close()
+        return hold(lock, directory, by)
     return stream
 
 
+def take_back(directory: RunDirectory, made: Iterable[Path]) -> None:
+    """Remove the folders that were `made` for a run, innermost first, where it came to nothing: only what it
+    was given is there. Call it while holding its lock."""
+    if {path.name for path in directory.root.iterdir()} <= GIVEN:
+        directory.stop_request.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            directory.stop_request.parent.rmdir()
+        for lock in LOCKS:
+            (directory.root / lock).unlink(missing_ok=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 def is_held(lock: Path) -> bool:
-    """Whether a process that lives holds `lock`."""
+    """Whether a process that lives holds `lock`. Raises MachineError where the file system has no locks."""
     try:
         with lock.open(encoding="utf-8") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _flock(stream, fcntl.LOCK_SH)
     except FileNotFoundError:
         return False
     except BlockingIOError:
         return True
     return False
+
+
+def _flock(stream: TextIO, how: int) -> None:
+    """Lock a file without waiting. Raises BlockingIOError where another process has it."""
+    try:
+        fcntl.flock(stream, how | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        stream.close()
+        raise MachineError(
+            f"{stream.name} cannot be locked: {error.strerror}",
+            hint="without a lock two commands could train a run at a time: set output_dir to a folder on a "
+            "file system that has file locks, or have this one mounted with them (Lustre: -o flock)",
+        ) from error
 
 
 def check_writable(folder: Path, key: str) -> None:

@@ -19,17 +19,32 @@ from launcher.run.outcome import Hang, named
 Phase = Literal["starting", "training", "evaluating", "saving", "finishing"]
 LIMITS: Mapping[Phase, float] = {
     "starting": 1800.0,
-    "training": 120.0,
+    "training": 240.0,
     "evaluating": 600.0,
     "saving": 1800.0,
     "finishing": 3600.0,
 }
-"""Seconds that a rank may go without a beat. `starting` holds the first step, and so what compiles it; in
-`training` it is the least, see `training_limit`; `finishing` makes the final model and uploads it."""
+"""Seconds that a rank may go without a beat, at the least: see `limits`. `starting` holds the first step, and
+so what compiles it; `training` is longer than a fault of the network in the middle of remote text is waited
+out (`data.remote`), and a step may take longer, see `training_limit`; `finishing` makes the final model and
+uploads it."""
 STEPS = 10
 """A training step may take so many times as long as the longest lately."""
 FROZEN_SECONDS = 120.0
-"""A heartbeat file that has not changed for so long is of a process that does not run at all."""
+"""A heartbeat file that has not changed for so long, in a step of training or a forward pass of an
+evaluation, is of a process that does not run at all. In other phases it may be one long call that lets no
+other thread run, or a file system that all ranks write to at once: such a phase's own limit counts."""
+BRIEF: frozenset[Phase] = frozenset({"training", "evaluating"})
+"""Phases in which nothing takes long at a stretch."""
+CHECKPOINT_BYTES = 12
+"""Bytes of a checkpoint for each parameter: fp32 weights and AdamW's two moments."""
+FILE_SPEED = 200e6
+"""Bytes/s at which a checkpoint is read or written, where none was measured: an allowance for a busy file
+system."""
+PASSES: Mapping[Phase, int] = {"starting": 5, "saving": 2, "finishing": 4}
+"""How often a phase may go through a checkpoint's bytes without a beat. `starting`: verify it, convert it for
+another number of ranks (read, written), read that, and once for luck; `saving`: write and hash it;
+`finishing`: verify and convert it, and read what came of it."""
 INTERVAL = 1.0
 """Seconds between two writings."""
 STALE_SECONDS = 3.0
@@ -89,6 +104,17 @@ def training_limit(longest_step: float) -> float:
     return max(LIMITS["training"], STEPS * longest_step)
 
 
+def limits(parameters: int | None) -> dict[Phase, float]:
+    """LIMITS, longer where a checkpoint of so many parameters takes longer; None: how many is not known."""
+    size = CHECKPOINT_BYTES * (parameters or 0)
+    return {phase: max(least, PASSES.get(phase, 0) * size / FILE_SPEED) for phase, least in LIMITS.items()}
+
+
+def frozen_limit(beat: Beat) -> float:
+    """Seconds that a rank's file may stay as it is, once `beat` stands in it."""
+    return min(beat.limit, FROZEN_SECONDS) if beat.phase in BRIEF else beat.limit
+
+
 def lowered(limit: float, environment: Mapping[str, str]) -> float:
     """`limit`, or what LIMIT_VARIABLE in `environment` lowers it to."""
     return min(limit, float(environment.get(LIMIT_VARIABLE, limit)))
@@ -128,8 +154,7 @@ class Watch:
         beats = {rank: beat for rank, beat in self._beats.items() if rank not in gone}
         stale = {rank: self._stale[rank] for rank in beats}
         late = any(
-            beat.quiet > beat.limit or stale[rank] > min(beat.limit, FROZEN_SECONDS)
-            for rank, beat in beats.items()
+            beat.quiet > beat.limit or stale[rank] > frozen_limit(beat) for rank, beat in beats.items()
         )
         if not late:
             return None

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from launcher.errors import RunDirectoryError
 from launcher.run import journal
-from launcher.run.directory import RunDirectory, hold
+from launcher.run.directory import RunDirectory, hold, take_back
 from launcher.run.following import Following
 from launcher.run.launching import Launching
 from launcher.run.outcome import Evidence, decide
@@ -33,8 +33,10 @@ def only_supervisor(
     and waited for.
 
     Ranks whose supervisor was killed are waited for, and how their attempt ended is written down. Raises
-    RunDirectoryError where another command, or ranks started by hand, train it.
+    RunDirectoryError where another command, or ranks started by hand, train it. A folder that did not exist
+    before, and that nothing was written to, is taken back.
     """
+    made = [folder for folder in (directory.root, *directory.root.parents) if not folder.exists()]
     directory.root.mkdir(parents=True, exist_ok=True)
     with _take_over(directory, say) if takes_over else hold(directory.lock, directory, "another command"):
         left = _open_attempt(directory)
@@ -44,7 +46,11 @@ def only_supervisor(
             following = Following(directory, left["attempt"], left["world_size"])
             _wait_for(following, directory, say)
             _close(following, directory, left, launching)
-        yield
+        try:
+            yield
+        finally:
+            if made:
+                take_back(directory, made)
 
 
 def _take_over(directory: RunDirectory, say: Callable[[str], None]) -> TextIO:
@@ -64,8 +70,7 @@ def _take_over(directory: RunDirectory, say: Callable[[str], None]) -> TextIO:
 
 def _open_attempt(directory: RunDirectory) -> dict[str, Any] | None:
     """The attempt that began and, by the journal, never ended."""
-    events = journal.read(directory.journal)
-    told = [event for event in events if event["event"] in ("attempt_started", "attempt_ended")]
+    told = journal.events(directory.journal, "attempt_started", "attempt_ended")
     return told[-1] if told and told[-1]["event"] == "attempt_started" else None
 
 

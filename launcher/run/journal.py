@@ -34,6 +34,11 @@ def read(journal: Path) -> list[dict[str, Any]]:
     return found
 
 
+def events(journal: Path, *names: str) -> list[dict[str, Any]]:
+    """Every whole event of these names, oldest first."""
+    return [event for event in read(journal) if event["event"] in names]
+
+
 def _ends_whole(stream: BinaryIO) -> bool:
     """Whether the last line was written to its end: a crash may have cut it."""
     stream.seek(-1, os.SEEK_END)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from launcher.plan.choose import Plan
 from launcher.run import journal
 from launcher.run.directory import RunDirectory
-from launcher.run.heartbeat import read_beat
+from launcher.run.heartbeat import CHECKPOINT_BYTES, FILE_SPEED, read_beat
 
 STEPS = 3
 """Steps until the ranks have stopped: the one under way, the one at which they agree, and one for luck."""
@@ -15,10 +15,6 @@ SLACK = 1.5
 """A checkpoint may take so many times as long as the longest lately."""
 MARGIN = 10.0
 """Seconds for noticing the wish, and for the processes to end."""
-WRITE_SPEED = 200e6
-"""Bytes/s at which a checkpoint is written, where none was measured: an allowance for a busy file system."""
-CHECKPOINT_BYTES = 12
-"""Bytes of a checkpoint for each parameter: fp32 weights and AdamW's two moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +36,7 @@ def need_of(directory: RunDirectory, plan: Plan, attempt: int | None = None) -> 
     saves = [beat.save_seconds for beat in beats if beat is not None and beat.save_seconds is not None]
     saves += [event["save_seconds"] for event in journal.read(directory.journal) if event.get("save_seconds")]
     step = max(steps, default=_predicted_step(plan))
-    save = max(saves) if saves else checkpoint_bytes(plan) / WRITE_SPEED
+    save = max(saves) if saves else checkpoint_bytes(plan) / FILE_SPEED
     return Need(STEPS * step + SLACK * save + MARGIN, bool(steps and saves))
 
 

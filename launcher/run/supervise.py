@@ -55,7 +55,7 @@ def is_finished(directory: RunDirectory, steps: int | None) -> bool:
 
     Who moves the newest checkpoints away goes back to train from an older one.
     """
-    ends = [event for event in journal.read(directory.journal) if event["event"] == "attempt_ended"]
+    ends = journal.events(directory.journal, "attempt_ended")
     newest = committed(directory.checkpoints)[-1:]
     return bool(
         ends

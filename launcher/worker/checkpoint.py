@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from launcher.errors import TrainingError
+from launcher.errors import RequestError, TrainingError
 from launcher.run import checkpoints as ledger
 from launcher.run.machine import memory_left
 from launcher.worker.heart import Heart
@@ -55,22 +55,42 @@ def barrier() -> None:
 
 
 def newest_good(checkpoints: Path, *, rank: int, world_size: int) -> ledger.Checkpoint | None:
-    """The newest checkpoint that verifies, the same on every rank: rank 0 alone reads every byte of it.
+    """The newest checkpoint that verifies, the same on every rank: rank 0 alone reads every byte of it. None
+    where there never was one.
 
-    Raises TrainingError on a rank that does not see it.
+    Raises RequestError on every rank where all there were are damaged, and TrainingError on a rank that does
+    not see the one that is good.
     """
     good = ledger.latest_good(checkpoints) if rank == 0 else None
-    chosen = [None if good is None else good.step]
+    chosen: list[Any] = [None if good is None else good.step, {}]
+    if rank == 0 and good is None:
+        ledger.set_aside_damaged(checkpoints, newer_than=-1)
+        chosen[1] = ledger.quarantined(checkpoints)
     if world_size > 1:
         dist.broadcast_object_list(chosen, src=0)
-    if rank == 0 or chosen[0] is None:
+    step, damaged = chosen
+    if damaged:
+        raise _none_is_good(checkpoints, damaged)
+    if rank == 0 or step is None:
         return good
     for each in ledger.committed(checkpoints):
-        if each.step == chosen[0]:
+        if each.step == step:
             return each
     raise TrainingError(
-        f"rank {rank} does not see the checkpoint of step {chosen[0]} in {checkpoints}",
+        f"rank {rank} does not see the checkpoint of step {step} in {checkpoints}",
         hint="output_dir must be a folder that every node shares",
+    )
+
+
+def _none_is_good(checkpoints: Path, damaged: Mapping[str, str]) -> RequestError:
+    """Beginning at step 0 would take for nothing what was trained: that is for a person to say."""
+    folder = checkpoints / ledger.QUARANTINE
+    named = "; ".join(f"{name}: {reason}" for name, reason in damaged.items())
+    return RequestError(
+        f"no checkpoint of this run is good: {len(damaged)} {'is' if len(damaged) == 1 else 'are'} set aside "
+        f"in {folder}, and there is no other: {named}",
+        hint=f"put a whole copy of one into {checkpoints} under its name step-NNNNNNNN, or give the run "
+        f"another name; to begin this one again at step 0, move {folder} away",
     )
 
 
@@ -102,7 +122,7 @@ class CheckpointWriter(TrainerCallback):
         self.finish()
         self._begun = time.perf_counter()
         folder = self._checkpoints / f".step-{step:08d}.writing"
-        with _explained(folder, step):
+        with explained(folder, f"the checkpoint of step {step}"):
             before = ledger.committed(self._checkpoints)
             if self._rank == 0:
                 ledger.begin(self._checkpoints, step)
@@ -153,7 +173,7 @@ class CheckpointWriter(TrainerCallback):
         begun = self._begun
 
         def write() -> Saved:
-            with _explained(folder, step):
+            with explained(folder, f"the checkpoint of step {step}"):
                 if copied is not None:
                     copied()
                 (folder / ledger.STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -265,8 +285,9 @@ def _writer(name: str, world_size: int) -> int:
 
 
 @contextmanager
-def _explained(folder: Path, step: int) -> Iterator[None]:
-    """Raises TrainingError in place of what says, in whatever way, that `folder` cannot be written to."""
+def explained(folder: Path, what: str) -> Iterator[None]:
+    """While inside, `what` is written to `folder`. Raises TrainingError in place of what says, in whatever
+    way, that it cannot be; `folder` is then removed."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
@@ -275,7 +296,7 @@ def _explained(folder: Path, step: int) -> Iterator[None]:
             raise
         shutil.rmtree(folder, ignore_errors=True)  # the ranks' last words need room too
         raise TrainingError(
-            f"the checkpoint of step {step} could not be written in {folder.parent}: {reason}",
+            f"{what} could not be written in {folder.parent}: {reason}",
             hint="the checkpoints before it are whole: make room there, then run the same command again",
         ) from error
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from launcher.run.heartbeat import INTERVAL, LIMITS, Beat, Phase, lowered, training_limit, write_beat
+from launcher.run.heartbeat import INTERVAL, Beat, Phase, limits, lowered, training_limit, write_beat
 
 LOCATED_SECONDS = 2.0
 """Once the main thread has been quiet for so long, where it is is told too."""
@@ -31,15 +31,26 @@ WAITING = ("distributed/distributed_c10d.py", "torch/autograd/graph.py", "deepsp
 
 
 class Heart:
-    """Beats while this process lives. `beat`, `step` and `during` are the main thread's."""
+    """Beats while this process lives. `beat`, `step` and `during` are the main thread's.
+
+    `parameters`: how many the model has, by which a phase that goes through its checkpoint may last.
+    """
 
     def __init__(
-        self, file: Path, stacks_request: Path, rank: int, environment: Mapping[str, str], *, step: int = 0
+        self,
+        file: Path,
+        stacks_request: Path,
+        rank: int,
+        environment: Mapping[str, str],
+        *,
+        step: int = 0,
+        parameters: int | None = None,
     ) -> None:
         self._file = file
         self._stacks_request = stacks_request
         self._rank = rank
         self._environment = environment
+        self._limits = limits(parameters)
         self._phase: Phase = "starting"
         self._step = step
         self._beats = 0
@@ -99,7 +110,7 @@ class Heart:
     def _limit(self) -> float:
         if self._phase == "training":
             return lowered(training_limit(max(self._steps, default=0.0)), self._environment)
-        return LIMITS[self._phase]
+        return self._limits[self._phase]
 
     def _tell(self) -> None:
         # Counted in ticks: time in which the whole process stood still is not the main thread's.

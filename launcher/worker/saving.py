@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from launcher.errors import TrainingError
 from launcher.run.checkpoints import publish
-from launcher.worker.checkpoint import open_as_folder
+from launcher.worker.checkpoint import explained, open_as_folder
 from launcher.worker.pickles import allow_deepspeed, refusing_code
 from launcher.worker.reshard import read_universal
 from launcher.worker.vocabulary import take_out_padding
@@ -82,18 +82,20 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, targe
     """Write the final model and tokenizer for `from_pretrained`: whole under another name, then renamed.
 
     What padded its vocabulary is taken out of `model` first.
-    Raises TrainingError where a weight is empty, or not all of its numbers are finite; `target` is untouched.
+    Raises TrainingError where a weight is empty, or not all of its numbers are finite, and where `target`
+    cannot be written, on a full disk say; it is untouched.
     """
     take_out_padding(model)
     check_weights(model.state_dict())
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    open_as_folder(temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    publish(temporary, target)
+    with explained(temporary, "the final model"):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        open_as_folder(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        publish(temporary, target)
 
 
 def check_weights(weights: Mapping[str, torch.Tensor]) -> None:

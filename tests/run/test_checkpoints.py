@@ -189,3 +189,54 @@ def test_what_a_rank_has_sealed_is_in_the_manifest_though_it_is_not_listed_yet(
     monkeypatch.setattr(ledger, "names_in", lambda folder: [])
     made = ledger.commit(temporary, step=5, samples=40, world_size=2, created=0.0, sealed=sealed)
     assert list(made.files) == ["rank-1.pt"]
+
+
+def test_one_that_a_run_removes_while_it_is_verified_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    hashed = ledger._sha256
+
+    def prune(file: Path) -> str:
+        ledger.prune(tmp_path, keep=1, protect=())
+        return hashed(file)
+
+    monkeypatch.setattr(ledger, "_sha256", prune)
+    assert ledger.damages(tmp_path, None) == {
+        "step-00000001": None,
+        "step-00000002": None,
+        "step-00000003": [],
+    }
+
+
+def test_one_that_a_run_replaces_while_it_is_verified_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5, b"before")
+    hashed = ledger._sha256
+
+    def replace(file: Path) -> str:
+        monkeypatch.setattr(ledger, "_sha256", hashed)
+        save(tmp_path, 5, b"after")
+        return hashed(file)
+
+    monkeypatch.setattr(ledger, "_sha256", replace)
+    assert ledger.damages(tmp_path, 5) == {"step-00000005": None}
+    assert ledger.damages(tmp_path, 5) == {"step-00000005": []}
+
+
+def test_what_was_set_aside_is_told_with_its_reason(tmp_path: Path) -> None:
+    for step in (5, 10):
+        (save(tmp_path, step).folder / "model.safetensors").unlink()
+        assert ledger.set_aside_damaged(tmp_path, newer_than=-1)
+    save(tmp_path, 10)
+    (tmp_path / "step-00000010" / ledger.MANIFEST).unlink()
+    ledger.set_aside_damaged(tmp_path, newer_than=-1)
+    (tmp_path / "quarantine" / "step-00000005" / ledger.REASON).unlink()
+    assert ledger.quarantined(tmp_path) == {
+        "step-00000005": "its WHY.txt is missing",
+        "step-00000010": "model.safetensors is missing",
+        "step-00000010.2": "no readable MANIFEST.json",
+    }
+    assert ledger.quarantined(tmp_path / "elsewhere") == {}

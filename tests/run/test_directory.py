@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from launcher.config.load import dump
 from launcher.config.schema import RunConfig
-from launcher.errors import RequestError, RunDirectoryError
+from launcher.errors import MachineError, RequestError, RunDirectoryError
 from launcher.plan.batch import NOTHING_DONE, Done
 from launcher.plan.choose import Place, Plan, make_plan
 from launcher.plan.hardware import find_gpu
@@ -21,6 +22,8 @@ from launcher.run.directory import (
     configuration_hash,
     find_model_folder,
     has_begun,
+    hold,
+    is_held,
     run_directory,
     write_files,
     write_text,
@@ -264,3 +267,22 @@ def test_writable_is_found_out_by_trying_and_leaves_nothing(tmp_path: Path) -> N
         with pytest.raises(RequestError, match=r"data\.cache_dir: cannot write in") as refused:
             check_writable(folder, "data.cache_dir")
         assert "data.cache_dir" in (refused.value.hint or "")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """None that lacks them can be mounted here."""
+    directory = RunDirectory(tmp_path)
+    hold(directory.lock, directory, "us").close()
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    for look in (lambda: hold(directory.lock, directory, "us"), lambda: is_held(directory.lock)):
+        with pytest.raises(MachineError, match="cannot be locked") as caught:
+            look()
+        assert str(directory.lock) in caught.value.message
+        assert "output_dir" in (caught.value.hint or "")

@@ -8,12 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.data.remote import CONNECT_SECONDS, LONGEST_DELAY, READ_SECONDS, READING_SECONDS
 from launcher.run.heartbeat import (
     BYTES,
     FROZEN_SECONDS,
     LIMIT_VARIABLE,
+    LIMITS,
     Beat,
+    Phase,
     Watch,
+    limits,
     lowered,
     read_beat,
     training_limit,
@@ -100,8 +104,34 @@ def test_a_rank_that_has_ended_is_not_waited_for() -> None:
     assert watch.hang(0.0, frozenset({1})) is None
 
 
+def test_a_phase_that_goes_through_a_checkpoint_may_last_as_long_as_that_takes() -> None:
+    """Bytes of a checkpoint, at 200 MB/s: 70 billion parameters are 840 GB, 4200 s a time."""
+    assert limits(None) == limits(124_000_000) == LIMITS
+    large = limits(70_000_000_000)
+    assert (large["saving"], large["starting"]) == (2 * 4200, 5 * 4200)
+    assert large["finishing"] == 4 * 4200
+    assert (large["training"], large["evaluating"]) == (LIMITS["training"], LIMITS["evaluating"])
+
+
+def test_a_fault_of_the_network_is_waited_out_before_a_step_of_training_is_given_up() -> None:
+    assert LIMITS["training"] > READING_SECONDS + LONGEST_DELAY + READ_SECONDS + CONNECT_SECONDS
+
+
+@pytest.mark.parametrize("phase", ["starting", "saving", "finishing"])
+def test_a_file_that_stands_still_in_a_long_phase_is_no_frozen_rank_before_the_phases_limit(
+    phase: Phase,
+) -> None:
+    """One call may keep all threads from running, or the file system be busy with what is saved."""
+    watch, busy = Watch(), replace(BEAT, phase=phase, limit=LIMITS[phase])
+    for second in range(int(LIMITS[phase]) + 3):
+        watch.see({0: busy}, float(second))
+        if watch.hang(0.0) is not None:
+            break
+    assert LIMITS[phase] <= second <= LIMITS[phase] + 2
+
+
 def test_limits() -> None:
-    assert training_limit(0.05) == 120.0
+    assert training_limit(0.05) == 240.0
     assert training_limit(60.0) == 600.0
     assert lowered(120.0, {}) == 120.0
     assert lowered(120.0, {LIMIT_VARIABLE: "3"}) == 3.0

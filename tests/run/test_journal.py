@@ -14,6 +14,8 @@ def test_events_come_back_in_order_with_their_facts(tmp_path: Path) -> None:
     assert [event["event"] for event in events] == ["attempt_started", "attempt_ended"]
     assert events[1]["outcome"] == "FINISHED"
     assert events[0]["time"] <= events[1]["time"]
+    assert journal.events(file, "attempt_ended") == events[1:]
+    assert journal.events(file, "attempt_ended", "attempt_started") == events
 
 
 def test_a_line_cut_by_a_crash_is_left_out_and_does_not_spoil_the_next(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from launcher.run.directory import RunDirectory
-from launcher.run.heartbeat import Beat, write_beat
-from launcher.run.stopping import MARGIN, WRITE_SPEED, checkpoint_bytes, need_of
+from launcher.run.heartbeat import FILE_SPEED, Beat, write_beat
+from launcher.run.stopping import MARGIN, checkpoint_bytes, need_of
 from tests.conftest import small_plan
 
 BEAT = Beat(0, "n1", 1, "training", 5, 0.0, 0.0, 0.0, 120.0)
@@ -22,7 +22,7 @@ def test_before_anything_is_measured_the_plan_is_asked(tmp_path: Path) -> None:
     large = replace(small_plan(), parameters=1_000_000_000)
     need = need_of(RunDirectory(tmp_path), large)
     assert not need.measured
-    assert need.seconds == pytest.approx(MARGIN + 1.5 * 12e9 / WRITE_SPEED)
+    assert need.seconds == pytest.approx(MARGIN + 1.5 * 12e9 / FILE_SPEED)
 
 
 def test_the_slowest_rank_and_save_of_the_attempt_count(tmp_path: Path) -> None:

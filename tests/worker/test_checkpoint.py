@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from launcher.errors import TrainingError
+from launcher.errors import RequestError, TrainingError
 from launcher.run import checkpoints as ledger
-from launcher.worker.checkpoint import CheckpointWriter, Saved, host_copy
+from launcher.run.outcome import Attempt, End, Evidence, Outcome, Patience, decide, what_next
+from launcher.worker.checkpoint import CheckpointWriter, Saved, host_copy, newest_good
 from launcher.worker.heart import Heart
+from launcher.worker.rank import last_word
+from launcher.worker.saving import save_model
 
 MEBIBYTE = 1 << 20
 
@@ -233,3 +237,58 @@ def test_files_are_as_open_as_their_folder(tmp_path: Path) -> None:
         os.umask(before)
     folder = writing.folder / "step-00000001"
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: Path) -> None:
+    writing = Writing(tmp_path)
+    for step in (5, 10):
+        writing.save_and_wait(step, small, copied=False)
+        os.truncate(writing.folder / f"step-{step:08d}" / "weights", 3)
+    quarantine = writing.folder / "quarantine"
+    for _ in ("as they are found", "once they are set aside"):
+        with pytest.raises(RequestError) as caught:
+            newest_good(writing.folder, rank=0, world_size=1)
+        for step in (5, 10):
+            assert f"step-{step:08d}: weights has 3 bytes, 1000 were written" in caught.value.message
+        assert str(quarantine) in caught.value.message
+        assert "another name" in (caught.value.hint or "")
+        end = last_word(0, 0, caught.value)
+        verdict = decide(Evidence(world_size=1, ends=(end,)))
+        assert (end.exit_code, verdict.outcome) == (2, Outcome.CRASHED)
+        ended = Attempt(verdict.outcome, began=10, step=0, retry=verdict.retry, reason=verdict.reason)
+        assert isinstance(what_next([ended], Patience()), End), "the supervisor does not try again"
+    quarantine.rename(tmp_path / "away")
+    assert newest_good(writing.folder, rank=0, world_size=1) is None, "as the hint says"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_was_committed_begins_again(tmp_path: Path) -> None:
+    (ledger.begin(tmp_path, 5) / "weights").write_bytes(b"half")
+    assert newest_good(tmp_path, rank=0, world_size=1) is None
+    assert not (tmp_path / ledger.QUARANTINE).exists()
+
+
+def test_one_good_checkpoint_is_enough_whatever_was_set_aside(tmp_path: Path) -> None:
+    writing = Writing(tmp_path)
+    for step in (5, 10):
+        writing.save_and_wait(step, small, copied=False)
+    os.truncate(writing.folder / "step-00000010" / "weights", 3)
+    ledger.set_aside_damaged(writing.folder, newer_than=5)
+    found = newest_good(writing.folder, rank=0, world_size=1)
+    assert found is not None
+    assert found.step == 5
+
+
+def test_a_final_model_that_a_full_disk_has_no_room_for_is_told_as_a_checkpoint_is(disk: Path) -> None:
+    writing = Writing(disk)
+    writing.save_and_wait(5, small, copied=False)
+    shape: Any = {"n_layer": 1, "n_head": 1, "n_embd": 128, "n_positions": 8, "vocab_size": 30_000}
+    model = GPT2LMHeadModel(GPT2Config(**shape))
+    tokenizer: Any = SimpleNamespace(save_pretrained=lambda folder: None)
+    with pytest.raises(
+        TrainingError, match=r"the final model could not be written in .*: No space left"
+    ) as caught:
+        save_model(model, tokenizer, disk / "model")
+    assert "the checkpoints before it are whole" in (caught.value.hint or "")
+    assert not last_word(0, 5, caught.value).retry
+    assert [path.name for path in disk.iterdir()] == ["checkpoints"], "the last words need room too"
+    assert ledger.latest_good(writing.folder) is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.run.heartbeat import LIMIT_VARIABLE, LIMITS, Beat, read_beat
+from launcher.run.heartbeat import LIMIT_VARIABLE, LIMITS, Beat, limits, read_beat
 from launcher.worker.heart import Heart
 
 
@@ -67,8 +67,9 @@ def test_it_tells_how_far_it_is_and_where_it_is_stuck(
     assert told(lambda beat: beat.quiet < 1).at is None
 
 
-def test_it_ends_with_its_rank(tmp_path: Path) -> None:
-    heart = Heart(tmp_path / "rank-1.heartbeat", tmp_path / "stacks", 1, {})
+def test_it_ends_with_its_rank(tmp_path: Path, told: Callable[[Callable[[Beat], bool]], Beat]) -> None:
+    heart = Heart(tmp_path / "rank-1.heartbeat", tmp_path / "stacks", 1, {}, parameters=70_000_000_000)
     heart.start()
+    assert told(lambda beat: True).limit == limits(70_000_000_000)["starting"] > LIMITS["starting"]
     heart.stop()
     assert not [thread for thread in threading.enumerate() if thread.name == "heart"]

@@ -1,0 +1,152 @@
+"""Stopping while text is prepared: there is nothing to save, so whoever asks for a stop gets it at once.
+
+What prepares is interrupted where it is, and keeps what it has finished (`data.making`).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from launcher.errors import Interrupted
+from launcher.run import journal
+from launcher.run.checkpoints import committed
+from launcher.run.directory import RunDirectory
+from launcher.run.launching import Launching
+from launcher.run.outcome import Evidence, Facts, Outcome, decide
+from launcher.run.requests import asked_by, forget_all_but_persons
+from launcher.run.supervise import SIGNALS
+
+POLL_SECONDS = 0.2
+UNWIND_SECONDS = 5.0
+"""How long what prepares may take to come to an end: then the process ends all the same. Training a
+tokenizer, say, is one long call that hears nothing."""
+
+GOES_ON = "the same command goes on with it: what is finished is kept"
+
+
+@contextmanager
+def stoppable(
+    directory: RunDirectory,
+    launching: Launching,
+    say: Callable[[str], None],
+    asking: Sequence[signal.Signals] = SIGNALS,
+    *,
+    told_within: float = 0.0,
+) -> Iterator[None]:
+    """While inside, a wish to stop ends the run, which trains nothing yet: one of the signals `asking`, the
+    file of requests, or whoever lends the machines. A second Ctrl-C ends the process at once.
+
+    `told_within`: seconds within which whoever lends the machines tells, after a signal, that it takes them.
+    Raises Interrupted; how the run ended is then in its journal, where it has been written down.
+    """
+    stopping = _Stopping(directory, launching, say, told_within)
+    heard = [number for number in asking if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stopping.note) for number in heard}
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watching = threading.Thread(target=stopping.watch, args=(reading, frozenset(heard)), daemon=True)
+    watching.start()
+    try:
+        yield
+    except BaseException:  # a library may make its own of the one that the handler raised in it
+        if not stopping.is_asked:
+            raise
+        raise stopping.end() from None
+    finally:
+        stopping.is_over.set()
+        os.write(writing, b"\0")
+        watching.join()
+        signal.set_wakeup_fd(woken)
+        os.close(reading)
+        os.close(writing)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Stopping:
+    """Who asked for a stop, and what comes of it."""
+
+    def __init__(
+        self, directory: RunDirectory, launching: Launching, say: Callable[[str], None], told_within: float
+    ) -> None:
+        self.is_over = threading.Event()
+        self.is_asked = False
+        self._directory = directory
+        self._launching = launching
+        self._say = say
+        self._told_within = told_within
+        self._received: list[int] = []
+        self._ending = threading.Lock()
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        """The handler of signals: the first one ends what is done."""
+        self._received.append(number)
+        if not self.is_asked:
+            self.is_asked = True
+            raise Interrupted("interrupted")
+
+    def watch(self, signals: int, asking: frozenset[int]) -> None:
+        """Look for wishes that are no signals, and end a process that does not heed its own: `signals` is
+        where their numbers arrive, whatever the main thread is at."""
+        came: list[int] = []
+        since: float | None = None
+        while not self.is_over.is_set():
+            if select.select([signals], [], [], POLL_SECONDS)[0]:
+                came += [number for number in os.read(signals, 64) if number in asking]
+            if since is None and (came or self._is_wished()):
+                since = time.monotonic()
+                if not came:
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            late = since is not None and time.monotonic() - since > UNWIND_SECONDS
+            if (late or came.count(signal.SIGINT) > 1) and self._ending.acquire(blocking=False):
+                error = self._ended(came)
+                self._say(f"{error.message}\n  hint: {error.hint}")
+                os._exit(error.exit_code)
+
+    def end(self) -> Interrupted:
+        """What tells of the end, which is written down."""
+        self._ending.acquire()  # for good: where the watching thread was first, it ends the process
+        return self._ended(self._received)
+
+    def _is_wished(self) -> bool:
+        facts = self._launching.facts(self._received)
+        return asked_by(self._directory) is not None or facts.asks_to_stop
+
+    def _ended(self, received: Sequence[int]) -> Interrupted:
+        directory, facts = self._directory, self._facts(received)
+        by_person = signal.SIGINT in received or asked_by(directory) == "person"
+        verdict = decide(Evidence(world_size=1, ends=(), facts=facts, by_person=by_person, at_once=True))
+        is_written = directory.orders.is_file()
+        why = "stopped" if verdict.outcome is Outcome.STOPPED else verdict.reason
+        if is_written and self._launching.hands_over(verdict.outcome, verdict.reason):
+            forget_all_but_persons(directory)
+            return Interrupted(f"{why} while its text was prepared; queued again", hint=GOES_ON)
+        error = Interrupted(f"{why} while its text was prepared", hint=GOES_ON)
+        if is_written:
+            journal.record(
+                directory.journal,
+                "ended",
+                outcome=verdict.outcome,
+                reason=error.message,
+                step=max((each.step for each in committed(directory.checkpoints)), default=0),
+                exit_code=error.exit_code,
+            )
+        directory.stop_request.unlink(missing_ok=True)
+        return error
+
+    def _facts(self, received: Sequence[int]) -> Facts:
+        """What is known of the machines, once it can be: whoever takes them may send a signal first."""
+        until = time.monotonic() + self._told_within
+        while True:
+            facts = self._launching.facts(received)
+            if facts.asks_to_stop or facts.failed_nodes or time.monotonic() > until:
+                return facts
+            time.sleep(POLL_SECONDS)

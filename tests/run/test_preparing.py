@@ -1,0 +1,201 @@
+"""A wish to stop while text is prepared, by signal, by file and by whoever lends the machines.
+
+With a whole command: tests/test_survival.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import Interrupted, RunDirectoryError
+from launcher.plan.orders import Orders, format_orders
+from launcher.run import journal
+from launcher.run.directory import RunDirectory, hold, write_text
+from launcher.run.holding import only_supervisor
+from launcher.run.launching import Ranks
+from launcher.run.outcome import Facts, Outcome
+from launcher.run.preparing import stoppable
+from launcher.run.requests import ask_to_stop
+from launcher.run.supervise import SIGNALS
+from tests.conftest import small_plan
+
+
+class Lender:
+    """Machines of which this is known; a queue that takes a run back where it `requeues`."""
+
+    def __init__(self, *, requeues: bool = False) -> None:
+        self.known = Facts()
+        self.requeues = requeues
+        self.handed: list[Outcome] = []
+
+    def start(self, attempt: int) -> Ranks:
+        raise AssertionError("nothing is started while text is prepared")
+
+    def facts(self, signals: Sequence[int]) -> Facts:
+        return self.known
+
+    def past(self, attempt: int) -> Facts:
+        return Facts()
+
+    def hands_over(self, outcome: Outcome, why: str) -> bool:
+        self.handed.append(outcome)
+        return self.requeues and outcome is not Outcome.STOPPED
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    """A run that has been written down."""
+    found = RunDirectory(tmp_path / "run")
+    orders = Orders("0", "", small_plan(), model={}, weights=None, store=None, vocabulary=None)
+    write_text(found.orders, format_orders(orders))
+    return found
+
+
+def prepare(
+    directory: RunDirectory, lender: Lender, ask: Callable[[], object], told_within: float = 0.0
+) -> None:
+    """Something long, in the middle of which somebody asks for a stop."""
+    asking = threading.Timer(0.3, ask)
+    with stoppable(directory, lender, print, told_within=told_within):
+        asking.start()
+        time.sleep(60)
+
+
+def stopped(directory: RunDirectory, lender: Lender, ask: Callable[[], object]) -> Interrupted:
+    """What preparing ends with where somebody asks for a stop in the middle of it."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(Interrupted) as caught:
+        prepare(directory, lender, ask)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert caught.value.exit_code == 130
+    assert not directory.stop_request.exists()
+    return caught.value
+
+
+def ends(directory: RunDirectory) -> list[tuple[str, int]]:
+    return [(each["outcome"], each["exit_code"]) for each in journal.events(directory.journal, "ended")]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_ends_preparing_and_the_run_with_it(
+    directory: RunDirectory, number: signal.Signals
+) -> None:
+    before = signal.signal(number, signal.SIG_DFL)  # a shell may have had it ignored
+    try:
+        error = stopped(directory, Lender(), lambda: os.kill(os.getpid(), number))
+    finally:
+        signal.signal(number, before)
+    assert error.message == "stopped while its text was prepared"
+    assert "the same command goes on" in (error.hint or "")
+    assert ends(directory) == [("STOPPED", 130)]
+
+
+@pytest.mark.parametrize("by", ["person", "signal"])
+def test_a_request_is_heard_while_text_is_prepared(directory: RunDirectory, by: str) -> None:
+    asked = by == "person"
+    stopped(directory, Lender(), lambda: ask_to_stop(directory, "person" if asked else "signal"))
+    assert ends(directory) == [("STOPPED", 130)]
+
+
+def test_what_a_scheduler_takes_is_queued_again_and_else_told(directory: RunDirectory) -> None:
+    lender = Lender(requeues=True)
+
+    def take() -> None:
+        lender.known = Facts(preempted=True)
+
+    error = stopped(directory, lender, take)
+    assert error.message.endswith("while its text was prepared; queued again")
+    assert lender.handed == [Outcome.PREEMPTED]
+    assert ends(directory) == [], "the next job goes on"
+    lender.known, lender.requeues = Facts(), False
+    stopped(directory, lender, take)
+    assert ends(directory) == [("PREEMPTED", 130)]
+
+
+def test_who_takes_the_machines_may_tell_of_it_after_the_signal(directory: RunDirectory) -> None:
+    lender = Lender(requeues=True)
+
+    def take() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        lender.known = Facts(preempted=True)
+
+    with pytest.raises(Interrupted, match="queued again"):
+        prepare(directory, lender, take, told_within=20)
+
+
+def test_nothing_is_written_for_a_run_that_is_not_there_yet(tmp_path: Path) -> None:
+    directory, lender = RunDirectory(tmp_path / "runs" / "new"), Lender()
+    with only_supervisor(directory, lender, print):
+        with pytest.raises(RunDirectoryError, match="is being trained by another command"):
+            hold(directory.lock, directory, "another command")
+        stopped(directory, lender, lambda: ask_to_stop(directory, "person"))
+    assert not (tmp_path / "runs").exists()
+    with only_supervisor(directory, lender, print):
+        directory.config.write_text("name: new\n")
+    assert directory.config.exists()
+
+
+def test_a_lock_that_was_taken_away_meanwhile_keeps_nobody_out(directory: RunDirectory) -> None:
+    first = hold(directory.lock, directory, "us")
+
+    def take_away() -> None:
+        directory.lock.unlink()
+        first.close()
+
+    waits = threading.Timer(0.05, take_away)
+    waits.start()
+    second = hold(directory.lock, directory, "us")
+    assert os.path.samestat(directory.lock.stat(), os.fstat(second.fileno()))
+    second.close()
+    waits.join()
+
+
+DEAF = """
+import ctypes, functools, os, signal, sys
+from pathlib import Path
+from launcher.run import preparing
+from launcher.run.directory import RunDirectory
+from launcher.run.local import Local
+preparing.UNWIND_SECONDS = float(sys.argv[2])
+directory = RunDirectory(Path(sys.argv[1]))
+never, _ = os.pipe()
+say = functools.partial(print, file=sys.stderr, flush=True)
+with preparing.stoppable(directory, Local(directory, {}), say):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.siginterrupt(number, False)
+    print("in it", flush=True)
+    ctypes.CDLL(None).read(never, ctypes.create_string_buffer(1), 1)
+"""
+"""A call that lets other threads run, and no handler of a signal: as training a tokenizer is."""
+
+
+@pytest.mark.parametrize(("patience", "signals"), [("0.5", [signal.SIGTERM]), ("60", [signal.SIGINT] * 2)])
+def test_what_hears_nothing_is_ended_too_at_once_with_a_second_ctrl_c(
+    directory: RunDirectory, patience: str, signals: list[signal.Signals]
+) -> None:
+    command = [sys.executable, "-c", DEAF, str(directory.root), patience]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "in it\n"
+        try:
+            for number in signals:
+                time.sleep(0.5)  # until it is in that call
+                process.send_signal(number)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert said.startswith("stopped while its text was prepared\n  hint: the same command goes on")
+    assert ends(directory) == [("STOPPED", 130)]
