@@ -104,8 +104,7 @@ def training_arguments(run: RunConfig, orders: Orders, directory: RunDirectory) 
         "max_grad_norm": train.max_grad_norm,
         "bf16": plan.precision == "bf16",
         "fp16": plan.precision == "fp16",
-        "activation_checkpointing": plan.gradient_checkpointing,
-        "activation_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing else None,
+        "activation_checkpointing": False,  # the model has been told already, layer by layer
         "torch_compile": plan.compile,
         "logging_steps": train.log_every,
         # Off: it would replace a NaN loss by an old mean, and costs a synchronisation per micro-batch.
