@@ -32,8 +32,8 @@ class Reading:
         self._numbers = {name: _on_its_way(number) for name, number in numbers.items()}
         self._arrived: torch.cuda.Event | None = None
         if any(isinstance(each, torch.Tensor) and each.is_cuda for each in numbers.values()):
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()  # type: ignore[no-untyped-call]
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
 
     def has_arrived(self) -> bool:
         return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]

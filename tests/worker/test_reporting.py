@@ -102,6 +102,16 @@ def test_what_follows_a_step_finds_its_report_made(tmp_path: Path, flag: str, th
     assert seen.events[at + 1 : at + 3] == [("told", 4), *([(then, 4)] if then else [])]
 
 
+def test_a_report_that_is_asked_for_as_training_ends_is_made(tmp_path: Path) -> None:
+    class Asking(Seen):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_log = True
+
+    seen = Asking()
+    trained(ReportingTrainer, tmp_path, seen)
+    assert seen.events[-2:] == [("told", 6), ("told", 7)]
+
+
 def poison(_: Any, model: torch.nn.Module) -> None:
     with torch.no_grad():
         next(model.parameters())[0, 0] = math.nan
