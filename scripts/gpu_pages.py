@@ -84,7 +84,7 @@ def predicted(row: Row, plan: Found, catalogue: str) -> Candidate:
     )
     batch = Batch(row.micro_batch * row.accumulation, row.micro_batch, row.accumulation, 1)
     sharding = Sharding(plan["strategy"], 1, plan["offload"])
-    (found,) = candidates(job, [batch], [row.checkpointing], [sharding])
+    (found,) = candidates(job, [batch], row.checkpointing, [sharding])
     return found
 
 

@@ -261,9 +261,10 @@ class TrainSection(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="`auto`: bf16 where the GPU has it, else fp16; fp32 on a CPU."
     )
-    gradient_checkpointing: Literal["auto"] | bool = Field(
+    gradient_checkpointing: Literal["auto"] | bool | Count = Field(
         "auto",
-        description="Recompute activations in the backward pass. `auto`: only when memory asks for it.",
+        description="Recompute activations in the backward pass: of every layer, of none, or of so many, the "
+        "first ones. `auto`: of as few as memory asks for.",
     )
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
         "auto", description="What the ranks share of the model's state."

@@ -1,9 +1,10 @@
 """What comes and goes within a step, in bytes on one rank: activations, logits, and autocast's copies.
 
-The peak is at one of four moments, and the largest counts: where the loss is computed, with autocast still
+The peak is at one of five moments, and the largest counts: where the loss is computed, with autocast still
 holding a copy of every weight matrix; where the backward pass begins, with the logits' gradient being made;
-or later, inside the last layer or, with the gradients of all others there, inside the first. Left out: the
-allocator's fragmentation, and dense attention masks (padded or isolated documents).
+or later, inside the last layer, inside the last that is checkpointed or, with the gradients of all others
+there, inside the first. Left out: the allocator's fragmentation, and dense attention masks (padded or
+isolated documents).
 """
 
 from __future__ import annotations
@@ -60,12 +61,25 @@ class Passing:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """The four moments that may be the peak; `first` is the first layer, to which backward comes last."""
+    """The five moments that may be the peak; `first` is the first layer, to which backward comes last.
+
+    `again` is the last layer that is computed again, where backward is over in `above` of all layers.
+    """
 
     loss: Passing
     backward: Passing
     layer: Passing
+    again: Passing
     first: Passing
+    above: float
+
+
+def checkpointed_layers(shape: Shape, asked: bool | int) -> int:
+    """How many layers recompute what they keep for backward: none, all, or the first `asked` ones.
+
+    Those whose activations backward needs last are the ones worth it: by then the others' are gone.
+    """
+    return shape.layers if asked is True else min(int(asked), shape.layers)
 
 
 def moments(
@@ -74,12 +88,14 @@ def moments(
     *,
     micro_batch: int,
     block_size: int,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool | int,
     chunked_loss: bool,
     compiled: bool,
     on_cpu: bool,
 ) -> Moments:
-    """The loss, the start of backward, inside the last layer and the first: `micro_batch` x `block_size`.
+    """The loss, the start of backward, and inside three layers: `micro_batch` x `block_size`.
+
+    `gradient_checkpointing`: of no layer, of all, or of so many, the first ones.
 
     Autocast casts each weight matrix once a forward pass and holds the copies until the pass is over;
     backward needs them too, except under checkpointing, where each layer casts its own again.
@@ -91,18 +107,23 @@ def moments(
     each, head = (
         HALF * size if numbers.cast else 0 for size in (weights_per_layer(shape), shape.vocab * shape.hidden)
     )
-    casts = shape.layers * each
+    recomputed = checkpointed_layers(shape, gradient_checkpointing)
+    whole = shape.layers - recomputed
+    casts, cast_for_backward = shape.layers * each, whole * each
     # A checkpointed layer keeps its input alone, and all of it is computed again on the way back.
-    kept = shape.layers * (tokens * numbers.stream * shape.hidden if gradient_checkpointing else layer)
+    inputs = recomputed * tokens * numbers.stream * shape.hidden
+    kept = inputs + whole * layer
     loss = _chunked if chunked_loss else _whole
     at_loss, at_backward, at_layer = loss(shape, numbers, tokens, compiled=compiled, on_cpu=on_cpu)
     # By the time the layers' own gradients are made, the logits and what led to them are gone.
-    again = layer if gradient_checkpointing else 0
+    again = Passing(each + (0 if whole else head), inputs + layer + inside, at_layer)
     return Moments(
         loss=Passing(casts + head, kept + ends, at_loss),
-        backward=Passing((0 if gradient_checkpointing else casts) + head, kept + ends, at_backward),
-        layer=Passing((each if gradient_checkpointing else casts) + head, kept + again + inside, at_layer),
+        backward=Passing(cast_for_backward + head, kept + ends, at_backward),
+        layer=Passing(cast_for_backward + head, kept + inside, at_layer) if whole else again,
+        again=again,
         first=Passing(each, layer + inside, at_layer),
+        above=whole / shape.layers,
     )
 
 

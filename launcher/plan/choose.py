@@ -86,7 +86,8 @@ class Plan:
     category) are None for a model whose architecture the memory model does not know. `forecast` is None
     there too, on a CPU, and in a plan of an earlier version. `host_memory` is what offload takes of a node's
     own memory, in bytes. `peak_flops` is the GPU's in FLOP/s under `precision`, None where it is not known.
-    `fast` is all off in a plan of an earlier version.
+    `gradient_checkpointing`: of every layer, of none, or of so many, the first ones. `fast` is all off in a
+    plan of an earlier version.
     """
 
     name: str
@@ -99,7 +100,7 @@ class Plan:
     strategy: str
     offload: str
     precision: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int
     compile: bool
     batch: Batch
     block_size: int
@@ -297,10 +298,10 @@ def _fit(run: RunConfig, job: Job, done: Done) -> tuple[Candidate, list[Candidat
     train = run.train
     fixed = None if train.micro_batch == "auto" else train.micro_batch
     largest = max(1, (CPU_TOKENS if job.gpu.name == "cpu" else GPU_TOKENS) // job.block_size)
-    asked = train.gradient_checkpointing
+    checkpointing = _checkpointing(train.gradient_checkpointing, job.shape)
     batches = splits(train.batch_size, job.world_size, fixed, largest)
     shardings = _shardings(run, job, done)
-    found = candidates(job, batches, (False, True) if asked == "auto" else (asked,), shardings)
+    found = candidates(job, batches, checkpointing, shardings)
     chosen = fastest(found)
     if chosen is None and fixed is not None:
         chosen = min(found, key=lambda one: one.memory.total if one.memory else 0)
@@ -312,6 +313,19 @@ def _fit(run: RunConfig, job: Job, done: Done) -> tuple[Candidate, list[Candidat
         f"and of {(job.available or 0) / 2**30:.1f} GiB {FILL:.0%} is to be used",
         hint=", or ".join([*remedies(job, found), "set train.micro_batch=1 to try all the same"]),
     )
+
+
+def _checkpointing(asked: Literal["auto"] | bool | int, shape: Shape | None) -> bool | int | None:
+    """What is asked for, None for `auto`. Raises RequestError for more layers than there are."""
+    if asked == "auto" or shape is None or isinstance(asked, bool):
+        return None if asked == "auto" else asked
+    if asked > shape.layers:
+        raise RequestError(
+            f"train.gradient_checkpointing={asked} is over the model's {shape.layers} layers",
+            hint="set train.gradient_checkpointing: true for all of them",
+            key="train.gradient_checkpointing",
+        )
+    return asked if asked < shape.layers else True
 
 
 def _shardings(run: RunConfig, job: Job, done: Done) -> list[Sharding]:

@@ -96,9 +96,11 @@ def exposed(
     element: int,
     precision: str,
     accumulation: int,
-    gradient_checkpointing: bool,
+    again: float,
 ) -> float | None:
     """Seconds of one step that ranks talk and do not compute; None without the network's rate.
+
+    `again`: the share of the layers that is computed again in the backward pass.
 
     Weights and gradients travel in the model's own `element` bytes, DDP's and FSDP's gradients in fp32.
     """
@@ -108,9 +110,9 @@ def exposed(
     if sharding.strategy == "ddp":
         return _behind(FP32 * parameters(shape), world, wires, DDP_BUCKET, one.backward)
     if sharding.strategy in ("zero3", "fsdp"):
-        again = gradient_checkpointing and sharding.strategy == "zero3"
+        gathered = again if sharding.strategy == "zero3" else 0.0
         reduced = FP32 if sharding.strategy == "fsdp" else element
-        return accumulation * _sharded_weights(shape, world, wires, one, element, reduced, again=again)
+        return accumulation * _sharded_weights(shape, world, wires, one, element, reduced, again=gathered)
     size, sizes = element * parameters(shape), buckets(shape)
     bucket = element * sizes.reduce_bucket_size
     weights = _certain(gather(size, world, wires, element * sizes.allgather_bucket_size))
@@ -130,19 +132,18 @@ def _behind(size: float, world_size: int, wires: Wires, bucket: float, backward:
 
 
 def _sharded_weights(
-    shape: Shape, world_size: int, wires: Wires, one: Pass, element: int, reduced: int, *, again: bool
+    shape: Shape, world_size: int, wires: Wires, one: Pass, element: int, reduced: int, *, again: float
 ) -> float:
     """One micro-batch of ZeRO-3 or FSDP: weights gathered for each pass, and gradients scattered.
 
-    ZeRO-3 gathers a checkpointed layer `again` to compute it once more. Gradients travel in `reduced` bytes
-    an element. The first layer's weights and the
-    last one's gradients are waited for.
+    ZeRO-3 gathers a checkpointed layer once more to compute it `again`, a share of all. Gradients travel in
+    `reduced` bytes an element. The first layer's weights and the last one's gradients are waited for.
     """
     size = element * parameters(shape)
     layer = element * sum(tensors.elements * tensors.count for tensors in layer_tensors(shape))
     whole = _certain(gather(size, world_size, wires, layer))
     ends = whole * min(1.0, layer / size)
-    back = (2 if again else 1) * whole + reduced / element * whole
+    back = (1 + again) * whole + reduced / element * whole
     return max(ends, whole - one.forward) + max(ends, back - one.backward)
 
 

@@ -1,9 +1,9 @@
 """Bytes on one GPU at the peak of a training step, by category, in closed form.
 
-What lasts is in `states`, what comes and goes in `activations`. The peak is at one of five moments, and the
+What lasts is in `states`, what comes and goes in `activations`. The peak is at one of six moments, and the
 largest counts: where the loss is computed, where the backward pass begins, inside the last layer on the way
-back and inside the first, and when backward is over and gradients are summed. `docs/concepts/memory.md` says
-what it was held against.
+back, inside the last that is checkpointed and inside the first, and when backward is over and gradients are
+summed. `docs/concepts/memory.md` says what it was held against.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def estimate(
     accumulation: int,
     block_size: int,
     precision: str,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool | int,
     chunked_loss: bool = False,
     compiled: bool = False,
     on_cpu: bool = False,
@@ -67,7 +67,8 @@ def estimate(
     """The peak of one rank with AdamW, for `micro_batch` sequences of `block_size` tokens.
 
     With `accumulation` 1 most engines have no gradients before backward makes them: the step before let them
-    go. Raises ValueError for another `precision` than bf16, fp16 and fp32, or an unknown strategy.
+    go. `gradient_checkpointing`: of every layer, of none, or of so many, the first ones. Raises ValueError
+    for another `precision` than bf16, fp16 and fp32, or an unknown strategy.
     """
     if precision not in {"bf16", "fp16", "fp32"}:
         raise ValueError(f"unknown precision {precision!r}: expected bf16, fp16 or fp32")
@@ -107,6 +108,8 @@ def _with_collectives(
     yield passing.loss, lasting.gathered, before, always
     yield passing.backward, lasting.gathered, before, always
     yield passing.layer, lasting.gathered, before + lasting.transient, lasting.buffers
+    made = before + int(passing.above * (lasting.gradients - before))
+    yield passing.again, lasting.gathered, made + lasting.transient, lasting.buffers
     yield passing.first, lasting.gathered, lasting.gradients + lasting.transient, lasting.buffers
     yield Passing(0, 0, 0), 0, lasting.gradients, always + lasting.reduction
 

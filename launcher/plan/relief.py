@@ -39,7 +39,7 @@ def _changes(plan: Plan, shape: Shape, *, begun: bool) -> Iterator[tuple[str, in
     smaller = max((size for size in range(1, batch.micro_batch) if share % size == 0), default=None)
     if smaller is not None:
         yield f"train.micro_batch={smaller}", _total(plan, shape, micro_batch=smaller)
-    if not plan.gradient_checkpointing:
+    if plan.gradient_checkpointing is not True:
         yield "train.gradient_checkpointing=true", _total(plan, shape, gradient_checkpointing=True)
     if begun:
         return

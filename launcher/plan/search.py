@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -65,10 +66,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to do a job: the memory it is estimated to take, and how long a step is predicted to be."""
+    """One way to do a job: the memory it is estimated to take, and how long a step is predicted to be.
+
+    `gradient_checkpointing`: of all layers, of none, or of so many, the first ones.
+    """
 
     sharding: Sharding
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int
     batch: Batch
     memory: Memory | None
     speed: Speed | None
@@ -85,7 +89,7 @@ class RunnerUp:
     """Another way to do the job, and why it lost."""
 
     micro_batch: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int
     why: str
     strategy: str = "ddp"
     offload: str = "none"
@@ -109,24 +113,58 @@ class Forecast:
 
 
 def candidates(
-    job: Job, batches: Sequence[Batch], checkpointing: Sequence[bool], shardings: Sequence[Sharding]
+    job: Job, batches: Sequence[Batch], checkpointing: bool | int | None, shardings: Sequence[Sharding]
 ) -> list[Candidate]:
-    """Every way to do `job`, the preferred first: by `shardings`, by `checkpointing`, then by `batches`."""
-    return [
-        _candidate(job, batch, on, sharding)
-        for sharding in shardings
-        for on in checkpointing
-        for batch in batches
-    ]
+    """Every way to do `job`, the preferred first: by `shardings`, by `checkpointing`, then by `batches`.
+
+    `checkpointing` None: of no layer, of as many as it takes to fit, or of all.
+    """
+    if checkpointing is not None:
+        return [_candidate(job, batch, checkpointing, by) for by in shardings for batch in batches]
+    found: list[Candidate] = []
+    for by in shardings:
+        none, every = ([_candidate(job, batch, on, by) for batch in batches] for on in (False, True))
+        some = (_just_enough(job, *ends) for ends in zip(none, every, strict=True))
+        found += [*none, *(one for one in some if one is not None), *every]
+    return found
 
 
-def _candidate(job: Job, batch: Batch, checkpointing: bool, sharding: Sharding) -> Candidate:
+def _just_enough(job: Job, none: Candidate, every: Candidate) -> Candidate | None:
+    """The fewest checkpointed layers that fit, where none do not and all do; None if that is all of them.
+
+    One moment's memory grows with their number where the others' shrinks, but not over what all of them or
+    none have inside a layer: where so many fit, more do.
+    """
+    if job.shape is None or none.fits or not every.fits:
+        return None
+    layers = range(1, job.shape.layers)
+    enough = bisect_left(layers, True, key=lambda count: _fits(job, none.batch, count, none.sharding))
+    if enough == len(layers):
+        return None
+    return _candidate(job, none.batch, layers[enough], none.sharding)
+
+
+def _candidate(job: Job, batch: Batch, checkpointing: bool | int, sharding: Sharding) -> Candidate:
     if job.shape is None:
         return Candidate(sharding, checkpointing, batch, None, None, fits=True)
+    memory = _memory(job, job.shape, batch, checkpointing, sharding)
+    shape = trained_shape(job.shape, job.fast.under(sharding.strategy))
+    speed = _speed(job, shape, batch, checkpointing, sharding)
+    return Candidate(sharding, checkpointing, batch, memory, speed, _has_room(job, memory))
+
+
+def _fits(job: Job, batch: Batch, checkpointing: bool | int, sharding: Sharding) -> bool:
+    return job.shape is None or _has_room(job, _memory(job, job.shape, batch, checkpointing, sharding))
+
+
+def _has_room(job: Job, memory: Memory) -> bool:
+    return job.available is None or memory.total <= FILL * job.available
+
+
+def _memory(job: Job, model: Shape, batch: Batch, checkpointing: bool | int, sharding: Sharding) -> Memory:
     fast = job.fast.under(sharding.strategy)
-    shape = trained_shape(job.shape, fast)
-    memory = estimate(
-        shape,
+    return estimate(
+        trained_shape(model, fast),
         sharding,
         micro_batch=batch.micro_batch,
         accumulation=batch.accumulation,
@@ -137,12 +175,11 @@ def _candidate(job: Job, batch: Batch, checkpointing: bool, sharding: Sharding) 
         compiled=job.compiles(sharding.strategy),
         on_cpu=job.gpu.name == "cpu",
     )
-    fits = job.available is None or memory.total <= FILL * job.available
-    speed = _speed(job, shape, batch, checkpointing, sharding)
-    return Candidate(sharding, checkpointing, batch, memory, speed, fits)
 
 
-def _speed(job: Job, shape: Shape, batch: Batch, checkpointing: bool, sharding: Sharding) -> Speed | None:
+def _speed(
+    job: Job, shape: Shape, batch: Batch, checkpointing: bool | int, sharding: Sharding
+) -> Speed | None:
     if job.gpu.link is None:
         if job.ranks_per_node > 1:
             return None
@@ -259,15 +296,15 @@ def _gib(size: float) -> str:
 def remedies(job: Job, found: Sequence[Candidate]) -> Iterator[str]:
     """What would make a job fit that does not, each alone, the cheapest change first.
 
-    Where the user rules checkpointing out and nothing else is enough, each comes with it.
+    Where the user rules checkpointing all layers out and nothing else is enough, each comes with it.
     """
     least = min(found, key=lambda one: one.memory.total if one.memory else 0)
-    if any(one.gradient_checkpointing for one in found):
+    if any(one.gradient_checkpointing is True for one in found):
         changes = _changes(job, least, checkpointing=True)
     else:
-        changes = _changes(job, least, checkpointing=False)
+        changes = _changes(job, least, checkpointing=least.gradient_checkpointing)
         checkpointing = "set train.gradient_checkpointing: auto"
-        if _candidate(job, least.batch, True, least.sharding).fits:
+        if _fits(job, least.batch, True, least.sharding):
             changes = [checkpointing, *changes]
         elif not changes:
             changes = [f"{checkpointing} and {change}" for change in _changes(job, least, checkpointing=True)]
@@ -276,11 +313,11 @@ def remedies(job: Job, found: Sequence[Candidate]) -> Iterator[str]:
         yield "use a smaller model"
 
 
-def _changes(job: Job, least: Candidate, *, checkpointing: bool) -> list[str]:
-    """Each change to the `least` of all candidates that makes it fit, with or without checkpointing."""
+def _changes(job: Job, least: Candidate, *, checkpointing: bool | int) -> list[str]:
+    """Each change to the `least` of all candidates that makes it fit, with so much checkpointing."""
 
     def fits(asked: Job, sharding: Sharding = least.sharding) -> bool:
-        return _candidate(asked, least.batch, checkpointing, sharding).fits
+        return _fits(asked, least.batch, checkpointing, sharding)
 
     changes: list[str] = []
     if job.gpu.name != "cpu":

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Final
 
+from launcher.plan.activations import checkpointed_layers
 from launcher.plan.batch import Batch
 from launcher.plan.collectives import LINK_SHARE, Pass, Wires, exposed
 from launcher.plan.hardware import GPU
@@ -90,33 +91,34 @@ def step_speed(
     *,
     block_size: int,
     precision: str,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool | int,
     pace: float = 1.0,
 ) -> Speed | None:
     """One optimizer step of `batch` with AdamW, in blocks of `block_size` tokens.
 
-    `pace`: what its kernels take of the time that the shares above give them. None where the GPU's peak under
-    `precision` (bf16, fp16 or fp32), or the network between nodes, is not known. Attention's FLOP are 7 H Q T
-    for each token and layer: half of the scores are masked, and backward takes 2.5 times forward's (Dao 2023,
-    "FlashAttention-2", section 4.1).
+    `gradient_checkpointing`: of every layer, of none, or of so many. `pace`: what its kernels take of the
+    time that the shares above give them. None where the GPU's peak under `precision` (bf16, fp16 or fp32), or
+    the network between nodes, is not known. Attention's FLOP are 7 H Q T for each token and layer: half of
+    the scores are masked, and backward takes 2.5 times forward's (Dao 2023, "FlashAttention-2", section 4.1).
     """
     peak = gpu.peak_flops(precision)
     if peak is None or gpu.bandwidth is None or gpu.capability is None:
         return None
     generation = HOPPER if gpu.capability[0] == HOPPER else AMPERE
     bandwidth = stack.bandwidth_share * gpu.bandwidth
-    tokens, passes = batch.micro_batch * block_size, 4 if gradient_checkpointing else 3
+    again = checkpointed_layers(shape, gradient_checkpointing)
+    tokens, passes = batch.micro_batch * block_size, 3 + again / shape.layers
     element = 4 if precision == "fp32" else 2
     products, operands = _products(shape, tokens, passes, element)
     matrices = pace * (products / (MATRIX_SHARE[generation] * peak) + operands / bandwidth)
-    scores = (9 if gradient_checkpointing else 7) * tokens * shape.layers * shape.queries * block_size
+    scores = (7 * shape.layers + 2 * again) * tokens * shape.queries * block_size
     attention = pace * scores / (ATTENTION_SHARE[generation] * peak)
-    layers = [stack.layer, stack.again] if gradient_checkpointing else [stack.layer]
-    moved: float = shape.layers * tokens * sum(layer.bytes_per_token(shape) for layer in layers)
+    layers = ((shape.layers, stack.layer), (again, stack.again))
+    moved: float = tokens * sum(times * layer.bytes_per_token(shape) for times, layer in layers)
     moved += stack.logit * tokens * shape.vocab + stack.weight * parameters(shape)
     elementwise = pace * moved / bandwidth
     busy = matrices + attention + elementwise
-    kernels = shape.layers * sum(layer.kernels for layer in layers)
+    kernels = sum(times * layer.kernels for times, layer in layers)
     host = max(0.0, HOST_SECONDS * kernels - busy)
     communication = exposed(
         shape,
@@ -126,7 +128,7 @@ def step_speed(
         element=element,
         precision=precision,
         accumulation=batch.accumulation,
-        gradient_checkpointing=gradient_checkpointing,
+        again=again / shape.layers,
     )
     if communication is None:
         return None
@@ -149,22 +151,23 @@ def own_pace(gpu: GPU) -> float:
 
 
 def _offload(
-    sharding: Sharding, gpu: GPU, batch: Batch, wires: Wires, own: float, element: int, passes: int
+    sharding: Sharding, gpu: GPU, batch: Batch, wires: Wires, own: float, element: int, passes: float
 ) -> float:
     """Seconds of one step, none of it hidden: gradients down after each micro-batch, weights up after the
     step or, where they live on the host, for each pass, and AdamW by CPUs that a node's ranks share."""
     assert gpu.capability is not None
     link = LINK_SHARE * HOST_LINK.get(gpu.capability[0], NEWEST_HOST_LINK)
-    times_up = batch.accumulation * (passes - 1) if sharding.offload == "parameters" else 1
+    times_up: float = batch.accumulation * (passes - 1) if sharding.offload == "parameters" else 1
     moved = element * own * (times_up + batch.accumulation)
     return moved / link + OPTIMIZER_BYTES * own * wires.ranks_per_node / HOST_BANDWIDTH
 
 
-def _products(shape: Shape, tokens: int, passes: int, element: int) -> tuple[float, float]:
+def _products(shape: Shape, tokens: int, passes: float, element: int) -> tuple[float, float]:
     """FLOP of the matrix products of one micro-batch, and the bytes of their operands and results.
 
     Each is multiplied three times: forward, and for the gradients of its input and of its weight; the
-    layers' a fourth time when they are checkpointed. `element` is the size of a number in bytes.
+    layers' a fourth time when they are checkpointed: `passes` is their mean. `element` is the size of a
+    number in bytes.
     """
     layers, head = shape.layers * weights_per_layer(shape), shape.vocab * shape.hidden
     width = (7 if shape.gated else 4) * shape.hidden + 2 * (shape.queries + shape.keys)

@@ -54,7 +54,7 @@ def becomes_rows(plan: Plan) -> Rows:
             f"{batch.batch_size} = micro-batch {batch.micro_batch} x accumulation {batch.accumulation}"
             f" x {batch.world_size} rank{'s' if batch.world_size > 1 else ''}",
         ),
-        ("gradient checkpointing", "on" if plan.gradient_checkpointing else "off"),
+        ("gradient checkpointing", _checkpointing(plan.gradient_checkpointing)),
         ("fast paths", _fast(plan.fast)),
     ]
     if plan.host_memory:
@@ -116,10 +116,19 @@ def speed_rows(plan: Plan) -> Rows:
     if found.price is not None:
         rows.append(("price", f"{found.price:,.2f}"))
     for other in found.runners_up:
-        checkpointing = ", gradient checkpointing" if other.gradient_checkpointing else ""
-        how = f"micro-batch {other.micro_batch}{checkpointing}"
+        how = f"micro-batch {other.micro_batch}"
+        if other.gradient_checkpointing:
+            some = other.gradient_checkpointing is not True
+            how += ", gradient checkpointing"
+            how += f" {_checkpointing(other.gradient_checkpointing)}" if some else ""
         rows.append((f"or {other.strategy}", f"{how}: {other.why}"))
     return rows
+
+
+def _checkpointing(of: bool | int) -> str:
+    if isinstance(of, bool):
+        return "on" if of else "off"
+    return "in the first layer" if of == 1 else f"in the first {of} layers"
 
 
 def _strategy(plan: Plan) -> Iterator[str]:

@@ -54,6 +54,7 @@ from launcher.worker.model import load_tokenizer, trained_model
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
 from launcher.worker.pickles import allow_deepspeed, read_as_data
 from launcher.worker.rank import Rank, join, last_word, say_last
+from launcher.worker.recomputing import recompute
 from launcher.worker.report import Report
 from launcher.worker.resume import check_length, go_on
 from launcher.worker.step_times import StepTimes
@@ -222,6 +223,7 @@ def train(
     set_matmul_precision(plan.fast)
     model = trained_model(orders, tokenizer, run.seed)
     fell_back = make_fast(model, plan.fast, block_size=plan.block_size)
+    recompute(model, plan.gradient_checkpointing)
     agreement = Agreement(rank.world_size)
     times = StepTimes(plan, agreement)
     divergence = Divergence(

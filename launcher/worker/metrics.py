@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -38,46 +36,6 @@ def _keep_until(file: Path, step: int) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(file)
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How fast training goes."""
-
-    tokens_per_second: float
-    step_seconds: float
-
-
-class Throughput:
-    """The pace of training alone: time spent evaluating and saving is left out."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._tokens = self._steps = 0
-        self._aside = 0.0
-        self._left: float | None = None
-
-    def leave(self) -> None:
-        """Training pauses here, for an evaluation or a save."""
-        self._left = time.perf_counter()
-
-    def resume(self) -> None:
-        if self._left is not None:
-            self._aside += time.perf_counter() - self._left
-            self._left = None
-
-    def count(self, tokens: int) -> None:
-        """A step of so many tokens was done."""
-        self._tokens += tokens
-        self._steps += 1
-
-    def read(self) -> Pace:
-        """The pace since the last reading."""
-        now = time.perf_counter()
-        seconds = max(now - self._since - self._aside, 1e-9)
-        pace = Pace(self._tokens / seconds, seconds / max(self._steps, 1))
-        self._since, self._tokens, self._steps, self._aside = now, 0, 0, 0.0
-        return pace
 
 
 class Progress:

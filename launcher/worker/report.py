@@ -15,7 +15,7 @@ from launcher.worker.ceiling import matmul_flops
 from launcher.worker.checkpoint import Saved
 from launcher.worker.dataset import TrainingRows
 from launcher.worker.engine import DTYPES
-from launcher.worker.metrics import MetricsFile, Progress, Throughput
+from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.step_times import Slowest, StepTimes, slowest
 
 NAMED_EVERY_SECONDS = 600.0
@@ -46,7 +46,7 @@ class Report(TrainerCallback):
         self._times = times
         self._file = file
         self._progress = progress
-        self._throughput = Throughput()
+        self._tokens_told = 0
         self._flops_per_token = flops_per_token
         self._matmul_flops: float | None = None
         self._slowest_before: int | None = None
@@ -57,22 +57,13 @@ class Report(TrainerCallback):
     ) -> None:
         if self._plan.device == "cuda" and self._flops_per_token is not None:
             self._matmul_flops = matmul_flops(DTYPES[self._plan.precision])
-        self._throughput = Throughput()
+        self._tokens_told = state.num_input_tokens_seen
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        tokens = self._tokens_in(state.global_step - 1)
-        state.num_input_tokens_seen += tokens
-        self._throughput.count(tokens)
+        state.num_input_tokens_seen += self._tokens_in(state.global_step - 1)
         self._progress.advance()
-        if control.should_evaluate or control.should_save:
-            self._throughput.leave()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._throughput.resume()
 
     def on_log(
         self,
@@ -84,7 +75,7 @@ class Report(TrainerCallback):
         logs: dict[str, float] = about["logs"]
         numbers: dict[str, float | int | None] = {"step": state.global_step, "time": time.time(), **logs}
         if "loss" in logs:
-            numbers |= self._speed(state)
+            numbers |= {"time": self._times.spent.ended, **self._speed(state)}
         if "loss" in logs or "eval_loss" in logs:
             self._file.write({name: _finite(value) for name, value in numbers.items()})
             self._progress.report(numbers)
@@ -110,15 +101,20 @@ class Report(TrainerCallback):
         return int(self._rows.lengths(self._phases.samples_of_step(step).tolist()).sum())
 
     def _speed(self, state: TrainerState) -> dict[str, float | int | None]:
-        pace, spent = self._throughput.read(), self._times.spent
+        spent = self._times.spent
+        tokens, self._tokens_told = (
+            state.num_input_tokens_seen - self._tokens_told,
+            state.num_input_tokens_seen,
+        )
+        tokens_per_second = tokens / max(spent.training, 1e-9)
         memory = torch.cuda.max_memory_allocated() if self._plan.device == "cuda" else None
-        behind = slowest(spent.by_rank, pace.step_seconds)
+        behind = slowest(spent.by_rank, spent.step_seconds)
         self._name(behind)
         return {
             "tokens": state.num_input_tokens_seen,
-            "tokens_per_second": pace.tokens_per_second,
-            "mfu": self._share(pace.tokens_per_second, self._plan.peak_flops),
-            "matmul_share": self._share(pace.tokens_per_second, self._matmul_flops),
+            "tokens_per_second": tokens_per_second,
+            "mfu": self._share(tokens_per_second, self._plan.peak_flops),
+            "matmul_share": self._share(tokens_per_second, self._matmul_flops),
             "data_wait_seconds": spent.data_wait,
             "host_seconds": spent.host,
             "slowest_rank": None if behind is None else behind.rank,

@@ -1,6 +1,7 @@
 """Where a rank's time goes between two reports, and which rank the others wait for.
 
-Nothing here waits for a device. Ranks exchange their times at a report, whose loss makes them meet anyway.
+Nothing here waits for a device: what a report is about ends with a `Lap`, which is read once the device has
+got there. Ranks exchange their times then, as the loss has made them meet anyway.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median_low
@@ -50,15 +51,24 @@ class Slowest:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Seconds of this rank since the last report, and each rank's own time in them, by rank.
+    """Seconds of this rank between two reports, and each rank's own time in them, by rank.
 
-    `host`: the main thread inside steps; data, reports, evaluations and saving are outside. On a GPU that is
-    the time it takes to hand out the work, and whatever makes it wait; on a CPU it is the work.
+    `training`: of the device that trains, in `steps` of them, evaluations and saving left out; they ended at
+    `ended`, in seconds since the epoch. `host`: the main thread inside steps; data, reports, evaluations and
+    saving are outside. On a GPU that is the time it takes to hand out the work, and whatever makes it wait;
+    on a CPU it is the work.
     """
 
     data_wait: float
     host: float
     by_rank: Sequence[OwnTime]
+    training: float = 0.0
+    steps: int = 1
+    ended: float = 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        return self.training / self.steps
 
 
 def slowest(by_rank: Sequence[OwnTime], step_seconds: float) -> Slowest | None:
@@ -75,15 +85,46 @@ def slowest(by_rank: Sequence[OwnTime], step_seconds: float) -> Slowest | None:
     return Slowest(rank, lag, by_rank[rank].data_wait - usual_wait)
 
 
+class Moment(ABC):
+    """When whatever trains gets to where this is made."""
+
+    @abstractmethod
+    def since(self, earlier: Any) -> float:
+        """Seconds from an `earlier` moment of the same kind."""
+
+
+class HostMoment(Moment):
+    """Now: the host does the work itself."""
+
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
+
+    def since(self, earlier: HostMoment) -> float:
+        return self._at - earlier._at
+
+
+class StreamMoment(Moment):
+    """When the current CUDA stream has done what it was given up to here. Known only once it has."""
+
+    def __init__(self) -> None:
+        self._event = stream_event()
+        self._event.record()
+
+    def since(self, earlier: StreamMoment) -> float:
+        milliseconds: float = earlier._event.elapsed_time(self._event)
+        return milliseconds / 1000
+
+
 class Stopwatch(ABC):
-    """Seconds spent inside `running` since the last reading."""
+    """Seconds spent inside `running`."""
 
     @abstractmethod
     @contextmanager
     def running(self) -> Iterator[None]: ...
 
     @abstractmethod
-    def read(self) -> float: ...
+    def lap(self) -> Callable[[], float]:
+        """What gives the seconds since the last lap, once the device has got here."""
 
 
 class HostStopwatch(Stopwatch):
@@ -98,13 +139,13 @@ class HostStopwatch(Stopwatch):
         yield
         self._seconds += time.perf_counter() - began
 
-    def read(self) -> float:
+    def lap(self) -> Callable[[], float]:
         seconds, self._seconds = self._seconds, 0.0
-        return seconds
+        return lambda: seconds
 
 
 class StreamStopwatch(Stopwatch):
-    """The current CUDA stream's time, taken up as the GPU gets through it: what is yet to do counts later."""
+    """The current CUDA stream's time, taken up as the GPU gets through it."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -120,10 +161,10 @@ class StreamStopwatch(Stopwatch):
         self._open.append((begin, end))
         self._take_up()
 
-    def read(self) -> float:
-        self._take_up()
+    def lap(self) -> Callable[[], float]:
         seconds, self._seconds = self._seconds, 0.0
-        return seconds
+        still_open, self._open = self._open, deque()
+        return lambda: seconds + sum(begin.elapsed_time(end) / 1000 for begin, end in still_open)
 
     def _take_up(self) -> None:
         while self._open and self._open[0][1].query():  # type: ignore[no-untyped-call]
@@ -149,6 +190,23 @@ class Timed(Iterator[Any]):
             return next(self._inner)
 
 
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """What `Spent` is made of, as far as it is known before the device has got to the end of it."""
+
+    began: Moment
+    ended: Moment
+    aside: Sequence[tuple[Moment, Moment]]
+    data_wait: Callable[[], float]
+    forward: Callable[[], float]
+    host: float
+    steps: int
+    at: float
+
+    def training(self) -> float:
+        return self.ended.since(self.began) - sum(back.since(left) for left, back in self.aside)
+
+
 class StepTimes(TrainerCallback):
     """Times this rank's steps. A callback of every rank: at each report all exchange their own times."""
 
@@ -165,7 +223,14 @@ class StepTimes(TrainerCallback):
         self._host = 0.0
         self._steps = 0
         self._step_began = time.perf_counter()
+        self._began = self._now()
+        self._left: Moment | None = self._began
+        """Training has not begun with its first step."""
+        self._aside: list[tuple[Moment, Moment]] = []
         self.spent = Spent(0.0, 0.0, [OwnTime(0.0, 0.0)])
+
+    def _now(self) -> Moment:
+        return StreamMoment() if self._on_cuda else HostMoment()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -175,6 +240,9 @@ class StepTimes(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        if self._left is not None:
+            self._aside.append((self._left, self._now()))
+            self._left = None
         self._step_began = time.perf_counter()
 
     def on_step_end(
@@ -183,15 +251,22 @@ class StepTimes(TrainerCallback):
         self._host += time.perf_counter() - self._step_began
         self._steps += 1
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **about: Any
-    ) -> None:
-        if "loss" in about["logs"]:
-            self.spent = self._read()
+    def leave(self) -> None:
+        """Training pauses here until the next step, for an evaluation or a save."""
+        self._left = self._now()
 
-    def _read(self) -> Spent:
-        data_wait, forward = self.data_wait.read(), self.forward.read()
-        steps, host = max(self._steps, 1), self._host
-        self._steps, self._host = 0, 0.0
-        own = (data_wait / steps, forward / steps if self._forward_is_own else 0.0)
-        return Spent(data_wait, host, [OwnTime(*each) for each in self._agreement.gather(own)])
+    def lap(self) -> Lap:
+        """What a report of the steps up to here is about. The next one begins anew."""
+        began, self._began = self._began, self._now()
+        aside, self._aside = self._aside, []
+        steps, self._steps = max(self._steps, 1), 0
+        host, self._host = self._host, 0.0
+        waits = self.data_wait.lap(), self.forward.lap()
+        return Lap(began, self._began, aside, *waits, host=host, steps=steps, at=time.time())
+
+    def read(self, lap: Lap, *, together: bool) -> None:
+        """Take in a lap whose end the device has reached. `together`: with the other ranks, who wait."""
+        data_wait = lap.data_wait()
+        own = (data_wait / lap.steps, lap.forward() / lap.steps if self._forward_is_own else 0.0)
+        by_rank = [OwnTime(*each) for each in (self._agreement.gather(own) if together else [own])]
+        self.spent = Spent(data_wait, lap.host, by_rank, lap.training(), lap.steps, lap.at)

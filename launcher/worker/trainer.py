@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -45,6 +44,7 @@ from launcher.worker.engine import DTYPES, engine_arguments, fsdp_policy, innerm
 from launcher.worker.evaluate import Metric, evaluate
 from launcher.worker.heart import Heart
 from launcher.worker.pickles import refusing_code
+from launcher.worker.reporting import ReportingTrainer
 from launcher.worker.reshard import Remove, mend_zero3, reshard
 from launcher.worker.resume import data_state
 from launcher.worker.schedule import follow_samples
@@ -104,8 +104,7 @@ def training_arguments(run: RunConfig, orders: Orders, directory: RunDirectory) 
         "max_grad_norm": train.max_grad_norm,
         "bf16": plan.precision == "bf16",
         "fp16": plan.precision == "fp16",
-        "activation_checkpointing": plan.gradient_checkpointing,
-        "activation_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing else None,
+        "activation_checkpointing": False,  # the model has been told already, layer by layer
         "torch_compile": plan.compile,
         "logging_steps": train.log_every,
         # Off: it would replace a NaN loss by an old mean, and costs a synchronisation per micro-batch.
@@ -136,7 +135,7 @@ def _same_sums(plan: Plan) -> dict[str, Any]:
     return {"ddp_find_unused_parameters": plan.device == "cpu" and plan.batch.world_size > 2}
 
 
-class LauncherTrainer(Trainer):
+class LauncherTrainer(ReportingTrainer):
     """`transformers.Trainer` on launcher's data order, evaluation and ledger."""
 
     def __init__(
@@ -230,7 +229,9 @@ class LauncherTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Tensors], device: torch.device) -> Any:
         """Labelled tokens in the whole optimizer step. Equal rows need no counting and no collective."""
         if self._rows.labels is None:
-            return super()._get_num_items_in_batch(batch_samples, device)
+            # Counted on the device: the stock Trainer copies the host's count there, and waits for it.
+            labels = [to_device({"labels": batch["labels"]}, device) for batch in batch_samples]
+            return super()._get_num_items_in_batch(labels, device)
         # Filled on the device: a number that is copied there waits for it.
         return torch.full((), self._plan.batch.batch_size * self._rows.labels, device=device)
 
@@ -275,13 +276,6 @@ class LauncherTrainer(Trainer):
     def _evaluation_goes_on(self) -> bool:
         self._heart.beat()
         return self._cadence.evaluation_goes_on(self.state.global_step)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Tell the callbacks. Nothing is kept in the state: metrics.jsonl is the record, and a state
-        that grows with every line would grow every checkpoint. Raises Diverged where they are not finite."""
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
-        if "loss" in logs:
-            self._divergence.report(logs, self.state.global_step)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         with self._heart.during("saving"):
@@ -354,11 +348,15 @@ class LauncherTrainer(Trainer):
 
     def train_from(self, checkpoint: Checkpoint | None) -> None:
         """Train to the end of the plan or to a stop. Raises TrainingError where the checkpoint holds code."""
-        if checkpoint is None:
-            self.train()
-            return
-        with refusing_code(checkpoint.folder):
-            self.train(resume_from_checkpoint=str(self._resume_folder(checkpoint)))
+        try:
+            if checkpoint is None:
+                self.train()
+                return
+            with refusing_code(checkpoint.folder):
+                self.train(resume_from_checkpoint=str(self._resume_folder(checkpoint)))
+        except BaseException:
+            self.report_what_is_there()
+            raise
 
     def _resume_folder(self, checkpoint: Checkpoint) -> Path:
         """Where this world reads the checkpoint from: itself, or what DeepSpeed makes of another world's."""

@@ -26,6 +26,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.environment import versions
 from launcher.worker.engine import DTYPES, fsdp_policy, innermost
 from launcher.worker.fast import CAUSAL, taken_by
+from launcher.worker.recomputing import in_words, recomputed
 
 if TYPE_CHECKING:
     from launcher.worker.trainer import LauncherTrainer
@@ -93,7 +94,7 @@ def planned(orders: Orders, train: TrainSection, fell_back: Mapping[str, str]) -
         "gradient clipping": train.max_grad_norm,
         "weight decay": [train.weight_decay, 0.0],
         "steps": plan.steps,
-        "gradient checkpointing": plan.gradient_checkpointing,
+        "gradient checkpointing": in_words(plan.gradient_checkpointing),
         "compile": plan.compile,
         "attention": CAUSAL
         if "causal_attention" in fast
@@ -137,7 +138,7 @@ def found(trainer: LauncherTrainer) -> Facts:
         "gradient clipping": arguments.max_grad_norm,
         "weight decay": [group["weight_decay"] for group in innermost(trainer.optimizer).param_groups],
         "steps": trainer.state.max_steps,
-        "gradient checkpointing": _recomputes(model),
+        "gradient checkpointing": recomputed(model),
         "compile": wrapped is not engine or getattr(engine, "is_compiled", False),
         "attention": model.config._attn_implementation,
         "fast paths": sorted(_fast_paths(trainer)),
@@ -215,13 +216,6 @@ def _optimized(trainer: LauncherTrainer) -> Iterator[torch.Tensor]:
             return
     for group in innermost(optimizer).param_groups:
         yield from group["params"]
-
-
-def _recomputes(model: torch.nn.Module) -> bool | str:
-    """Whether layers really recompute: each goes by its own flag, and only in training."""
-    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    recompute = {bool(layer.gradient_checkpointing and layer.training) for layer in layers}
-    return "in some layers" if len(recompute) > 1 else True in recompute
 
 
 def _loss_scale(trainer: LauncherTrainer) -> str | None:

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -119,7 +119,7 @@ def test_precision_on_a_cpu() -> None:
     ranks=st.sampled_from((1, 8)),
 )
 def test_nothing_better_would_have_fitted(
-    share: int, gpu: str, preset: str, block_size: int, checkpointing: bool | str, ranks: int
+    share: int, gpu: str, preset: str, block_size: int, checkpointing: Literal["auto"] | bool, ranks: int
 ) -> None:
     place = on(gpu, ranks)
     run = asked(
@@ -130,7 +130,7 @@ def test_nothing_better_would_have_fitted(
     chunks = precision == "bf16"
     model = replace(shape(preset), vocab=50304)
 
-    def fits(strategy: str, micro: int, checkpointing: bool) -> bool:
+    def fits(strategy: str, micro: int, checkpointing: bool | int) -> bool:
         needed = estimate(
             model,
             Sharding(strategy, ranks),
@@ -144,7 +144,7 @@ def test_nothing_better_would_have_fitted(
         )
         return needed.total <= FILL * (place.gpu.memory or 0)
 
-    def seconds(strategy: str, micro: int, checkpointing: bool) -> float:
+    def seconds(strategy: str, micro: int, checkpointing: bool | int) -> float:
         assert place.gpu.link is not None
         sharding = Sharding(strategy, ranks)
         speed = step_speed(
@@ -167,13 +167,19 @@ def test_nothing_better_would_have_fitted(
         assert speed is not None
         return speed.total
 
+    def ways(strategy: str, micro: int) -> list[bool | int]:
+        """Which layers may be checkpointed; of those that fit the fewest is the fastest."""
+        if checkpointing != "auto":
+            return [checkpointing] if fits(strategy, micro, checkpointing) else []
+        counts: list[bool | int] = [False, *range(1, model.layers), True]
+        return [count for count in counts if fits(strategy, micro, count)][:1]
+
     sizes = [n for n in range(1, share + 1) if share % n == 0 and n * block_size <= GPU_TOKENS]
     fitting = [
         (strategy, micro, on)
         for strategy in (STRATEGIES if ranks > 1 else ("ddp",))
         for micro in sizes
-        for on in (False, True)
-        if checkpointing in ("auto", on) and fits(strategy, micro, on)
+        for on in ways(strategy, micro)
     ]
     try:
         plan = planned(run, place, shape=shape(preset))
@@ -215,6 +221,19 @@ def test_a_fixed_micro_batch_is_never_refused_for_memory(micro: int, checkpointi
     plan = planned(run, tiny, shape=shape())
     assert plan.batch.micro_batch == micro
     assert plan.gradient_checkpointing == (checkpointing in ("auto", True)), "auto: what memory asks for"
+
+
+def test_so_many_layers_are_checkpointed_as_are_asked_for() -> None:
+    plan = planned(asked(gradient_checkpointing=6), on("t4-16gb"), shape=shape())
+    assert plan.gradient_checkpointing == 6
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+    assert planned(asked(gradient_checkpointing=6), on("t4-16gb")).gradient_checkpointing == 6
+    one = planned(asked(gradient_checkpointing=1), on("t4-16gb"), shape=shape())
+    assert one.gradient_checkpointing is not True, "one layer is not all of them"
+    every = planned(asked(gradient_checkpointing=12), on("t4-16gb"), shape=shape())
+    assert every == planned(asked(gradient_checkpointing=True), on("t4-16gb"), shape=shape())
+    with pytest.raises(RequestError, match="gradient_checkpointing=13 is over the model's 12 layers"):
+        planned(asked(gradient_checkpointing=13), on("t4-16gb"), shape=shape())
 
 
 def test_an_unknown_architecture_is_planned_without_an_estimate() -> None:

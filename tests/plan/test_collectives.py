@@ -41,7 +41,7 @@ def spent(
         element=4 if precision == "fp32" else 2,
         precision=precision,
         accumulation=accumulation,
-        gradient_checkpointing=checkpointing,
+        again=1.0 if checkpointing else 0.0,
     )
     assert found is not None
     return found
@@ -141,6 +141,6 @@ def test_one_rank_has_nobody_to_talk_to() -> None:
             element=2,
             precision="bf16",
             accumulation=2,
-            gradient_checkpointing=False,
+            again=0.0,
         )
         assert found == 0

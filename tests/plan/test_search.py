@@ -51,7 +51,7 @@ def job(preset: str, gpu: str, *, world_size: int = 1, block_size: int = 1024) -
 def ways(asked: Job) -> list[Candidate]:
     sizes = (16, 8, 4, 2, 1)
     batches = [Batch(16 * asked.world_size, size, 16 // size, asked.world_size) for size in sizes]
-    return candidates(asked, batches, (False, True), [Sharding("ddp", asked.world_size)])
+    return candidates(asked, batches, None, [Sharding("ddp", asked.world_size)])
 
 
 def test_the_others_are_told_with_why_they_lost() -> None:
@@ -63,7 +63,8 @@ def test_the_others_are_told_with_why_they_lost() -> None:
     assert told is not None
     assert len(told.runners_up) == RUNNERS_UP
     nearest, *slower = told.runners_up
-    assert nearest.micro_batch == 2 * chosen.batch.micro_batch
+    assert (chosen.batch.micro_batch, chosen.gradient_checkpointing) == (8, 2)
+    assert (nearest.micro_batch, nearest.gradient_checkpointing) == (8, False)
     assert "faster, but needs" in nearest.why
     assert f"{FILL * 12e9 / 2**30:.1f} GiB is to be used" in nearest.why
     assert all(one.why.endswith("slower") for one in slower)
@@ -80,6 +81,31 @@ def test_what_was_asked_for_in_vain_did_not_win_for_its_memory() -> None:
     told = forecast(asked, found[1], found, steps=None, price_per_gpu_hour=None)
     assert told is not None
     assert told.runners_up == []
+
+
+def test_as_few_layers_are_checkpointed_as_it_takes() -> None:
+    """Whatever there is room for, one layer fewer would not fit; and more room never takes more layers."""
+    asked = job("gpt2-medium", "rtx-4090-24gb")
+    one_batch = [Batch(16, 8, 2, 1)]
+    none, every = (candidates(asked, one_batch, on, DDP)[0].memory for on in (False, True))
+    assert none is not None
+    assert every is not None
+    before = 24
+    for share in range(20):
+        room = int((every.total + (none.total - every.total) * share / 20) / FILL) + 1
+        tight = replace(asked, available=room)
+        chosen = fastest(candidates(tight, one_batch, None, DDP))
+        assert chosen is not None
+        layers = chosen.gradient_checkpointing
+        count = 24 if layers is True else int(layers)
+        (fewer,) = candidates(tight, one_batch, count - 1, DDP)
+        assert not fewer.fits
+        assert 1 <= count <= before
+        before = count
+    assert before == 2, "with a twentieth missing"
+    kept = fastest(candidates(replace(asked, available=2 * none.total), one_batch, None, DDP))
+    assert kept is not None
+    assert kept.gradient_checkpointing is False
 
 
 def test_the_first_wins_where_speeds_are_not_known() -> None:
@@ -104,7 +130,7 @@ def test_a_forecast_is_of_the_whole_world_and_the_whole_run() -> None:
 
 def test_the_cheapest_change_comes_first() -> None:
     asked = job("gpt2-xl", "rtx-4090-24gb")
-    found = candidates(asked, [Batch(16, 1, 16, 1)], (False,), DDP)
+    found = candidates(asked, [Batch(16, 1, 16, 1)], False, DDP)
     host = "(slow, and 32.1 GiB of a node's own memory)"
     offload = f"set train.strategy: zero2 and train.offload: optimizer {host}"
     assert list(remedies(asked, found)) == [
@@ -112,7 +138,7 @@ def test_the_cheapest_change_comes_first() -> None:
         "use a GPU with more memory, such as a100-sxm-40gb",
     ]
     with_room = replace(asked, available=35 * 10**9)
-    assert list(remedies(with_room, candidates(with_room, [Batch(16, 1, 16, 1)], (False,), DDP))) == [
+    assert list(remedies(with_room, candidates(with_room, [Batch(16, 1, 16, 1)], False, DDP))) == [
         "set train.gradient_checkpointing: auto",
         offload,
         "set data.block_size to 512",
@@ -131,7 +157,7 @@ TOO_SMALL: Sequence[tuple[str, Mapping[str, Any], Place, Mapping[str, Any]]] = [
         ("gpt2-xl", {}, Place("here", 1, 2, find_gpu("cpu"), memory=16 << 30)),
         ("gpt2-xl", LARGE, Place("here", 1, 8, find_gpu("a100-sxm-80gb"))),
     ]
-    for checkpointing in ("auto", False)
+    for checkpointing in ("auto", False, 10)
     for train in (
         {},
         {"strategy": "ddp"},
@@ -181,13 +207,13 @@ def test_each_remedy_is_enough_by_itself() -> None:
 
 def test_a_block_is_proposed_that_fits() -> None:
     asked = replace(job("gpt2-large", "t4-16gb", block_size=1024), precision="fp16", available=None)
-    (whole,) = candidates(asked, [Batch(1, 1, 1, 1)], (True,), DDP)
-    (half,) = candidates(replace(asked, block_size=512), [Batch(1, 1, 1, 1)], (True,), DDP)
+    (whole,) = candidates(asked, [Batch(1, 1, 1, 1)], True, DDP)
+    (half,) = candidates(replace(asked, block_size=512), [Batch(1, 1, 1, 1)], True, DDP)
     assert whole.memory is not None
     assert half.memory is not None
     between = int((whole.memory.total + half.memory.total) / 2 / FILL)
     tight = replace(asked, available=between)
-    offload, block, *_ = remedies(tight, candidates(tight, [Batch(1, 1, 1, 1)], (False, True), DDP))
+    offload, block, *_ = remedies(tight, candidates(tight, [Batch(1, 1, 1, 1)], None, DDP))
     assert offload.startswith("set train.strategy: zero2 and train.offload: optimizer")
     assert block == "set data.block_size to 512"
 
@@ -197,7 +223,7 @@ def test_where_no_gpu_is_large_enough_the_model_must_shrink() -> None:
     assert asked.shape is not None
     # Without its layers' weights it would fit: one token's vector is 4 million numbers.
     asked = replace(asked, shape=replace(asked.shape, hidden=1 << 22, heads=1 << 16, layers=1))
-    found = candidates(asked, [Batch(1, 1, 1, 1)], (False, True), DDP)
+    found = candidates(asked, [Batch(1, 1, 1, 1)], None, DDP)
     assert fastest(found) is None
     assert list(remedies(asked, found)) == ["use a smaller model"]
 
@@ -209,11 +235,11 @@ def test_sharing_is_proposed_before_offload_and_offload_never_chosen() -> None:
     assert next(remedies(asked, found)) == "set train.strategy: zero1"
     shared = [Sharding("zero3", 8)]
     deep = replace(asked, available=6 * 10**9)
-    tried = candidates(deep, [Batch(128, 1, 16, 8)], (True,), shared)
+    tried = candidates(deep, [Batch(128, 1, 16, 8)], True, shared)
     assert fastest(tried) is None
     assert next(remedies(deep, tried)).startswith("set train.strategy: zero3 and train.offload: ")
     for strategy in STRATEGIES:
-        tried = candidates(asked, [Batch(128, 1, 16, 8)], (True,), [Sharding(strategy, 8)])
+        tried = candidates(asked, [Batch(128, 1, 16, 8)], True, [Sharding(strategy, 8)])
         assert tried[0].fits == (strategy in ("zero1", "zero2", "zero3"))
 
 
@@ -227,7 +253,7 @@ def test_on_a_cpu_fewer_ranks_have_more_memory_each() -> None:
 def test_the_simplest_of_equally_fast_strategies_is_taken() -> None:
     asked = job("gpt2", "h100-sxm-80gb", world_size=8)
     batches = [Batch(128, 16, 1, 8)]
-    found = candidates(asked, batches, (False,), [Sharding(name, 8) for name in STRATEGIES])
+    found = candidates(asked, batches, False, [Sharding(name, 8) for name in STRATEGIES])
     ddp, *zero = found
     for slowdown, expected in ((1 + 0.9 * LEAVE_DDP, ddp), (1 + 1.1 * LEAVE_DDP, zero[0])):
         assert zero[0].speed is not None

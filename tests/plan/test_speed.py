@@ -42,7 +42,7 @@ def step(
     world_size: int = 8,
     network: float | None = 50e9,
     precision: str = "fp16",
-    checkpointing: bool = False,
+    checkpointing: bool | int = False,
     compiled: bool = False,
     block_size: int = 1024,
     strategy: str = "ddp",
@@ -165,6 +165,17 @@ def test_what_is_hidden_behind_backward_is_not_counted() -> None:
     assert fast.communication < 0.01 * fast.total
     assert slow.communication > 0.5 * slow.total
     assert fast.total - fast.communication == pytest.approx(slow.total - slow.communication)
+
+
+def test_each_layer_that_is_computed_again_costs_the_same() -> None:
+    gpu = find_gpu("h100-sxm-80gb")
+    for how in ({"strategy": "zero3", "world_size": 64}, {"strategy": "ddp"}):
+        none, half, every = (step(gpu, checkpointing=on, **how) for on in (False, 6, True))
+        assert step(gpu, checkpointing=12, **how) == every
+        for name in ("matrices", "attention", "elementwise"):
+            before, between, after = (getattr(one, name) for one in (none, half, every))
+            assert before < between == pytest.approx((before + after) / 2)
+        assert none.communication <= half.communication <= every.communication
 
 
 def test_where_a_rate_is_missing_nothing_is_predicted() -> None:

@@ -29,6 +29,7 @@ from launcher.plan.fast import chunk_rows, padded
 from launcher.plan.shape import shape_of
 from launcher.worker.chunked_loss import give_chunked_loss
 from launcher.worker.fast import use_tanh_gelu_kernel
+from launcher.worker.recomputing import recompute
 
 PRODUCTS = frozenset({"mm", "addmm", "addmm_", "bmm"})
 ATTENTION = frozenset({"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"})
@@ -59,6 +60,9 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 }
 TRACED = (*((name, "chunked") for name in MODELS), ("gpt2", "stock"), ("llama", "stock"))
 """Models, each with how its loss is computed."""
+
+HALF_OF: Mapping[tuple[str, str], tuple[int, ...]] = {("gpt2", "chunked"): (6,), ("llama", "chunked"): (8,)}
+"""Those that are traced with half of their layers checkpointed too."""
 
 PRECISIONS = ("bf16", "pure bf16")
 SIZES = (1, 4, 16)
@@ -146,7 +150,7 @@ def _dropout(
 
 def build(
     fields: Mapping[str, Any],
-    checkpointing: bool,
+    checkpointing: bool | int,
     dtype: torch.dtype = torch.float32,
     *,
     chunked_loss: bool = False,
@@ -160,8 +164,7 @@ def build(
     use_tanh_gelu_kernel(model)
     if chunked_loss:
         give_chunked_loss(model)
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(model, checkpointing)
     return model
 
 
@@ -170,7 +173,7 @@ def trace(
     micro_batches: Sequence[int],
     *,
     block_size: int,
-    checkpointing: bool,
+    checkpointing: bool | int,
     precision: str = "bf16",
     chunked_loss: bool = False,
 ) -> Iterator[Trace]:
@@ -213,7 +216,7 @@ class Peak:
     model: str
     loss: str
     precision: str
-    checkpointing: bool
+    checkpointing: bool | int
     micro_batch: int
     traced: int
     planned: int
@@ -221,14 +224,17 @@ class Peak:
     @property
     def line(self) -> str:
         """Its row in docs/concepts/memory.md."""
+        checkpointing = f"first {self.checkpointing}"
+        if isinstance(self.checkpointing, bool):
+            checkpointing = "on" if self.checkpointing else "off"
         return (
-            f"| {self.model} | {self.loss} | {self.precision} | {'on' if self.checkpointing else 'off'}"
+            f"| {self.model} | {self.loss} | {self.precision} | {checkpointing}"
             f" | {self.micro_batch} | {self.traced / 2**30:.2f} | {self.planned / 2**30:.2f}"
             f" | {self.planned / self.traced - 1:+.1%} |"
         )
 
 
-def peaks(model: str, loss: str, precision: str, checkpointing: bool) -> Iterator[Peak]:
+def peaks(model: str, loss: str, precision: str, checkpointing: bool | int) -> Iterator[Peak]:
     """For each of SIZES, in blocks of 1024 tokens, under autocast (bf16) or with a model in pure bf16.
 
     `loss` is chunked, with the vocabulary padded, or stock, with the vocabulary as it is.
@@ -259,12 +265,12 @@ def peaks(model: str, loss: str, precision: str, checkpointing: bool) -> Iterato
             compiled=False,
             on_cpu=False,
         )
-        passing = max(moment.total for moment in (found.loss, found.backward, found.layer))
+        passing = max(moment.total for moment in (found.loss, found.backward, found.layer, found.again))
         yield Peak(model, loss, precision, checkpointing, micro_batch, traced.peak, passing)
 
 
 if __name__ == "__main__":
     for name, loss in TRACED:
         for precision in PRECISIONS:
-            for on in (False, True):
+            for on in (False, *HALF_OF.get((name, loss), ()), True):
                 sys.stdout.writelines(f"{peak.line}\n" for peak in peaks(name, loss, precision, on))

@@ -71,6 +71,9 @@ def test_what_is_not_known_yet_and_what_is_not_done() -> None:
     assert rows["on"] == "lab: 4 x 2 x a100-sxm-80gb"
     assert rows["strategy"] == "ddp, bf16, compiled"
     assert rows["gradient checkpointing"] == "on"
+    for layers, said in ((1, "in the first layer"), (6, "in the first 6 layers")):
+        some = dict(becomes_rows(replace(plan, gradient_checkpointing=layers)))
+        assert some["gradient checkpointing"] == said
     assert rows["parameters"] == "124,439,808"
     assert "prepared the text" in rows["steps"]
     assert "tokens" not in rows

@@ -54,8 +54,8 @@ class Drive:
         self.times.on_step_end(*self._about)
         time.sleep(aside)
 
-    def log(self, **logs: float) -> Spent:
-        self.times.on_log(*self._about, logs=logs)
+    def report(self) -> Spent:
+        self.times.read(self.times.lap(), together=True)
         return self.times.spent
 
 
@@ -64,22 +64,50 @@ def test_each_second_is_where_it_belongs(tmp_path: Path) -> None:
     began = time.perf_counter()
     for _ in range(2):
         run.step(data=0.04, forward=0.02, backward=0.06, aside=0.1)
-    assert run.log(eval_loss=1.0).host == 0.0, "an evaluation is no report of training"
-    spent, reported = run.log(loss=1.0), time.perf_counter()
+    spent, reported = run.report(), time.perf_counter()
     (own,) = spent.by_rank
     assert 0.08 <= spent.data_wait == pytest.approx(2 * own.data_wait)
     assert 0.04 <= 2 * own.forward <= spent.host - 0.12
     assert spent.data_wait + spent.host <= reported - began - 0.2
     run.step(data=0.01)
-    again = run.log(loss=1.0)
+    again = run.report()
     assert again.data_wait + again.host <= time.perf_counter() - reported, "each report begins anew"
+
+
+def test_what_comes_after_its_end_is_not_in_a_report_that_is_read_late(tmp_path: Path) -> None:
+    run = Drive(tmp_path, StepTimes(PLAN, Agreement(1)))
+    run.step(data=0.01, forward=0.01)
+    lap = run.times.lap()
+    run.step(data=0.2, forward=0.2)
+    run.times.read(lap, together=True)
+    (own,) = run.times.spent.by_rank
+    assert 0.02 <= own.total < 0.2
+    assert run.times.spent.training < 0.2
+    assert run.report().by_rank[0].total >= 0.4
+
+
+def test_training_time_leaves_out_evaluating_saving_and_what_is_before_the_first_step(tmp_path: Path) -> None:
+    run = Drive(tmp_path, StepTimes(PLAN, Agreement(1)))
+    time.sleep(0.3)
+    before = time.time()
+    for pause in (0.0, 0.3, 0.0):
+        run.step(forward=0.02)
+        if pause:
+            run.times.leave()
+            time.sleep(pause)
+    spent = run.report()
+    assert spent.steps == 3
+    assert 0.06 <= spent.training == pytest.approx(3 * spent.step_seconds)
+    assert spent.training < 0.3
+    assert before + 0.36 <= spent.ended <= time.time()
+    assert run.report().training < 0.3, "each report begins anew"
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_a_forward_pass_that_gathers_parameters_is_not_a_rank_s_own(tmp_path: Path, strategy: str) -> None:
     run = Drive(tmp_path, StepTimes(replace(PLAN, strategy=strategy), Agreement(1)))
     run.step(data=0.01, forward=0.01)
-    (own,) = run.log(loss=1.0).by_rank
+    (own,) = run.report().by_rank
     assert own.forward == 0.0
     assert own.data_wait >= 0.01
 
@@ -118,11 +146,12 @@ def test_a_stream_is_timed_without_waiting_for_it() -> None:
     for _ in range(3):
         with stopwatch.running():
             work(100_000_000)
+    lap = stopwatch.lap()
     handed_out = time.perf_counter() - began
     torch.cuda.synchronize()
     waited = time.perf_counter() - began
     assert handed_out < waited / 2
-    assert stopwatch.read() == pytest.approx(waited, rel=0.2)
+    assert lap() == pytest.approx(waited, rel=0.2)
 
 
 @on_cuda

@@ -1,0 +1,56 @@
+"""Gradient checkpointing: which layers compute again, in the backward pass, what they did not keep for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from launcher.errors import RequestError
+
+KEY = "train.gradient_checkpointing"
+
+
+def recompute(model: PreTrainedModel, layers: bool | int) -> None:
+    """Have every layer of `model` compute again, none, or the first `layers` of them.
+
+    Raises RequestError where the model cannot, or its layers cannot be told apart.
+    """
+    if layers is False:
+        return
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise RequestError(f"{KEY}: {error}", hint=f"set {KEY}: false", key=KEY) from error
+    if layers is True:
+        return
+    each = _layers(model)
+    if len(each) < layers:
+        raise RequestError(
+            f"{KEY}={layers}: the model has {len(each)} layers that can be checkpointed one by one",
+            hint=f"set {KEY}: true for all of them",
+            key=KEY,
+        )
+    for layer in each[layers:]:
+        layer.gradient_checkpointing = False
+
+
+def recomputed(model: torch.nn.Module) -> bool | str:
+    """Which layers really do: each goes by its own flag, and only in training. In `in_words`' words."""
+    flagged = _layers(model) or [each for each in model.modules() if hasattr(each, "gradient_checkpointing")]
+    again = [bool(layer.gradient_checkpointing and layer.training) for layer in flagged]
+    count = sum(again)
+    if count in (0, len(again)):
+        return count > 0
+    return in_words(count) if all(again[:count]) else "in some layers"
+
+
+def in_words(layers: bool | int) -> bool | str:
+    """1 is equal to True, and one layer is not all of them."""
+    return layers if isinstance(layers, bool) else f"of the first {layers}"
+
+
+def _layers(model: torch.nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
