@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+PREPARED, TRIED = "its text was prepared", "its nodes were tried"
+"""What a job does before its ranks run."""
+
 
 @app.command(epilog="Example: launcher supervise runs/gpt2-shakespeare")
 def supervise(run: RunFolder) -> None:
@@ -22,19 +25,23 @@ def supervise(run: RunFolder) -> None:
     from launcher.run.beginning import begin_in_job
     from launcher.run.directory import RunDirectory
     from launcher.run.holding import only_supervisor
+    from launcher.run.in_time import Preparing, in_time
     from launcher.run.requests import forget_all_but_persons
-    from launcher.run.slurm import own_job
     from launcher.run.slurm_ranks import Slurm
     from launcher.run.submitting import launcher_here
 
     directory = RunDirectory(run.absolute())
-    if own_job() is not None:
-        begin_in_job(directory, console.Bar("preparing"), console.say, launcher_here())
     launching = launching_of(directory)
+    if isinstance(launching, Slurm):
+        preparing = Preparing(console.Bar("preparing"))
+        with in_time(directory, launching, launching.ends_at(), PREPARED, console.say, preparing):
+            begin_in_job(directory, preparing, console.say, launcher_here())
+        launching = launching_of(directory)  # the run is planned now
     with only_supervisor(directory, launching, console.say, takes_over=isinstance(launching, Slurm)):
         forget_all_but_persons(directory)
         if isinstance(launching, Slurm):
-            launching.check_nodes()
+            with in_time(directory, launching, launching.ends_at(), TRIED, console.say):
+                launching.check_nodes()
         train_to_the_end(directory, launching)
 
 

@@ -213,7 +213,10 @@ def _were_killed(ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What the journal says of an attempt: the step it `began` from, and the furthest `step` it saw."""
+    """What the journal says of an attempt: the step it `began` from, and the furthest `step` it saw.
+
+    `prepared`: bytes of the run's text that were ready as it began, where it prepared text.
+    """
 
     outcome: Outcome
     began: int
@@ -221,6 +224,7 @@ class Attempt:
     retry: bool = True
     orphaned: bool = False
     reason: str = ""
+    prepared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,15 +281,16 @@ def what_next(history: Sequence[Attempt], patience: Patience) -> Restart | End:
 
 
 def fruitless(history: Sequence[Attempt]) -> int:
-    """How many crashes, hangs and ends of a job's time there were since an attempt last went beyond all.
+    """How many crashes, hangs and ends of a job's time there were since an attempt last went beyond all, or
+    found more text prepared.
 
     One whose supervisor was killed does not count: whoever started the run again wanted it tried.
     """
-    furthest = count = 0
+    furthest = prepared = count = 0
     for attempt in history:
         furthest = max(furthest, attempt.began)
-        if attempt.step > furthest:
-            count, furthest = 0, attempt.step
+        if attempt.step > furthest or attempt.prepared > prepared:
+            count, furthest, prepared = 0, max(furthest, attempt.step), max(prepared, attempt.prepared)
         elif attempt.outcome not in UNLIMITED - {Outcome.TIME_LIMIT} and not attempt.orphaned:
             count += 1
     return count

@@ -34,9 +34,19 @@ class Heart:
     """Beats while this process lives. `beat`, `step` and `during` are the main thread's."""
 
     def __init__(
-        self, file: Path, stacks_request: Path, rank: int, environment: Mapping[str, str], *, step: int = 0
+        self,
+        file: Path,
+        stacks_request: Path,
+        rank: int,
+        environment: Mapping[str, str],
+        *,
+        step: int = 0,
+        later: Path | None = None,
     ) -> None:
+        """`later`: what is there once another attempt of the run has begun. None may train beside another:
+        on a machine that was cut off, and given up, this process would go on where it was."""
         self._file = file
+        self._later = later
         self._stacks_request = stacks_request
         self._rank = rank
         self._environment = environment
@@ -115,6 +125,7 @@ class Heart:
             if quiet < limit:
                 faulthandler.dump_traceback_later(max(limit - quiet, INTERVAL), file=sys.stderr)
             with contextlib.suppress(OSError):
+                self._leave_if_late()
                 write_beat(self._file, self._now(quiet, limit))
             asked = self._stacks_request.exists()
             if asked and not stacks_told:
@@ -122,6 +133,11 @@ class Heart:
             stacks_told = asked
             self._wake.wait(INTERVAL)
             self._wake.clear()
+
+    def _leave_if_late(self) -> None:
+        if self._later is not None and self._later.exists():
+            print(f"another attempt has begun ({self._later}): leaving", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _now(self, quiet: float, limit: float) -> Beat:
         at, waits = None, False

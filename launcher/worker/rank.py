@@ -61,7 +61,13 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mutab
     log.parent.mkdir(parents=True, exist_ok=True)
     terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     _redirect(log)
-    heart = Heart(directory.heartbeat(attempt[0], number), directory.stacks_request, number, environment)
+    heart = Heart(
+        directory.heartbeat(attempt[0], number),
+        directory.stacks_request,
+        number,
+        environment,
+        later=directory.logs(attempt[0] + 1),
+    )
     heart.start()
     return Rank(number, world_size, attempt[0], terminal, lock, heart)
 
