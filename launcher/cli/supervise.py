@@ -35,8 +35,8 @@ def supervise(run: RunFolder) -> None:
     if isinstance(launching, Slurm):
         preparing = Preparing(console.Bar("preparing"))
         with in_time(directory, launching, launching.ends_at(), PREPARED, console.say, preparing):
-            begin_in_job(directory, preparing, console.say, launcher_here())
-        launching = launching_of(directory)  # the run is planned now
+            planned = begin_in_job(directory, preparing, console.say, launcher_here())
+        launching = launching_of(directory) if planned else launching
     with only_supervisor(directory, launching, console.say, takes_over=isinstance(launching, Slurm)):
         forget_all_but_persons(directory)
         if isinstance(launching, Slurm):

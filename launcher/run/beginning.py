@@ -83,12 +83,13 @@ def write_draft(draft: Assembly, directory: RunDirectory, launcher: str) -> None
     write_files(rendered_files(draft, directory, None, launcher).items())
 
 
-def begin_in_job(directory: RunDirectory, progress: Progress, say: Say, launcher: str) -> None:
-    """Plan the run in a job that waited for its text, unless that is done. What of the text is not prepared
-    yet is prepared here."""
+def begin_in_job(directory: RunDirectory, progress: Progress, say: Say, launcher: str) -> bool:
+    """Plan the run in a job that waited for its text, unless that is done; returns whether it was not. What
+    of the text is not prepared yet is prepared here."""
     run, orders = directory.read_config(), directory.read_orders()
     if orders.store is not None or run.data.mode == "stream":
-        return
+        return False
     machine = find_machine()
     draft = assemble(load_run(directory.config), load_cluster(directory.cluster), machine)
     begin(draft, machine.cores, progress, say, launcher)
+    return True
