@@ -1,15 +1,17 @@
 """A run driven through everything SLURM does to one, on a real cluster of three nodes on this machine.
 
-    ./scripts/slurm_drill
+    ./scripts/slurm_drill [EVENT...]
+    ./scripts/slurm_drill --write
 
 Each event has a run of its own over two nodes, on real text (the standard library's own source), and is
 followed to the end of the run. The card says how each attempt ended, how many steps were trained twice, how
 long it took from the wish to stop until the ranks were gone, and whether the final weights are those of a run
-that nothing happened to. Kept in docs/benchmarks/slurm.md.
+that nothing happened to. `--write` keeps the card in docs/benchmarks/slurm.md, in place of the last one.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -19,14 +21,15 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from scripts.slurm_cluster import Cluster, cluster, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "benchmarks" / "slurm.md"
 STEPS = 40
 SAVE_EVERY = 10
 STEP_SECONDS = 0.25
@@ -72,10 +75,13 @@ def run_file(text: list[str]) -> dict[str, Any]:
 
 
 def cluster_file(
-    partition: str, time_limit: str | None = None, step_seconds: float = STEP_SECONDS
+    partition: str,
+    time_limit: str | None = None,
+    step_seconds: float = STEP_SECONDS,
+    setup: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Two nodes, a rank on the CPU of each."""
-    asked = {"partition": partition, "cpus_per_node": 1, "time_limit": time_limit}
+    asked = {"partition": partition, "cpus_per_node": 1, "time_limit": time_limit, "setup": list(setup)}
     return {
         "name": "drill",
         "launch": "slurm",
@@ -94,6 +100,7 @@ class Drilled:
     slurm: Cluster
     directory: Path
     job: str
+    patience: float = PATIENCE
 
     def events(self) -> list[dict[str, Any]]:
         """The lines of its journal."""
@@ -114,9 +121,9 @@ class Drilled:
         return max(steps)
 
     def wait_for_step(self, step: int) -> None:
-        self.slurm.wait(lambda: self._goes_on() and self.step() >= step, f"step {step}", PATIENCE)
+        self.slurm.wait(lambda: self.goes_on() and self.step() >= step, f"step {step}", self.patience)
 
-    def _goes_on(self) -> bool:
+    def goes_on(self) -> bool:
         """Nothing waits out what SLURM holds a requeued job back for."""
         job = self.slurm.job(self.job)
         if job.get("JobState") == "PENDING" and job.get("Reason") == "BeginTime":
@@ -127,7 +134,7 @@ class Drilled:
         """Until the job is over and no attempt is to follow."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.slurm.wait(
-            lambda: self._goes_on() and self.slurm.job(self.job)["JobState"] in over, "the end", PATIENCE
+            lambda: self.goes_on() and self.slurm.job(self.job)["JobState"] in over, "the end", self.patience
         )
 
     def weights(self) -> str | None:
@@ -135,10 +142,21 @@ class Drilled:
         file = self.directory / "model" / "model.safetensors"
         return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
 
+    def starts(self) -> list[dict[str, Any]]:
+        return [event for event in self.events() if event["event"] == "attempt_started"]
+
+    def one_at_a_time(self) -> bool:
+        """Whether no rank gave a sign of life once a later attempt had begun."""
+        begun = {event["attempt"]: event["time"] for event in self.starts()}
+        signs = [
+            (int(file.parent.name.removeprefix("attempt-")), json.loads(file.read_text())["alive"])
+            for file in self.directory.glob("logs/*/*.heartbeat")
+        ]
+        return all(alive <= begun.get(attempt + 1, alive) for attempt, alive in signs)
+
     def steps_lost(self) -> int:
         """Steps that were trained, and had to be trained again."""
-        starts = [event for event in self.events() if event["event"] == "attempt_started"]
-        pairs = zip(self.ends(), starts[1:], strict=False)
+        pairs = zip(self.ends(), self.starts()[1:], strict=False)
         return sum(max(0, ended["step"] - begun["from_step"]) for ended, begun in pairs)
 
 
@@ -155,11 +173,21 @@ class Place:
 
     def launcher(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """One command of launcher's, on the login node."""
+        process = self.start(*arguments)
+        said, complained = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, said, complained)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """The same, without waiting for it."""
         paths = [str(ROOT), str(self.folder), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, **self.slurm.environment, "PYTHONPATH": ":".join(filter(None, paths))}
-        command = [sys.executable, "-m", "launcher", *arguments]
-        return subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+        return subprocess.Popen(
+            [sys.executable, "-m", "launcher", *arguments],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def submit(
@@ -168,9 +196,10 @@ class Place:
         partition: str = "batch",
         time_limit: str | None = None,
         step_seconds: float = STEP_SECONDS,
+        setup: Sequence[str] = (),
     ) -> Drilled:
         """Submit a run of that name. Raises RuntimeError with what launcher said where it failed."""
-        self.write(f"{name}.cluster.yaml", cluster_file(partition, time_limit, step_seconds))
+        self.write(f"{name}.cluster.yaml", cluster_file(partition, time_limit, step_seconds, setup))
         arguments = ["submit", "run.yaml", f"name={name}", "--cluster", f"{name}.cluster.yaml", "--json"]
         done = self.launcher(*arguments)
         if done.returncode:
@@ -199,11 +228,24 @@ def cancelled(run: Drilled) -> None:
 
 def cut_off_second(run: Drilled) -> None:
     """Cut off the node that the supervisor is not on."""
-    attempts = len(run.ends())
     (second,) = [each for each in nodes_of(run) if each != run.slurm.job(run.job)["BatchHost"]]
-    run.slurm.cut_off(second)
-    run.slurm.wait(lambda: len(run.ends()) > attempts, "the attempt has ended", PATIENCE)
-    run.slurm.reconnect(second)
+    cut_off_until_next_attempt(run, second)
+
+
+def cut_off_first(run: Drilled) -> None:
+    """Cut off the node that the supervisor is on: SLURM starts the run elsewhere while it still lives."""
+    cut_off_until_next_attempt(run, run.slurm.job(run.job)["BatchHost"])
+
+
+def cut_off_until_next_attempt(run: Drilled, node: str) -> None:
+    attempts = len(run.starts())
+    run.slurm.cut_off(node)
+    try:
+        run.slurm.wait(
+            lambda: run.goes_on() and len(run.starts()) > attempts, "another attempt", run.patience
+        )
+    finally:
+        run.slurm.reconnect(node)
 
 
 def drained(run: Drilled) -> None:
@@ -242,7 +284,7 @@ def nodes_of(run: Drilled) -> list[str]:
 @dataclass(frozen=True)
 class Event:
     """What is done to a run at step AT_STEP. `before`: what is done to the cluster before it is submitted;
-    `again`: it is submitted once more after it has ended."""
+    `setup`: lines that its job begins with; `again`: it is submitted once more after it has ended."""
 
     name: str
     do: Callable[[Drilled], None]
@@ -250,16 +292,23 @@ class Event:
     partition: str = "batch"
     time_limit: str | None = None
     step_seconds: float = STEP_SECONDS
+    setup: tuple[str, ...] = ()
+    patience: float = PATIENCE
     again: bool = False
 
+
+LATE_ONCE = '[ "$SLURM_RESTART_COUNT" ] || sleep 46'
+"""The job's first start comes to its nodes when few of 60 seconds are left for what takes longer."""
 
 EVENTS = (
     Event("undisturbed", nothing),
     Event("preempted, with 60 s of grace", preempted, partition="grace"),
     Event("preempted, without grace", preempted),
     Event("requeued by an administrator", requeued),
-    Event("time limit of 1 minute", nothing, time_limit="1", step_seconds=1.0),
+    Event("time limit of 1 minute", nothing, time_limit="1", step_seconds=1.6, patience=720.0),
+    Event("time limit while the nodes are tried", nothing, time_limit="1", setup=(LATE_ONCE,)),
     Event("a node cut off from the network", cut_off_second),
+    Event("the supervisor's node cut off", cut_off_first),
     Event("a node drained", drained),
     Event("slurmctld restarted", restarted),
     Event("supervisor killed, submitted again", supervisor_killed, again=True),
@@ -278,6 +327,7 @@ class Line:
     job: str
     lost: int
     stop_seconds: list[float]
+    apart: bool
     same: bool | None
 
 
@@ -285,8 +335,8 @@ def drill(place: Place, event: Event, number: int, weights: str | None) -> tuple
     """Drive one run through `event`; `weights`: those of the undisturbed run."""
     if event.before is not None:
         event.before(place.slurm)
-    asked = (f"drill-{number}", event.partition, event.time_limit, event.step_seconds)
-    run = place.submit(*asked)
+    asked = (f"drill-{number}", event.partition, event.time_limit, event.step_seconds, event.setup)
+    run = replace(place.submit(*asked), patience=event.patience)
     if event.do is not nothing:
         run.wait_for_step(AT_STEP)
         event.do(run)
@@ -305,6 +355,7 @@ def drill(place: Place, event: Event, number: int, weights: str | None) -> tuple
         state,
         run.steps_lost(),
         [end["stop_seconds"] for end in ends if end["stop_seconds"] is not None],
+        run.one_at_a_time(),
         None if found is None else weights is None or found == weights,
     )
     return line, found
@@ -312,17 +363,34 @@ def drill(place: Place, event: Event, number: int, weights: str | None) -> tuple
 
 def card(lines: list[Line]) -> str:
     """The lines as a table in Markdown."""
-    rows = ["| event | attempts | the job | steps lost | from the wish to the end, s | same weights |"]
-    rows.append("|---|---|---|---|---|---|")
+    head = ("event", "attempts", "the job", "steps lost", "from the wish to the end, s")
+    rows = [f"| {' | '.join(head)} | one at a time | same weights |"]
+    rows.append("|---|---|---|---|---|---|---|")
     for line in lines:
         stops = ", ".join(f"{seconds:.1f}" for seconds in line.stop_seconds) or "-"
         same = {True: "yes", False: "NO", None: "no model"}[line.same]
+        apart = "yes" if line.apart else "NO"
         attempts = ", ".join(line.outcomes)
-        rows.append(f"| {line.event} | {attempts} | {line.job} | {line.lost} | {stops} | {same} |")
+        rows.append(f"| {line.event} | {attempts} | {line.job} | {line.lost} | {stops} | {apart} | {same} |")
     return "\n".join(rows)
 
 
-def main(wanted: list[str]) -> int:
+def with_card(page: str, table: str) -> str:
+    """`page` with `table` in place of its first one."""
+    lines = page.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    after = next(number for number in range(first, len(lines)) if not lines[number].startswith("|"))
+    return "\n".join([*lines[:first], table, *lines[after:]]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/slurm_drill", description="Drive a run through SLURM.")
+    parser.add_argument("event", nargs="*", help="words of the events to drive it through; all without any")
+    parser.add_argument("--write", action="store_true", help=f"keep the card in {PAGE.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    wanted: list[str] = arguments.event
+    if wanted and arguments.write:
+        parser.error("--write keeps the card of all events")
     if (why := why_not()) is not None:
         print(why, file=sys.stderr)
         return 3
@@ -335,13 +403,20 @@ def main(wanted: list[str]) -> int:
             if number and wanted and not any(word in event.name for word in wanted):
                 continue
             begun = time.monotonic()
-            line, found = drill(place, event, number, weights)
+            try:
+                line, found = drill(place, event, number, weights)
+            except (TimeoutError, RuntimeError) as error:
+                print(f"{event.name}: {error}", file=sys.stderr, flush=True)
+                line, found = Line(event.name, ["not seen to its end"], "?", 0, [], True, None), None
+                slurm.clear()
             weights = weights or found
             lines.append(line)
             print(f"{time.monotonic() - begun:.0f} s: {line}", file=sys.stderr, flush=True)
     print(card(lines))
-    return 0 if all(line.same for line in lines) else 1
+    if arguments.write:
+        PAGE.write_text(with_card(PAGE.read_text(encoding="utf-8"), card(lines)), encoding="utf-8")
+    return 0 if all(line.same and line.apart for line in lines) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -84,7 +84,7 @@ def submit(
         check_preparation(sweep, drafts[0])
         directory = may_begin(drafts[0])
         write_draft(drafts[0], directory, _launcher())
-        array = submit_preparation(drafts[0], directory, _launcher(), prepare)
+        array = submit_preparation(drafts[0], directory, _launcher(), prepare, console.say)
         jobs.append((array, directory.root))
     elif sweep:
         directories = [_written(draft, workers) for draft in drafts]
@@ -93,11 +93,11 @@ def submit(
         jobs += [(f"{array}_{index}", each.root) for index, each in enumerate(directories)]
     else:
         directory = _written(drafts[0], workers)
-        array = submit_run(directory, None)
+        array = submit_run(directory, None, console.say)
         jobs.append((array, directory.root))
     for draft in following:
         directory = _written(draft, workers)
-        array = submit_run(directory, array)
+        array = submit_run(directory, array, console.say)
         jobs.append((array, directory.root))
     if as_json:
         console.answer_json([{"job": job, "directory": str(root)} for job, root in jobs])

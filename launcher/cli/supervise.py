@@ -20,6 +20,9 @@ app = typer.Typer()
 TOLD_SECONDS = 5.0
 """Within which slurmctld tells, once it has sent a signal, that it takes the nodes."""
 
+TRIED = "its nodes were tried"
+"""What a job does once its text is there, before its ranks run."""
+
 
 @app.command(epilog="Example: launcher supervise runs/gpt2-shakespeare")
 def supervise(run: RunFolder) -> None:
@@ -27,6 +30,7 @@ def supervise(run: RunFolder) -> None:
     from launcher.run.beginning import begin_in_job, is_draft
     from launcher.run.directory import RunDirectory
     from launcher.run.holding import only_supervisor
+    from launcher.run.in_time import in_time
     from launcher.run.preparing import stoppable
     from launcher.run.requests import forget_all_but_persons
     from launcher.run.slurm import own_job
@@ -43,7 +47,8 @@ def supervise(run: RunFolder) -> None:
     with only_supervisor(directory, launching, console.say, takes_over=isinstance(launching, Slurm)):
         forget_all_but_persons(directory)
         if isinstance(launching, Slurm):
-            launching.check_nodes()
+            with in_time(directory, launching, launching.ends_at(), TRIED, console.say):
+                launching.check_nodes()
         train_to_the_end(directory, launching)
 
 

@@ -115,6 +115,11 @@ class RunDirectory:
         return self.root / "requests" / "stacks"
 
     @property
+    def handover(self) -> Path:
+        """While it is there, another supervisor waits to take the place of the one that has the run."""
+        return self.root / "requests" / "handover"
+
+    @property
     def node_check(self) -> Path:
         """A word that every node of a job must be able to read, before there are ranks."""
         return self.root / "requests" / "nodes"

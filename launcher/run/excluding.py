@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
-from launcher.run import journal
+from launcher.config.schema import SlurmSection
+from launcher.run import journal, slurm
 from launcher.run.directory import RunDirectory
 
 HOURS: Final = 6.0
@@ -25,6 +26,13 @@ def nodes_to_avoid(directory: RunDirectory, now: float) -> tuple[str, ...]:
     return tuple(dict.fromkeys(node for each in told for node in each["nodes"]))
 
 
+def why_avoided(directory: RunDirectory, nodes: Collection[str]) -> str:
+    """What was said last of one of these nodes, as the run began to stay away from it."""
+    events = journal.read(directory.journal)
+    told = [each for each in events if each["event"] == "nodes_avoided" and set(each["nodes"]) & set(nodes)]
+    return str(told[-1]["why"])
+
+
 def has_avoided(directory: RunDirectory) -> bool:
     """Whether the run ever stayed away from a node."""
     return any(event["event"] == "nodes_avoided" for event in journal.read(directory.journal))
@@ -39,3 +47,28 @@ def excludable(
     `never`: nodes that the cluster file excludes.
     """
     return tuple(avoided) if len(set(lent) - set(avoided) - set(never)) >= needed else ()
+
+
+def excluded_now(
+    directory: RunDirectory, asked: SlurmSection, partitions: Collection[str], needed: int, now: float
+) -> tuple[str, ...]:
+    """The nodes that a job of `needed` nodes in one of `partitions` is to stay away from at `now`, besides
+    those that its cluster file excludes; no partition: the one that is taken where none is named.
+
+    Raises what `slurm.said` does.
+    """
+    avoided = nodes_to_avoid(directory, now)
+    if not avoided:
+        return ()
+    wanted = [
+        each
+        for each, default in slurm.partitions()
+        if each.name in partitions or (default and not partitions)
+    ]
+    lent = [node for each in wanted for node in each.nodes]
+    return excludable(avoided, slurm.hosts(",".join(asked.exclude)), lent, needed)
+
+
+def exclude_list(asked: SlurmSection, excluded: Sequence[str]) -> str:
+    """What SLURM is told: those nodes, and those that the cluster file excludes."""
+    return ",".join([*asked.exclude, *excluded])

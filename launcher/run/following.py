@@ -20,6 +20,8 @@ ECHO_SECONDS = 5.0
 LEAVE_SECONDS = 60.0
 """How long a process may take to end after its last word."""
 LOOK_SECONDS = 0.5
+MOVING_SECONDS = 10.0
+"""A heartbeat that has not changed for so long is of no rank that lives and can reach the run directory."""
 STACKS_SECONDS = 3.0
 """How long ranks are given to write their stacks before they are ended."""
 
@@ -109,6 +111,16 @@ class Following:
     def living_here(self) -> list[int]:
         """Process ids of the ranks on this machine that have not ended: what is left of an attempt."""
         return [beat.pid for beat in self._watch.beats.values() if _is_here(beat) and self._is_ours(beat.pid)]
+
+    def without_word_elsewhere(self) -> frozenset[int]:
+        """The ranks of other machines that have not said their last word: they live, or were killed."""
+        return frozenset(
+            rank for rank, beat in self._watch.beats.items() if not _is_here(beat) and self._end(rank) is None
+        )
+
+    def living_elsewhere(self) -> frozenset[int]:
+        """Those of them that are seen to live, by heartbeats that changed since this began to look."""
+        return self.without_word_elsewhere() & self._watch.moving(MOVING_SECONDS)
 
     def kill_here(self) -> None:
         """Kill what is left of it on this machine."""

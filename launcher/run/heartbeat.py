@@ -125,6 +125,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._beats: dict[int, Beat] = {}
+        self._first: dict[int, Beat] = {}
         self._stale: dict[int, float] = {}
         self._seen: float | None = None
 
@@ -139,6 +140,7 @@ class Watch:
                 self._stale[rank] = self._stale.get(rank, 0.0) + passed
             else:
                 self._beats[rank], self._stale[rank] = beat, 0.0
+                self._first.setdefault(rank, beat)
 
     @property
     def step(self) -> int:
@@ -148,6 +150,14 @@ class Watch:
     @property
     def beats(self) -> Mapping[int, Beat]:
         return self._beats
+
+    def moving(self, seconds: float) -> frozenset[int]:
+        """The ranks whose heartbeat has changed before the reader's eyes, `seconds` ago at most."""
+        return frozenset(
+            rank
+            for rank, beat in self._beats.items()
+            if beat != self._first[rank] and self._stale[rank] <= seconds
+        )
 
     def hang(self, time: float, gone: frozenset[int] = frozenset()) -> Hang | None:
         """Who does not get on, at `time` (since the epoch); None: all do. Some are `gone`: they ended."""

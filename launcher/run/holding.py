@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from launcher.errors import RunDirectoryError
 from launcher.run import journal
-from launcher.run.directory import RunDirectory, hold, take_back
+from launcher.run.directory import RunDirectory, hold, take_back, write_text
 from launcher.run.following import Following
 from launcher.run.launching import Launching
 from launcher.run.outcome import Evidence, decide
@@ -20,6 +20,8 @@ HANDOVER_SECONDS = 600.0
 """How long a supervisor whose job was given to this one may take to see it, on a node that may be cut off."""
 ORPHANS_SECONDS = 600.0
 """How long ranks whose supervisor was killed may take to stop safely."""
+SEEN_SECONDS = 5.0
+"""In this time a rank of another machine that lives is seen to: it beats once a second."""
 POLL_SECONDS = 0.5
 
 
@@ -29,8 +31,8 @@ def only_supervisor(
 ) -> Iterator[None]:
     """Hold the run, so that two commands never train it at a time.
 
-    Who `takes_over` is the only one that the scheduler means to train it: another supervisor is asked to stop
-    and waited for.
+    Who `takes_over` is the only one that the scheduler means to train it: another supervisor, on a node that
+    the scheduler no longer reaches, is asked to leave and waited for.
 
     Ranks whose supervisor was killed are waited for, and how their attempt ended is written down. Raises
     RunDirectoryError where another command, or ranks started by hand, train it. A folder that did not exist
@@ -39,6 +41,7 @@ def only_supervisor(
     made = [folder for folder in (directory.root, *directory.root.parents) if not folder.exists()]
     directory.root.mkdir(parents=True, exist_ok=True)
     with _take_over(directory, say) if takes_over else hold(directory.lock, directory, "another command"):
+        directory.handover.unlink(missing_ok=True)
         left = _open_attempt(directory)
         if left is None:
             hold(directory.ranks_lock, directory, "ranks that were started by hand").close()
@@ -63,8 +66,8 @@ def _take_over(directory: RunDirectory, say: Callable[[str], None]) -> TextIO:
                 raise
         if not said:
             said = True
-            say("another supervisor still has this run: asking it to stop, and waiting for it")
-        ask_to_stop(directory, "scheduler")
+            say("another supervisor still has this run: asking it to leave, and waiting for it")
+        write_text(directory.handover, "")
         time.sleep(POLL_SECONDS)
 
 
@@ -75,18 +78,33 @@ def _open_attempt(directory: RunDirectory) -> dict[str, Any] | None:
 
 
 def _wait_for(following: Following, directory: RunDirectory, say: Callable[[str], None]) -> None:
-    """Return once no rank of the attempt is left. Those that do not get on are killed."""
-    said, until = False, time.monotonic() + ORPHANS_SECONDS
+    """Return once no rank of the attempt is left. Those that do not get on are killed.
+
+    A lock may hold on one machine only, so ranks of others are looked at for a while, and where they live,
+    asked to stop, and their supervisor to leave.
+    """
+    begun = time.monotonic()
+    said, until = False, begun + ORPHANS_SECONDS
     while True:
         followed = following.look()
         left = following.living_here()
         try:
+            if elsewhere := following.living_elsewhere():
+                ask_to_stop(directory, "scheduler")
+                write_text(directory.handover, "")
+                raise RunDirectoryError(
+                    f"{directory.root} is being trained by ranks on another machine: {sorted(elsewhere)}",
+                    directory=directory.root,
+                    hint="end the job that they are of: scancel",
+                )
             hold(directory.ranks_lock, directory, "ranks whose supervisor is gone").close()
         except RunDirectoryError:
             if time.monotonic() > until and not left:
                 raise  # they are on other machines
         else:
-            if not left:
+            looked = time.monotonic() - begun > SEEN_SECONDS or not following.without_word_elsewhere()
+            if not left and looked:
+                directory.handover.unlink(missing_ok=True)
                 return
         if not said:
             said = True

@@ -1,4 +1,7 @@
-"""Wishes to a run, as files: `requests/stop`. Any text is a person's wish, so `touch` does as well."""
+"""Wishes to a run, as files: `requests/stop`. Any text is a person's wish, so `touch` does as well.
+
+`requests/handover` is one supervisor's to another.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,12 @@ def asked_by(directory: RunDirectory) -> By | None:
         if text == WORDS[by]:
             return by
     return "person"
+
+
+def is_replaced(directory: RunDirectory, attempt: int) -> bool:
+    """Whether another supervisor wants the run, or has begun another attempt beside this one: it may be on a
+    file system whose locks only one machine sees."""
+    return directory.handover.exists() or directory.logs(attempt + 1).exists()
 
 
 def forget_all_but_persons(directory: RunDirectory) -> None:

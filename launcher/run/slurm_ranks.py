@@ -26,6 +26,7 @@ from launcher.run.heartbeat import read_beat
 from launcher.run.outcome import UNLIMITED, Facts, Outcome
 from launcher.run.slurm_facts import Seen, facts_of, is_requeued
 from launcher.run.stopping import checkpoint_bytes, need_of
+from launcher.run.supervise import REPLACED
 
 LOOK_SECONDS: Final = 15.0
 """How often slurmctld is asked about the job: it has many to answer. A signal has it asked at once."""
@@ -107,6 +108,11 @@ class Slurm:
         seen = Seen(self._look.newest, self._restarts, words, warned=self._warned)
         return facts_of(seen, now=time.time(), need=self._stop_seconds())
 
+    def ends_at(self) -> float | None:
+        """When the job's time is over, in seconds since the epoch; None: never, or slurmctld does not say."""
+        state = self._look.now()
+        return None if state is None or state.state != "RUNNING" else state.end
+
     def past(self, attempt: int) -> Facts:
         """By what srun said then, and by how often the job has been requeued since."""
         told = next(
@@ -128,11 +134,12 @@ class Slurm:
         """Have the job requeued where the nodes are to be taken away, or may be at fault."""
         if outcome not in UNLIMITED and outcome is not Outcome.HUNG:
             return False
-        if outcome is Outcome.HUNG and (host := self._hung_host()) is not None:
-            excluding.avoid(self._directory, [host], why, time.time())
         # A requeue ends this job, and so this process, with SIGTERM: it is no wish to stop the run.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._requeue()
+        # Only now: who cannot reach slurmctld may be cut off, and is not to blame a node that is not.
+        if outcome is Outcome.HUNG and (host := self._hung_host()) is not None:
+            excluding.avoid(self._directory, [host], why, time.time())
         excluded: tuple[str, ...] = ()
         try:
             excluded = self._exclude()
@@ -142,9 +149,12 @@ class Slurm:
         return True
 
     def _requeue(self) -> None:
-        """Have the job queued again, unless SLURM has done so by itself."""
+        """Have the job queued again, unless SLURM has done so by itself. Raises Interrupted where the next
+        supervisor is there already: this one's node is cut off."""
         until = time.monotonic() + REQUEUE_SECONDS
         while not is_requeued(Seen(self._look.now(), self._restarts)):
+            if self._directory.handover.exists():
+                raise Interrupted(REPLACED)
             try:
                 slurm.said("scontrol", "requeue", self.job)
             except MachineError:
@@ -158,13 +168,10 @@ class Slurm:
         """Have the queued job stay away from the nodes to avoid now, and from none whose time is up."""
         if not excluding.has_avoided(self._directory):
             return ()
-        own = self._cluster.slurm.exclude
-        state = self._look.now()
-        wanted = set() if state is None else set(state.partition.split(","))
-        lent = [node for each, _ in slurm.partitions() if each.name in wanted for node in each.nodes]
-        avoided = excluding.nodes_to_avoid(self._directory, time.time())
-        excluded = excluding.excludable(avoided, slurm.hosts(",".join(own)), lent, len(self._hosts))
-        named = ",".join([*own, *excluded])
+        asked, state = self._cluster.slurm, self._look.now()
+        partitions = [] if state is None else state.partition.split(",")
+        excluded = excluding.excluded_now(self._directory, asked, partitions, len(self._hosts), time.time())
+        named = excluding.exclude_list(asked, excluded)
         slurm.said("scontrol", "update", f"JobId={self.job}", f"ExcNodeList={named}")
         return excluded
 
@@ -284,10 +291,9 @@ class SlurmRanks:
         may be cut off from the others."""
         if self._process.poll() is not None:
             return
-        with contextlib.suppress(LauncherError):
+        with contextlib.suppress(LauncherError, subprocess.TimeoutExpired):
             for step in self._steps():
                 slurm.said("scancel", "--signal=KILL", step, seconds=QUICK_SECONDS)
-        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(KILL_SECONDS)
         self._process.kill()
         self._process.wait()

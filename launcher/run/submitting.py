@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.config.load import load_cluster
 from launcher.errors import MachineError, RequestError
 from launcher.render.sbatch import prepare_command, render_job, sweep_command
 from launcher.run import journal, slurm
 from launcher.run.assemble import Assembly, check_prepared, job_of, job_template
 from launcher.run.cluster_checks import examine_cluster
 from launcher.run.directory import RunDirectory, run_directory, write_text
+from launcher.run.excluding import exclude_list, excluded_now, why_avoided
 from launcher.run.stopping import need_of
 
 PREPARE_CPUS = 8
@@ -61,11 +63,21 @@ def _check_time(assembly: Assembly, need: float) -> None:
         raise error
 
 
-def submit_run(directory: RunDirectory, after: str | None) -> str:
-    """Hand in the job of a written run, to start once job `after` has finished well; returns its id."""
+def submit_run(directory: RunDirectory, after: str | None, say: Callable[[str], None]) -> str:
+    """Hand in the job of a written run, to start once job `after` has finished well; returns its id.
+
+    It stays away from the nodes that did the run harm lately, as the run's last job did.
+    """
     directory.logs(1).parent.mkdir(parents=True, exist_ok=True)  # slurmd opens the log, and makes no folders
-    job = slurm.submit(directory.job, *_dependency(after))
-    journal.record(directory.journal, "submitted", job=job, after=after)
+    asked = load_cluster(directory.cluster).config
+    partitions = [] if asked.slurm.partition is None else asked.slurm.partition.split(",")
+    excluded = excluded_now(directory, asked.slurm, partitions, asked.nodes, time.time())
+    options = []
+    if excluded:
+        say(f"note: the job stays away from {', '.join(excluded)}: {why_avoided(directory, excluded)}")
+        options = [f"--exclude={exclude_list(asked.slurm, excluded)}"]
+    job = slurm.submit(directory.job, *_dependency(after), *options)
+    journal.record(directory.journal, "submitted", job=job, after=after, exclude=list(excluded))
     return job
 
 
@@ -110,7 +122,9 @@ def check_preparation(sweep: Sequence[str] | None, assembly: Assembly) -> None:
     check_prepared(assembly.run.config)
 
 
-def submit_preparation(assembly: Assembly, directory: RunDirectory, launcher: str, count: int) -> str:
+def submit_preparation(
+    assembly: Assembly, directory: RunDirectory, launcher: str, count: int, say: Callable[[str], None]
+) -> str:
     """Hand in an array of `count` jobs without GPUs that prepare the text of a run, and the run's own job,
     which plans and trains once they have ended well; returns the latter's id.
 
@@ -121,7 +135,7 @@ def submit_preparation(assembly: Assembly, directory: RunDirectory, launcher: st
     directory.logs(1).parent.mkdir(parents=True, exist_ok=True)
     array = slurm.submit(script)
     journal.record(directory.journal, "preparation_submitted", job=array, count=count)
-    return submit_run(directory, array)
+    return submit_run(directory, array, say)
 
 
 def preparation_script(assembly: Assembly, directory: RunDirectory, launcher: str, count: int) -> str:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from launcher.errors import Interrupted, LauncherError, TrainingError
+from launcher.plan.choose import Plan
 from launcher.run import journal
 from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory
@@ -35,7 +36,8 @@ from launcher.run.outcome import (
     first_failure,
     what_next,
 )
-from launcher.run.requests import ask_to_stop, asked_by, forget_all_but_persons
+from launcher.run.requests import ask_to_stop, asked_by, forget_all_but_persons, is_replaced
+from launcher.run.stopping import need_of
 
 Say = Callable[[str], None]
 POLL_SECONDS = 0.1
@@ -46,6 +48,7 @@ LAST_SECONDS = 2.0
 PATIENCE = Patience()
 TAIL_LINES = 15
 """Lines of launch.log shown when no rank lived long enough to say what went wrong."""
+REPLACED = "another supervisor takes over: the scheduler has started this run elsewhere"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Each asks for a safe stop."""
 
@@ -77,8 +80,8 @@ def supervise(
     `run.holding.only_supervisor`.
 
     Ctrl-C or another of `asking` asks the ranks for a safe stop with a checkpoint; a second Ctrl-C ends them
-    at once. Raises Interrupted when stopped so, or when the scheduler starts the run again by itself, and
-    TrainingError (or the rank's own kind of error) when the run failed.
+    at once. Raises Interrupted when stopped so, when the scheduler starts the run again by itself, or when
+    another supervisor takes over, and TrainingError (or the rank's own kind of error) when the run failed.
     """
     plan = directory.read_orders().plan
     assert plan.steps is not None
@@ -87,21 +90,50 @@ def supervise(
             signals.pass_on(directory)
             if asked_by(directory) is not None:
                 return _end(directory, End(Outcome.STOPPED, "asked for before it began"), None, say)
-            number = directory.next_attempt()
-            journal.record(
-                directory.journal,
-                "attempt_started",
-                attempt=number,
-                world_size=plan.batch.world_size,
-                nodes=plan.nodes,
-                from_step=_committed_step(directory),
-            )
+            number = _record_start(directory, plan)
             ended = _run(directory, launching, number, plan.batch.world_size, signals)
+            if is_replaced(directory, number):
+                raise Interrupted(REPLACED)  # which writes down how it ended
             record_end(directory, number, ended, planned_steps=plan.steps)
             following = what_next(history(directory), patience)
             if isinstance(following, End):
                 return _end(directory, following, ended, say)
             _restart(directory, launching, ended, following, signals, say)
+            if is_replaced(directory, number):
+                raise Interrupted(REPLACED)
+
+
+def end_without_ranks(directory: RunDirectory, launching: Launching, reason: str, say: Say) -> None:
+    """Write down an attempt that the end of the job's time came before, and hand the run back.
+
+    Raises Interrupted where the scheduler starts the run again, and TrainingError where attempt after attempt
+    has come to nothing.
+    """
+    plan = directory.read_orders().plan
+    number = _record_start(directory, plan)
+    directory.logs(number).mkdir(parents=True)
+    verdict = Verdict(Outcome.TIME_LIMIT, reason)
+    ended = Ended(number, verdict, (), _committed_step(directory), 0.0, None)
+    record_end(directory, number, ended, planned_steps=plan.steps)
+    following = what_next(history(directory), PATIENCE)
+    if isinstance(following, End):
+        _end(directory, following, ended, say)
+    else:
+        _restart(directory, launching, ended, following, Signals(), say)
+
+
+def _record_start(directory: RunDirectory, plan: Plan) -> int:
+    """Write down that another attempt begins; returns its number."""
+    number = directory.next_attempt()
+    journal.record(
+        directory.journal,
+        "attempt_started",
+        attempt=number,
+        world_size=plan.batch.world_size,
+        nodes=plan.nodes,
+        from_step=_committed_step(directory),
+    )
+    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +151,7 @@ class Ended:
 
 
 def record_end(
-    directory: RunDirectory, number: int, ended: Ended, *, planned_steps: int, **more: Any
+    directory: RunDirectory, number: int, ended: Ended, *, planned_steps: int | None, **more: Any
 ) -> None:
     """Write down how attempt `number` ended."""
     first = first_failure(ended.ends)
@@ -168,7 +200,8 @@ def _run(
     while True:
         signals.pass_on(directory)
         facts = launching.facts(signals.received[before:])
-        if facts.asks_to_stop:
+        replaced = is_replaced(directory, number)
+        if facts.asks_to_stop or replaced:
             ask_to_stop(directory, "scheduler")
         by = asked_by(directory)
         by_person |= by == "person"
@@ -180,10 +213,9 @@ def _run(
             # What started them was killed: they stop safely by themselves, and nothing may begin beside them.
             outlived |= asked is None
         followed = following.look()
-        # Before the first step there is nothing to save.
-        waits_in_vain = asked is not None and not followed.trains and time.monotonic() - asked > START_SECONDS
+        in_vain = _in_vain(directory, number, asked, trains=followed.trains, replaced=replaced)
         interrupted = signals.received[before:].count(signal.SIGINT) > 1
-        if interrupted or waits_in_vain or _too_late(facts):
+        if interrupted or in_vain or _too_late(facts):
             at_once = True
         if at_once or followed.is_over:
             if followed.hang is not None:
@@ -220,6 +252,19 @@ def _too_late(facts: Facts) -> bool:
     """Whether a stop has taken so long that the supervisor would be killed with the ranks, at the end of the
     job's time: then nobody would ask for its requeue."""
     return facts.time_limit and facts.ends_at is not None and facts.ends_at - time.time() < LAST_SECONDS
+
+
+def _in_vain(
+    directory: RunDirectory, number: int, asked: float | None, *, trains: bool, replaced: bool
+) -> bool:
+    """Whether ranks that were asked to stop are waited for no longer. Before the first step there is nothing
+    to save; and on a node that was given up they never come to agree with the others on a step."""
+    if asked is None:
+        return False
+    waited = time.monotonic() - asked
+    if not trains:
+        return waited > START_SECONDS
+    return replaced and waited > need_of(directory, directory.read_orders().plan, number).seconds
 
 
 def _restart(

@@ -45,8 +45,12 @@ class Heart:
         *,
         step: int = 0,
         parameters: int | None = None,
+        later: Path | None = None,
     ) -> None:
+        """`later`: what is there once another attempt of the run has begun. None may train beside another:
+        on a machine that was cut off, and given up, this process would go on where it was."""
         self._file = file
+        self._later = later
         self._stacks_request = stacks_request
         self._rank = rank
         self._environment = environment
@@ -126,6 +130,7 @@ class Heart:
             if quiet < limit:
                 faulthandler.dump_traceback_later(max(limit - quiet, INTERVAL), file=sys.stderr)
             with contextlib.suppress(OSError):
+                self._leave_if_late()
                 write_beat(self._file, self._now(quiet, limit))
             asked = self._stacks_request.exists()
             if asked and not stacks_told:
@@ -133,6 +138,11 @@ class Heart:
             stacks_told = asked
             self._wake.wait(INTERVAL)
             self._wake.clear()
+
+    def _leave_if_late(self) -> None:
+        if self._later is not None and self._later.exists():
+            print(f"another attempt has begun ({self._later}): leaving", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _now(self, quiet: float, limit: float) -> Beat:
         at, waits = None, False

@@ -67,6 +67,7 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mutab
         number,
         environment,
         parameters=plan.parameters,
+        later=directory.logs(attempt[0] + 1),
     )
     heart.start()
     return Rank(number, world_size, attempt[0], terminal, lock, heart)

@@ -23,7 +23,7 @@ from launcher.run import checkpoints as ledger
 from launcher.run import journal
 from launcher.run.directory import RunDirectory, write_text
 from launcher.run.holding import only_supervisor
-from launcher.run.outcome import Facts, Outcome, Patience
+from launcher.run.outcome import Facts, Outcome, Patience, read_end
 from launcher.run.requests import ask_to_stop, asked_by
 from launcher.run.supervise import LAST_SECONDS, is_finished, supervise
 from tests.conftest import small_plan
@@ -325,6 +325,57 @@ def test_a_persons_wish_outlives_a_requeue(directory: RunDirectory) -> None:
     assert asked_by(directory) == "person"
 
 
+@pytest.mark.parametrize(
+    ("script", "last"),
+    [
+        ("beat(0, 5); beat(1, 5); time.sleep(60)", []),
+        ('beat(0, 5); until_asked(); say(0, "STOPPED", 6); say(1, "STOPPED", 6)', [6, 6]),
+    ],
+)
+def test_who_is_replaced_ends_its_ranks_and_leaves_the_rest_to_its_successor(
+    directory: RunDirectory,
+    later: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    last: list[int],
+) -> None:
+    """The job was started again elsewhere: its node is cut off, and the ranks there agree with nobody."""
+    monkeypatch.setattr("launcher.run.stopping.MARGIN", 1.0)
+    launching = Scripted(directory, script)
+    begun, successor = threading.Event(), Scripted(directory)
+    successor.known = Facts(failed_nodes=("n1",))
+
+    def take_over() -> None:
+        with only_supervisor(directory, successor, lambda text: None, takes_over=True):
+            assert asked_by(directory) == "scheduler"
+            begun.set()
+
+    later(directory.heartbeat(1, 0).exists, take_over)
+    started = time.monotonic()
+    with only_supervisor(directory, launching, lambda text: None), pytest.raises(Interrupted) as caught:
+        supervise(directory, launching, lambda text: None, QUICK)
+    assert time.monotonic() - started < 30
+    assert "another supervisor takes over" in caught.value.message
+    assert begun.wait(10)
+    assert not directory.handover.exists()
+    (ended,) = events(directory, "attempt_ended")
+    assert (ended["outcome"], ended["orphaned"]) == ("NODE_FAILED", True)
+    assert [read_end(directory.record(1, rank)).step for rank in range(len(last))] == last  # type: ignore[union-attr]
+    assert launching.attempts == 1
+
+
+def test_another_attempt_beside_this_one_ends_it(
+    directory: RunDirectory, later: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the lock holds on one machine only."""
+    monkeypatch.setattr("launcher.run.stopping.MARGIN", 0.5)
+    launching = Scripted(directory, "beat(0, 5); beat(1, 5); time.sleep(60)")
+    later(directory.heartbeat(1, 0).exists, lambda: directory.logs(2).mkdir())
+    error = end_of(directory, launching)
+    assert "another supervisor takes over" in error.message
+    assert not events(directory, "attempt_ended")
+
+
 def test_a_rank_that_does_not_get_on_is_named_and_ended(directory: RunDirectory) -> None:
     words = (
         'beat(0, 5, 61.0, waits=True, at="distributed_c10d.py:1 all_reduce"); '
@@ -385,6 +436,32 @@ def test_a_rank_left_behind_by_a_dead_one_is_not_waited_for(
         left.end()
     assert "killing what is left of attempt 1: the others are gone" in said
     assert events(directory, "attempt_ended")[0]["outcome"] == "CRASHED"
+
+
+def test_ranks_that_are_seen_to_live_on_another_machine_are_waited_for(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No lock tells of them here: their file system has locks of one machine only."""
+    monkeypatch.setattr("launcher.run.holding.SEEN_SECONDS", 1.0)
+    monkeypatch.setattr("launcher.run.following.MOVING_SECONDS", 2.0)
+    journal.record(directory.journal, "attempt_started", attempt=1, world_size=2, nodes=1, from_step=0)
+    words = """
+os.uname = lambda: type("There", (), {"nodename": "n9"})
+while not directory.stop_request.exists():
+    beat(0, 5), beat(1, 5)
+    time.sleep(0.1)
+say(0, "STOPPED", 6), say(1, "STOPPED", 6)
+"""
+    launching = Scripted(directory, words)
+    launching.start(1)
+    while not directory.heartbeat(1, 1).exists():
+        time.sleep(0.05)
+    said: list[str] = []
+    with only_supervisor(directory, launching, said.append):
+        assert not directory.handover.exists()
+        (ended,) = events(directory, "attempt_ended")
+        assert ended["step"] == 6
+    assert "waiting for its ranks" in said[0]
 
 
 def test_finished_is_the_last_attempt_at_this_length_with_its_model(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from launcher.config.load import load_cluster, load_run
 from launcher.errors import MachineError, RequestError
 from launcher.run import slurm as commands
 from launcher.run.assemble import assemble
+from launcher.run.directory import RunDirectory
 from launcher.run.doctor import examine
+from launcher.run.excluding import avoid
 from launcher.run.machine import Machine
 from launcher.run.slurm import job_state
 from launcher.run.submitting import check_submission
@@ -180,17 +182,31 @@ def test_a_chain_and_a_sweep(slurm: Cluster, place: Place) -> None:
     assert again.returncode == 1, again.stderr
 
 
-def test_a_run_is_not_queued_twice(slurm: Cluster, place: Place) -> None:
+def test_a_run_is_not_queued_twice_and_stays_away_from_bad_nodes_when_it_is_submitted_again(
+    slurm: Cluster, place: Place
+) -> None:
     config = cluster_file("batch") | {"nodes": 1}
-    config["slurm"] |= {"setup": ["exec sleep 60"]}
+    config["slurm"] |= {"setup": ["exec sleep 60"], "exclude": ["n3"]}
     place.write("drill.yaml", config)
     arguments = ("submit", "run.yaml", "--cluster", "drill.yaml")
     first = place.launcher(*arguments)
     assert first.returncode == 0, first.stderr
-    job = first.stdout.split()[0]
+    job, root = first.stdout.split()
+    assert slurm.job(job)["ExcNodeList"] == "n3"
     second = place.launcher(*arguments)
     assert second.returncode == 2
     assert f"job {job} of this run is" in second.stderr
+
+    slurm.run("scancel", job)
+    avoid(RunDirectory(Path(root)), ["n1"], "n1 has lost a GPU", time.time())
+    slurm.wait(lambda: slurm.job(job)["JobState"] == "CANCELLED", "it is out of the queue", 30)
+    again = place.launcher(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "the job stays away from n1: n1 has lost a GPU" in again.stderr
+    job = again.stdout.split()[0]
+    assert slurm.job(job)["ExcNodeList"] == "n[1,3]"
+    slurm.wait(lambda: slurm.job(job)["JobState"] == "RUNNING", "it runs", 30)
+    assert slurm.job(job)["NodeList"] == "n2"
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(place: Place) -> None:

@@ -26,9 +26,10 @@ def on_two_cores() -> Iterator[None]:
 
 def test_a_run_goes_on_through_a_bad_node_and_a_preemption(slurm: Cluster, place: Place) -> None:
     """n1 has another version of a package: the job is queued again without it. Then the steps, and they
-    alone, are told to end, and the job asks for its own requeue."""
+    alone, are told to end, and the job asks for its own requeue. Its log is followed all the while."""
     another_version(slurm)
     run = place.submit("drill", "grace")
+    following = place.start("logs", "runs/drill", "-f")
     run.wait_for_step(SAVE_EVERY + 2)
     assert nodes_of(run) == ["n2", "n3"]
     preempted(run)
@@ -41,6 +42,10 @@ def test_a_run_goes_on_through_a_bad_node_and_a_preemption(slurm: Cluster, place
     (checked, *_) = [event for event in run.events() if event["event"] == "nodes_checked"]
     assert checked["culprits"] == ["n1"]
     assert "n1 has fsspec 2000.1" in checked["faults"][0]
+    log, complained = following.communicate(timeout=60)
+    assert (following.returncode, complained) == (0, ""), "it ends with the run"
+    verified = [line.partition("]")[0] for line in log.splitlines() if "verified: " in line]
+    assert verified.count("[rank 0") == 2, "before each attempt trains"
     job = slurm.job(run.job)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2")
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -73,3 +75,22 @@ def test_it_ends_with_its_rank(tmp_path: Path, told: Callable[[Callable[[Beat], 
     assert told(lambda beat: True).limit == limits(70_000_000_000)["starting"] > LIMITS["starting"]
     heart.stop()
     assert not [thread for thread in threading.enumerate() if thread.name == "heart"]
+
+
+def test_a_process_leaves_once_another_attempt_has_begun(tmp_path: Path) -> None:
+    """One that was frozen with its machine, say: it must not go on beside the others."""
+    words = """
+import pathlib, sys, time
+from launcher.worker.heart import Heart
+folder = pathlib.Path(sys.argv[1])
+Heart(folder / "beat", folder / "stacks", 0, {}, later=folder / "attempt-002").start()
+time.sleep(1.5)
+(folder / "attempt-002").mkdir()
+time.sleep(30)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", words, str(tmp_path)], capture_output=True, text=True, timeout=25, check=False
+    )
+    assert done.returncode == 1
+    assert "another attempt has begun" in done.stderr
+    assert (tmp_path / "beat").exists()

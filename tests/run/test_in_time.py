@@ -1,0 +1,86 @@
+"""What comes before the ranks, in a job whose time is over too soon."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import Interrupted, TrainingError
+from launcher.plan.orders import Orders, format_orders
+from launcher.run import journal
+from launcher.run.directory import RunDirectory, write_text
+from launcher.run.in_time import LEAD_SECONDS, OutOfTime, alarm, in_time
+from launcher.run.launching import Ranks
+from launcher.run.outcome import Facts, Outcome
+from tests.conftest import small_plan
+
+
+class Requeued:
+    """A job that is queued again whenever that is asked for; it has no ranks."""
+
+    def __init__(self) -> None:
+        self.asked: list[Outcome] = []
+
+    def start(self, attempt: int) -> Ranks:
+        raise AssertionError
+
+    def facts(self, signals: Sequence[int]) -> Facts:
+        return Facts()
+
+    def past(self, attempt: int) -> Facts:
+        return Facts()
+
+    def hands_over(self, outcome: Outcome, why: str) -> bool:
+        self.asked.append(outcome)
+        return True
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    found = RunDirectory(tmp_path / "run")
+    orders = Orders("0", "", small_plan(), model={}, weights=None, store=None, vocabulary=None)
+    write_text(found.orders, format_orders(orders))
+    return found
+
+
+def soon() -> float:
+    """The end of a job's time, when what is done before it is to end just now."""
+    return time.time() + LEAD_SECONDS + 0.05
+
+
+def spend(directory: RunDirectory, job: Requeued) -> None:
+    """The end of the job's time comes while nodes are tried."""
+    with in_time(directory, job, soon(), "its nodes were tried", lambda _: None):
+        time.sleep(20)
+
+
+def test_what_takes_too_long_is_ended_before_the_end_of_the_jobs_time() -> None:
+    begun, before = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(OutOfTime), alarm(soon()):
+        time.sleep(20)
+    assert time.monotonic() - begun < 5
+    assert signal.getsignal(signal.SIGALRM) is before
+    with alarm(None):
+        pass
+    with alarm(time.time() + 3600):
+        pass
+
+
+def test_the_job_is_queued_again_until_that_has_come_to_nothing_too_often(directory: RunDirectory) -> None:
+    job = Requeued()
+    for _ in range(2):
+        with pytest.raises(Interrupted, match=r"its nodes were tried.*queued again"):
+            spend(directory, job)
+    with pytest.raises(TrainingError, match=r"NO_PROGRESS: 3 attempts in a row.*time_limit may be too short"):
+        spend(directory, job)
+    assert job.asked == [Outcome.TIME_LIMIT] * 2
+    events = journal.read(directory.journal)
+    ended = [each for each in events if each["event"] == "attempt_ended"]
+    assert [(each["attempt"], each["outcome"], each["step"]) for each in ended] == [
+        (number, "TIME_LIMIT", 0) for number in (1, 2, 3)
+    ]
+    assert events[-1]["outcome"] == "NO_PROGRESS"
