@@ -307,11 +307,9 @@ def stops(bench: Bench, count: int, kind: str = "drop", worlds: Sequence[int] = 
             asks = done < count and attempt.until(attempt.trains)
             if asks:
                 time.sleep(bench.rng.uniform(0, 1.5))
-                pids = (
-                    bench.rng.sample(list(attempt.living), bench.rng.randint(1, ranks))
-                    if attempt.reap()
-                    else []
-                )
+                attempt.reap()
+                living = list(attempt.living)
+                pids = bench.rng.sample(living, min(len(living), bench.rng.randint(1, ranks)))
                 for pid in pids:
                     attempt.send(bench.rng.choice(SIGNALS), [pid])
                     if pid != pids[-1]:

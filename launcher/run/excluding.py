@@ -21,21 +21,19 @@ def avoid(directory: RunDirectory, nodes: Sequence[str], why: str, now: float) -
 
 def nodes_to_avoid(directory: RunDirectory, now: float) -> tuple[str, ...]:
     """The nodes to stay away from at `now`."""
-    events = journal.read(directory.journal)
-    told = [each for each in events if each["event"] == "nodes_avoided" and each["until"] > now]
+    told = [each for each in journal.events(directory.journal, "nodes_avoided") if each["until"] > now]
     return tuple(dict.fromkeys(node for each in told for node in each["nodes"]))
 
 
 def why_avoided(directory: RunDirectory, nodes: Collection[str]) -> str:
     """What was said last of one of these nodes, as the run began to stay away from it."""
-    events = journal.read(directory.journal)
-    told = [each for each in events if each["event"] == "nodes_avoided" and set(each["nodes"]) & set(nodes)]
-    return str(told[-1]["why"])
+    events = journal.events(directory.journal, "nodes_avoided")
+    return str([each for each in events if set(each["nodes"]) & set(nodes)][-1]["why"])
 
 
 def has_avoided(directory: RunDirectory) -> bool:
     """Whether the run ever stayed away from a node."""
-    return any(event["event"] == "nodes_avoided" for event in journal.read(directory.journal))
+    return bool(journal.events(directory.journal, "nodes_avoided"))
 
 
 def excludable(

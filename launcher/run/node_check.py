@@ -79,7 +79,7 @@ def record(directory: RunDirectory, hosts: Sequence[str], found: Findings, now: 
 
 def proven(directory: RunDirectory, now: float) -> set[str]:
     """The nodes that were sound together in the newest check, if that is not too long ago."""
-    checks = [event for event in journal.read(directory.journal) if event["event"] == "nodes_checked"]
+    checks = journal.events(directory.journal, "nodes_checked")
     if not checks or checks[-1]["faults"] or checks[-1]["until"] < now:
         return set()
     return set(checks[-1]["nodes"])

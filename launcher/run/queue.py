@@ -52,7 +52,7 @@ class QueuedJob:
 
 def last_job(directory: RunDirectory) -> str | None:
     """The job that this run was submitted as last; None: it never was."""
-    jobs = [event["job"] for event in journal.read(directory.journal) if event["event"] == "submitted"]
+    jobs = [event["job"] for event in journal.events(directory.journal, "submitted")]
     return jobs[-1] if jobs else None
 
 

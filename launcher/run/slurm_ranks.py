@@ -118,8 +118,8 @@ class Slurm:
         told = next(
             (
                 event
-                for event in reversed(journal.read(self._directory.journal))
-                if event["event"] == "job" and event["attempt"] == attempt
+                for event in reversed(journal.events(self._directory.journal, "job"))
+                if event["attempt"] == attempt
             ),
             None,
         )
@@ -222,7 +222,7 @@ class Slurm:
 
     def _hung_host(self) -> str | None:
         """The one node that the ranks which hung last were on; None where it was not one of several."""
-        hung = [event for event in journal.read(self._directory.journal) if event["event"] == "hung"]
+        hung = journal.events(self._directory.journal, "hung")
         if not hung or len(self._hosts) == 1:
             return None
         beats = [
