@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -647,15 +648,16 @@ def main() -> None:
         print(HEAD)
         results = [play(what, row) for what, row in rows]
     if asked.write:
-        PAGE.write_text(page(results, asked.seed), encoding="utf-8")
+        _, section, rest = PAGE.read_text(encoding="utf-8").partition("\n## ")
+        PAGE.write_text(page(results, asked.seed) + section + rest, encoding="utf-8")
     sys.exit(any(result.wrong for result in results))
 
 
 def page(results: list[Result], seed: int) -> str:
     day = datetime.now(UTC).date().isoformat()
     head = (
-        f"`./scripts/chaos --seed {seed}` on {os.cpu_count()} cores, {day}: real training of a small GPT-2 "
-        "on the standard library's source, gloo ranks, dropout on. After each disturbance the run goes on; "
+        f"`./scripts/chaos {shlex.join(sys.argv[1:])}`, seed {seed}, {os.cpu_count()} cores, {day}: real training of a "
+        "small GPT-2 on the standard library's source, gloo ranks, dropout on. After each disturbance the run goes on; "
         "its weights, the loss of every step and the rows that entered the model in it are then those of an "
         "undisturbed run, to the bit (on another number of ranks: without dropout, losses within 1e-4)."
     )
