@@ -654,12 +654,12 @@ def main() -> None:
 
 
 def page(results: list[Result], seed: int) -> str:
-    day = datetime.now(UTC).date().isoformat()
+    called = f"`./scripts/chaos {shlex.join(sys.argv[1:])}`, seed {seed}, {os.cpu_count()} cores"
     head = (
-        f"`./scripts/chaos {shlex.join(sys.argv[1:])}`, seed {seed}, {os.cpu_count()} cores, {day}: real training of a "
-        "small GPT-2 on the standard library's source, gloo ranks, dropout on. After each disturbance the run goes on; "
-        "its weights, the loss of every step and the rows that entered the model in it are then those of an "
-        "undisturbed run, to the bit (on another number of ranks: without dropout, losses within 1e-4)."
+        f"{called}, {datetime.now(UTC).date().isoformat()}: real training of a small GPT-2 on the standard "
+        "library's source, gloo ranks, dropout on. After each disturbance the run goes on; its weights, the "
+        "loss of every step and the rows that entered the model in it are then those of an undisturbed run, "
+        "to the bit (on another number of ranks: without dropout, losses within 1e-4)."
     )
     return "\n".join(["# Stopped, killed, damaged", "", head, "", HEAD, *map(_line, results), ""])
 
