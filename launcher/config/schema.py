@@ -264,7 +264,7 @@ class TrainSection(Section):
     gradient_checkpointing: Literal["auto"] | bool | Count = Field(
         "auto",
         description="Recompute activations in the backward pass: of every layer, of none, or of so many, the "
-        "first ones. `auto`: of as few as memory asks for.",
+        "first ones. `auto`: only where memory asks for it; of as few as it takes if that gains enough.",
     )
     strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
         "auto", description="What the ranks share of the model's state."

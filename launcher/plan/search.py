@@ -31,6 +31,10 @@ LEAVE_DDP = 0.25
 model in half precision throughout, where DDP keeps norms and the residual stream in fp32: how a run trains
 should not hang on its machine for a gain that nobody has measured."""
 
+SOME_LAYERS = 0.05
+"""What checkpointing some of the layers must be predicted to gain over none and all of them: less is within
+the speed model's error, and the fewest that fit leave the least memory to spare."""
+
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 """What `auto` searches, the simpler first; fsdp only where asked (`docs/decisions/`)."""
 
@@ -221,12 +225,19 @@ def fastest(found: Sequence[Candidate]) -> Candidate | None:
 
 
 def _best_of_each(found: Iterable[Candidate]) -> list[Candidate]:
-    """The fastest candidate of each strategy, in the order of `found`."""
-    best: dict[Sharding, Candidate] = {}
+    """The best candidate of each strategy, in the order of `found`."""
+    of_each: dict[Sharding, list[Candidate]] = {}
     for one in found:
-        if one.sharding not in best or one.seconds < best[one.sharding].seconds:
-            best[one.sharding] = one
-    return list(best.values())
+        of_each.setdefault(one.sharding, []).append(one)
+    return [_best(rivals) for rivals in of_each.values()]
+
+
+def _best(found: Sequence[Candidate]) -> Candidate:
+    """The fastest, the first of equals; one that checkpoints some layers only where it gains SOME_LAYERS."""
+    best = min(found, key=lambda one: one.seconds)
+    simple = [one for one in found if isinstance(one.gradient_checkpointing, bool)]
+    simplest = min(simple, key=lambda one: one.seconds, default=best)
+    return simplest if simplest.seconds <= (1 + SOME_LAYERS) * best.seconds else best
 
 
 def forecast(
