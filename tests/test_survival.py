@@ -237,6 +237,7 @@ def test_a_crash_is_tried_again_and_an_evaluation_that_was_stopped_in_is_made_up
     assert "Traceback" not in stopped.stderr
     assert "stopped safely at step 10 with a checkpoint" in stopped.stderr
     assert (10, "eval_loss") not in losses(directory)
+    assert [line["step"] for line in metrics(directory) if "save_seconds" in line] == [10], "once"
     done = workplace.run(*arguments)
     assert done.returncode == 0, done.stderr
     told = journal.read(directory / "journal.jsonl")

@@ -234,10 +234,12 @@ def test_early_stopping_keeps_the_best(workplace: Workplace) -> None:
         "train.eval_every=2",
         "train.learning_rate=0.3",
         "train.early_stopping={patience: 2}",
+        "train.log_every=100",
         "checkpoint={every: 1000, keep: 1}",
     )
     evaluations = {step: value for (step, name), value in losses(directory).items() if name == "eval_loss"}
     assert max(evaluations) < 60, "it was to stop early"
+    assert [step for step, name in losses(directory) if name == "loss"] == [1, max(evaluations)]
     best = min(evaluations, key=lambda step: evaluations[step])
     saved = directory / "checkpoints" / f"step-{best:08d}" / "model.safetensors"
     assert weights(directory) == saved.read_bytes()
@@ -250,6 +252,7 @@ def test_early_stopping_keeps_the_best(workplace: Workplace) -> None:
             "train.eval_every=2",
             "train.learning_rate=0.3",
             "train.early_stopping={patience: 2}",
+            "train.log_every=100",
             "checkpoint={every: 1000, keep: 1}",
         ).stderr
     )

@@ -137,6 +137,13 @@ class Cadence(TrainerCallback):
             control.should_training_stop |= self.stopped
         return control
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Steps since the last report are reported too where an evaluation or a save has ended training."""
+        control.should_log |= control.should_training_stop
+        return control
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:

@@ -144,6 +144,7 @@ class ReportingTrainer(Trainer):
 
     def report_what_is_there(self) -> None:
         """After a failure, on this rank alone: the last report, if its numbers are there without waiting."""
-        if self._late is not None and self._late.numbers.has_arrived():
-            with suppress(Exception):  # what has failed before is what is told
+        # What has failed before is what is told; a GPU that is broken answers with an error even when asked.
+        with suppress(Exception):
+            if self._late is not None and self._late.numbers.has_arrived():
                 self.report_late(together=False)

@@ -253,11 +253,12 @@ class StepTimes(TrainerCallback):
 
     def leave(self) -> None:
         """Training pauses here until the next step, for an evaluation or a save."""
-        self._left = self._now()
+        self._left = self._left or self._now()
 
     def lap(self) -> Lap:
-        """What a report of the steps up to here is about. The next one begins anew."""
-        began, self._began = self._began, self._now()
+        """What a report of the steps so far is about, up to here or to where training paused. The next one
+        begins anew."""
+        began, self._began = self._began, self._left or self._now()
         aside, self._aside = self._aside, []
         steps, self._steps = max(self._steps, 1), 0
         host, self._host = self._host, 0.0

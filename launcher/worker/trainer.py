@@ -260,6 +260,7 @@ class LauncherTrainer(ReportingTrainer):
                 goes_on=self._evaluation_goes_on,
             )
         if found is None:
+            self.control.should_evaluate = False  # or the end of training would begin it, and save, once more
             self.control.should_save = self.control.should_training_stop = True
             return {}
         self._cadence.evaluation_is_due = False

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from launcher.run.directory import RunDirectory
 from launcher.worker.divergence import Diverged, Divergence
-from launcher.worker.reporting import Reading, ReportingTrainer
-from launcher.worker.step_times import StepTimes
+from launcher.worker.reporting import LateReport, Reading, ReportingTrainer
+from launcher.worker.step_times import HostMoment, Lap, StepTimes
 from launcher.worker.stop import Agreement
 from tests.conftest import Workplace, metrics, small_plan, small_run, write_json
 from tests.worker.parity import VOCABULARY, gpt2
@@ -45,7 +45,10 @@ class Seen(TrainerCallback):
         self.events.append(("saved", state.global_step))
 
 
-def trained(kind: type[Trainer], folder: Path, seen: Seen) -> Trainer:
+Kind = TypeVar("Kind", bound=Trainer)
+
+
+def trained(kind: type[Kind], folder: Path, seen: Seen) -> Kind:
     texts = torch.arange(24 * 16).mul(31).fmod(VOCABULARY).view(24, 16)
     rows = [{"input_ids": ids, "labels": ids} for ids in texts]
     torch.manual_seed(1)
@@ -126,6 +129,21 @@ def test_a_step_that_is_not_finite_is_named_and_not_saved(tmp_path: Path) -> Non
     with pytest.raises(Diverged, match="at step 4"):
         trained(ReportingTrainer, tmp_path, seen)
     assert seen.events[-2:] == [("done", 4), ("told", 4)]
+
+
+class Broken(Reading):
+    """What a GPU says of a reading once something has gone wrong on it."""
+
+    def has_arrived(self) -> bool:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_after_a_failure_nothing_else_that_fails_is_told(tmp_path: Path) -> None:
+    trainer = trained(ReportingTrainer, tmp_path, Seen())
+    moment = HostMoment()
+    lap = Lap(moment, moment, (), lambda: 0.0, lambda: 0.0, host=0.0, steps=1, at=0.0)
+    trainer._late = LateReport(trainer.state, Broken({"loss": 1.0}), 0.1, 1, lap)
+    trainer.report_what_is_there()
 
 
 def test_a_reading_is_a_copy_of_what_is_summed_up_in_place() -> None:

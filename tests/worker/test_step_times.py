@@ -103,6 +103,17 @@ def test_training_time_leaves_out_evaluating_saving_and_what_is_before_the_first
     assert run.report().training < 0.3, "each report begins anew"
 
 
+def test_a_report_made_after_training_has_paused_ends_where_it_paused(tmp_path: Path) -> None:
+    run = Drive(tmp_path, StepTimes(PLAN, Agreement(1)))
+    run.step(forward=0.02)
+    run.times.leave()
+    time.sleep(0.3)
+    run.times.leave()
+    assert 0.02 <= run.report().training < 0.3
+    run.step(forward=0.02)
+    assert 0.02 <= run.report().training < 0.3
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_a_forward_pass_that_gathers_parameters_is_not_a_rank_s_own(tmp_path: Path, strategy: str) -> None:
     run = Drive(tmp_path, StepTimes(replace(PLAN, strategy=strategy), Agreement(1)))
