@@ -54,7 +54,8 @@ def explain(
     planned = "" if plan.memory is None else f"; {_gib(sum(plan.memory.values()))} were planned"
     message = f"out of memory in step {step + 1}: this rank held {there}{planned} ({_first_line(error)})"
     if shape is None:
-        answers = ["train.micro_batch=1", "train.gradient_checkpointing=true"]
+        answers = ["train.micro_batch=1"] if plan.batch.micro_batch > 1 else []
+        answers += ["train.gradient_checkpointing=true"] if plan.gradient_checkpointing is not True else []
     else:
         found = reliefs(plan, shape, begun=begun)[:MOST_ANSWERS]
         answers = [f"{each.overrides} (about {_gib(each.spared)} less)" for each in found]

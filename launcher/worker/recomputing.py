@@ -26,7 +26,7 @@ def recompute(model: PreTrainedModel, layers: bool | int) -> None:
         raise RequestError(f"{KEY}: {error}", hint=f"set {KEY}: false", key=KEY) from error
     if layers is True:
         return
-    each = _layers(model)
+    each = layers_of(model)
     if len(each) < layers:
         raise RequestError(
             f"{KEY}={layers}: the model has {len(each)} layers that can be checkpointed one by one",
@@ -39,18 +39,21 @@ def recompute(model: PreTrainedModel, layers: bool | int) -> None:
 
 def recomputed(model: torch.nn.Module) -> bool | str:
     """Which layers really do: each goes by its own flag, and only in training. In `in_words`' words."""
-    flagged = _layers(model) or [each for each in model.modules() if hasattr(each, "gradient_checkpointing")]
+    flagged = layers_of(model) or [
+        each for each in model.modules() if hasattr(each, "gradient_checkpointing")
+    ]
     again = [bool(layer.gradient_checkpointing and layer.training) for layer in flagged]
     count = sum(again)
     if count in (0, len(again)):
         return count > 0
-    return in_words(count) if all(again[:count]) else "in some layers"
+    return in_words(count, of=len(again)) if all(again[:count]) else "in some layers"
 
 
-def in_words(layers: bool | int) -> bool | str:
-    """1 is equal to True, and one layer is not all of them."""
-    return layers if isinstance(layers, bool) else f"of the first {layers}"
+def in_words(layers: bool | int, *, of: int) -> bool | str:
+    """Which `of` so many layers. 1 is equal to True, and one layer is not all unless there is no other."""
+    return layers if isinstance(layers, bool) else layers == of or f"of the first {layers}"
 
 
-def _layers(model: torch.nn.Module) -> list[Any]:
+def layers_of(model: torch.nn.Module) -> list[Any]:
+    """Those that can be checkpointed one by one, the first ones first."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -26,7 +26,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.environment import versions
 from launcher.worker.engine import DTYPES, fsdp_policy, innermost
 from launcher.worker.fast import CAUSAL, taken_by
-from launcher.worker.recomputing import in_words, recomputed
+from launcher.worker.recomputing import in_words, layers_of, recomputed
 
 if TYPE_CHECKING:
     from launcher.worker.trainer import LauncherTrainer
@@ -49,7 +49,8 @@ def verify(
     Raises TrainingError listing every difference with both values.
     """
     plan = orders.plan
-    asked = planned(orders, train, trainer.fell_back) | {
+    layers = len(layers_of(trainer.bare_model))
+    asked = planned(orders, train, trainer.fell_back, layers) | {
         "samples of the first step": trainer.phases.samples_of_step(start_step).tolist()
     }
     live = found(trainer) | {"samples of the first step": _live_samples(trainer, plan)}
@@ -76,8 +77,11 @@ def verify(
     )
 
 
-def planned(orders: Orders, train: TrainSection, fell_back: Mapping[str, str]) -> Facts:
-    """What the plan says of everything that `found` reads, but for the fast paths that `fell_back`."""
+def planned(orders: Orders, train: TrainSection, fell_back: Mapping[str, str], layers: int) -> Facts:
+    """What the plan says of everything that `found` reads, but for the fast paths that `fell_back`.
+
+    `layers`: how many the live model has that can be checkpointed one by one.
+    """
     plan = orders.plan
     fast = sorted(set(plan.fast.taken) - fell_back.keys())
     stage = zero_stage(plan.strategy)
@@ -94,7 +98,7 @@ def planned(orders: Orders, train: TrainSection, fell_back: Mapping[str, str]) -
         "gradient clipping": train.max_grad_norm,
         "weight decay": [train.weight_decay, 0.0],
         "steps": plan.steps,
-        "gradient checkpointing": in_words(plan.gradient_checkpointing),
+        "gradient checkpointing": in_words(plan.gradient_checkpointing, of=layers),
         "compile": plan.compile,
         "attention": CAUSAL
         if "causal_attention" in fast
