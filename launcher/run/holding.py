@@ -47,7 +47,7 @@ def only_supervisor(
             hold(directory.ranks_lock, directory, "ranks that were started by hand").close()
         else:
             following = Following(directory, left["attempt"], left["world_size"])
-            _wait_for(following, directory, say)
+            _wait_for(following, directory, say, takes_over=takes_over)
             _close(following, directory, left, launching)
         try:
             yield
@@ -58,17 +58,28 @@ def only_supervisor(
 
 def _take_over(directory: RunDirectory, say: Callable[[str], None]) -> TextIO:
     said, until = False, time.monotonic() + HANDOVER_SECONDS
-    while True:
-        try:
-            return hold(directory.lock, directory, "another command")
-        except RunDirectoryError:
-            if time.monotonic() > until:
-                raise
-        if not said:
-            said = True
-            say("another supervisor still has this run: asking it to leave, and waiting for it")
-        write_text(directory.handover, "")
-        time.sleep(POLL_SECONDS)
+    with _no_longer_wanted(directory):
+        while True:
+            try:
+                return hold(directory.lock, directory, "another command")
+            except RunDirectoryError:
+                if time.monotonic() > until:
+                    raise
+            if not said:
+                said = True
+                say("another supervisor still has this run: asking it to leave, and waiting for it")
+            write_text(directory.handover, "")
+            time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def _no_longer_wanted(directory: RunDirectory) -> Iterator[None]:
+    """Whoever waits inside for another to leave wants the run no longer when that has come to an end: else
+    the other would leave it to nobody."""
+    try:
+        yield
+    finally:
+        directory.handover.unlink(missing_ok=True)
 
 
 def _open_attempt(directory: RunDirectory) -> dict[str, Any] | None:
@@ -77,47 +88,50 @@ def _open_attempt(directory: RunDirectory) -> dict[str, Any] | None:
     return told[-1] if told and told[-1]["event"] == "attempt_started" else None
 
 
-def _wait_for(following: Following, directory: RunDirectory, say: Callable[[str], None]) -> None:
+def _wait_for(
+    following: Following, directory: RunDirectory, say: Callable[[str], None], *, takes_over: bool
+) -> None:
     """Return once no rank of the attempt is left. Those that do not get on are killed.
 
-    A lock may hold on one machine only, so ranks of others are looked at for a while, and where they live,
-    asked to stop, and their supervisor to leave.
+    A lock may hold on one machine only, so ranks of others are looked at for a while. Where they live, who
+    `takes_over` asks them to stop, and their supervisor to leave.
     """
     begun = time.monotonic()
     said, until = False, begun + ORPHANS_SECONDS
-    while True:
-        followed = following.look()
-        left = following.living_here()
-        try:
-            if elsewhere := following.living_elsewhere():
-                ask_to_stop(directory, "scheduler")
-                write_text(directory.handover, "")
-                raise RunDirectoryError(
-                    f"{directory.root} is being trained by ranks on another machine: {sorted(elsewhere)}",
-                    directory=directory.root,
-                    hint="end the job that they are of: scancel",
+    with _no_longer_wanted(directory):
+        while True:
+            followed = following.look()
+            left = following.living_here()
+            try:
+                if elsewhere := following.living_elsewhere():
+                    if takes_over:
+                        ask_to_stop(directory, "scheduler")
+                        write_text(directory.handover, "")
+                    raise RunDirectoryError(
+                        f"{directory.root} is being trained by ranks on another machine: {sorted(elsewhere)}",
+                        directory=directory.root,
+                        hint="wait for them to end, or have them stop: launcher stop, or scancel",
+                    )
+                hold(directory.ranks_lock, directory, "ranks whose supervisor is gone").close()
+            except RunDirectoryError:
+                if time.monotonic() > until and not left:
+                    raise  # they are on other machines
+            else:
+                looked = time.monotonic() - begun > SEEN_SECONDS or not following.without_word_elsewhere()
+                if not left and looked:
+                    return
+            if not said:
+                said = True
+                say(
+                    f"attempt {following.number} lost its supervisor; waiting for its ranks to save and "
+                    f"stop, {ORPHANS_SECONDS:.0f} s at most"
                 )
-            hold(directory.ranks_lock, directory, "ranks whose supervisor is gone").close()
-        except RunDirectoryError:
-            if time.monotonic() > until and not left:
-                raise  # they are on other machines
-        else:
-            looked = time.monotonic() - begun > SEEN_SECONDS or not following.without_word_elsewhere()
-            if not left and looked:
-                directory.handover.unlink(missing_ok=True)
-                return
-        if not said:
-            said = True
-            say(
-                f"attempt {following.number} lost its supervisor; waiting for its ranks to save and stop, "
-                f"{ORPHANS_SECONDS:.0f} s at most"
-            )
-        late = time.monotonic() > until
-        if left and (followed.is_over or late):
-            why = followed.hang.how if followed.hang else "late" if late else "the others are gone"
-            say(f"killing what is left of attempt {following.number}: {why}")
-            following.kill_here()
-        time.sleep(POLL_SECONDS)
+            late = time.monotonic() > until
+            if left and (followed.is_over or late):
+                why = followed.hang.how if followed.hang else "late" if late else "the others are gone"
+                say(f"killing what is left of attempt {following.number}: {why}")
+                following.kill_here()
+            time.sleep(POLL_SECONDS)
 
 
 def _close(following: Following, directory: RunDirectory, left: dict[str, Any], launching: Launching) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from launcher.errors import Interrupted
+from launcher.errors import Interrupted, LauncherError
 from launcher.run import journal
 from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory
@@ -55,11 +55,13 @@ def stoppable(
     watching = threading.Thread(target=stopping.watch, args=(reading, frozenset(heard)), daemon=True)
     watching.start()
     try:
-        yield
-    except BaseException:  # a library may make its own of the one that the handler raised in it
-        if not stopping.is_asked:
-            raise
-        raise stopping.end() from None
+        try:
+            yield
+        except BaseException:  # a library may make its own of the one that the handler raised in it, or none
+            if not stopping.is_asked:
+                raise
+        if stopping.is_asked:
+            raise stopping.end() from None
     finally:
         stopping.is_over.set()
         os.write(writing, b"\0")
@@ -107,7 +109,11 @@ class _Stopping:
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
             late = since is not None and time.monotonic() - since > UNWIND_SECONDS
             if (late or came.count(signal.SIGINT) > 1) and self._ending.acquire(blocking=False):
-                error = self._ended(came)
+                error: LauncherError
+                try:
+                    error = self._ended(came)
+                except LauncherError as failure:  # the queue does not answer, say
+                    error = failure
                 self._say(f"{error.message}\n  hint: {error.hint}")
                 os._exit(error.exit_code)
 

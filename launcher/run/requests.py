@@ -36,10 +36,15 @@ def asked_by(directory: RunDirectory) -> By | None:
     return "person"
 
 
+def is_overtaken(directory: RunDirectory, attempt: int) -> bool:
+    """Whether another supervisor has begun another attempt beside this one: it may be on a file system whose
+    locks only one machine sees. A wish written down from now on is heard by the ranks of that one."""
+    return directory.logs(attempt + 1).exists()
+
+
 def is_replaced(directory: RunDirectory, attempt: int) -> bool:
-    """Whether another supervisor wants the run, or has begun another attempt beside this one: it may be on a
-    file system whose locks only one machine sees."""
-    return directory.handover.exists() or directory.logs(attempt + 1).exists()
+    """Whether another supervisor wants the run, or has it already."""
+    return directory.handover.exists() or is_overtaken(directory, attempt)
 
 
 def forget_all_but_persons(directory: RunDirectory) -> None:

@@ -134,8 +134,7 @@ class Slurm:
         """Have the job requeued where the nodes are to be taken away, or may be at fault."""
         if outcome not in UNLIMITED and outcome is not Outcome.HUNG:
             return False
-        # A requeue ends this job, and so this process, with SIGTERM: it is no wish to stop the run.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        outlive_own_requeue()
         self._requeue()
         # Only now: who cannot reach slurmctld may be cut off, and is not to blame a node that is not.
         if outcome is Outcome.HUNG and (host := self._hung_host()) is not None:
@@ -269,6 +268,16 @@ class Slurm:
         if now - self._need[0] > NEED_SECONDS:
             self._need = now, need_of(self._directory, self._orders.plan, self._attempt).seconds
         return self._need[1]
+
+
+def outlive_own_requeue() -> None:
+    """Ignore SIGTERM, by which a requeue ends this job and so this process: it is no wish to stop the run.
+
+    Only the main thread may. Another asks for a requeue while that hears nothing (`run.preparing`): the
+    handler that is there then notes the signal at most.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class SlurmRanks:

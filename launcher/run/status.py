@@ -98,9 +98,9 @@ class Status:
             if last is None:
                 return "starting"
             return "running" if last.outcome is None else "restarting"
-        if last is None:
+        if last is None and self.ended is None:
             return "not started"
-        return (self.ended or last.outcome or "killed").lower().replace("_", " ")
+        return (self.ended or (last and last.outcome) or "killed").lower().replace("_", " ")
 
 
 def find_runs(folder: Path) -> list[RunDirectory]:

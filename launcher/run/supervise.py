@@ -36,7 +36,13 @@ from launcher.run.outcome import (
     first_failure,
     what_next,
 )
-from launcher.run.requests import ask_to_stop, asked_by, forget_all_but_persons, is_replaced
+from launcher.run.requests import (
+    ask_to_stop,
+    asked_by,
+    forget_all_but_persons,
+    is_overtaken,
+    is_replaced,
+)
 from launcher.run.stopping import need_of
 
 Say = Callable[[str], None]
@@ -92,8 +98,6 @@ def supervise(
                 return _end(directory, End(Outcome.STOPPED, "asked for before it began"), None, say)
             number = _record_start(directory, plan)
             ended = _run(directory, launching, number, plan.batch.world_size, signals)
-            if is_replaced(directory, number):
-                raise Interrupted(REPLACED)  # which writes down how it ended
             record_end(directory, number, ended, planned_steps=plan.steps)
             following = what_next(history(directory), patience)
             if isinstance(following, End):
@@ -190,19 +194,22 @@ def history(directory: RunDirectory) -> list[Attempt]:
 def _run(
     directory: RunDirectory, launching: Launching, number: int, world_size: int, signals: Signals
 ) -> Ended:
-    """One attempt, from start to verdict."""
+    """One attempt, from start to verdict.
+
+    Raises Interrupted where another supervisor takes over, which writes down how it ended.
+    """
     begun = time.monotonic()
     before = len(signals.received)
     ranks = launching.start(number)
     following = Following(directory, number, world_size)
     asked: float | None = None
-    by_person = at_once = killed = outlived = False
+    by_person = at_once = killed = outlived = replaced = False
     while True:
-        signals.pass_on(directory)
+        # The other may wait no longer than for the ranks' last words: it is not asked twice.
+        replaced = replaced or is_replaced(directory, number)
         facts = launching.facts(signals.received[before:])
-        replaced = is_replaced(directory, number)
-        if facts.asks_to_stop or replaced:
-            ask_to_stop(directory, "scheduler")
+        taken = asked is None and (facts.asks_to_stop or replaced)
+        _ask(directory, number, signals, taken=taken, replaced=replaced)
         by = asked_by(directory)
         by_person |= by == "person"
         if by is not None and asked is None:
@@ -225,6 +232,8 @@ def _run(
             following.kill_here()
             killed = True
         time.sleep(POLL_SECONDS)
+    if replaced or is_replaced(directory, number):
+        raise Interrupted(REPLACED)
     last = following.read(time.monotonic())
     evidence = Evidence(
         world_size=world_size,
@@ -248,6 +257,14 @@ def _run(
     )
 
 
+def _ask(directory: RunDirectory, number: int, signals: Signals, *, taken: bool, replaced: bool) -> None:
+    """Write down the wishes to stop: of signals, and where the machines are `taken`, the scheduler's."""
+    if not replaced:
+        signals.pass_on(directory)
+    if taken and not is_overtaken(directory, number):
+        ask_to_stop(directory, "scheduler")
+
+
 def _too_late(facts: Facts) -> bool:
     """Whether a stop has taken so long that the supervisor would be killed with the ranks, at the end of the
     job's time: then nobody would ask for its requeue."""
@@ -258,7 +275,10 @@ def _in_vain(
     directory: RunDirectory, number: int, asked: float | None, *, trains: bool, replaced: bool
 ) -> bool:
     """Whether ranks that were asked to stop are waited for no longer. Before the first step there is nothing
-    to save; and on a node that was given up they never come to agree with the others on a step."""
+    to save; on a node that was given up they never come to agree with the others on a step; and beside a
+    later attempt they may save nothing."""
+    if is_overtaken(directory, number):
+        return True
     if asked is None:
         return False
     waited = time.monotonic() - asked

@@ -5,6 +5,7 @@ With a whole command: tests/test_survival.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import Interrupted, RunDirectoryError
+from launcher.errors import Interrupted, MachineError, RunDirectoryError
 from launcher.plan.orders import Orders, format_orders
 from launcher.run import journal
 from launcher.run.directory import RunDirectory, hold, write_text
@@ -160,17 +161,38 @@ def test_a_lock_that_was_taken_away_meanwhile_keeps_nobody_out(directory: RunDir
     waits.join()
 
 
+def test_a_wish_that_what_prepares_takes_for_a_fault_of_its_own_is_heard(directory: RunDirectory) -> None:
+    def deny() -> None:
+        with stoppable(directory, Lender(), print), contextlib.suppress(Exception):
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(60)
+
+    with pytest.raises(Interrupted, match="stopped while"):
+        deny()
+    assert ends(directory) == [("STOPPED", 130)]
+
+
 DEAF = """
 import ctypes, functools, os, signal, sys
 from pathlib import Path
 from launcher.run import preparing
 from launcher.run.directory import RunDirectory
 from launcher.run.local import Local
+from launcher.errors import MachineError
+from launcher.run.outcome import Facts
 preparing.UNWIND_SECONDS = float(sys.argv[2])
+
+class Unanswered(Local):
+    def facts(self, signals):
+        return Facts(preempted=True)
+    def hands_over(self, outcome, why):
+        raise MachineError("slurmctld does not answer")
+
+lender = Unanswered if sys.argv[3:] else Local
 directory = RunDirectory(Path(sys.argv[1]))
 never, _ = os.pipe()
 say = functools.partial(print, file=sys.stderr, flush=True)
-with preparing.stoppable(directory, Local(directory, {}), say):
+with preparing.stoppable(directory, lender(directory, {}), say):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.siginterrupt(number, False)
     print("in it", flush=True)
@@ -199,3 +221,10 @@ def test_what_hears_nothing_is_ended_too_at_once_with_a_second_ctrl_c(
     assert process.returncode == 130
     assert said.startswith("stopped while its text was prepared\n  hint: the same command goes on")
     assert ends(directory) == [("STOPPED", 130)]
+
+
+def test_what_hears_nothing_is_ended_though_the_queue_does_not_answer(directory: RunDirectory) -> None:
+    command = [sys.executable, "-c", DEAF, str(directory.root), "0.5", "unanswered"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == MachineError.exit_code
+    assert "slurmctld does not answer" in done.stderr

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from launcher.run.slurm_facts import Seen, facts_of
-from launcher.run.slurm_ranks import words_of_slurmstepd
+from launcher.run.slurm_ranks import outlive_own_requeue, words_of_slurmstepd
 
 
 def test_slurmstepd_speaks_where_the_ranks_of_its_node_write(tmp_path: Path) -> None:
@@ -21,3 +23,16 @@ def test_slurmstepd_speaks_where_the_ranks_of_its_node_write(tmp_path: Path) -> 
 def test_srun_says_that_a_task_had_no_memory() -> None:
     words = "srun: error: n2: task 0: Out Of Memory\n"
     assert facts_of(Seen(None, 0, words), now=0.0, need=0.0).out_of_memory
+
+
+def test_a_requeue_may_be_asked_for_in_any_thread() -> None:
+    """Where text is prepared in one long call, it is not the main thread that sees the end of the job."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(outlive_own_requeue).result()
+        assert signal.getsignal(signal.SIGTERM) is before
+        outlive_own_requeue()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)

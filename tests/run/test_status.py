@@ -179,3 +179,9 @@ def test_speed_is_shown_with_what_it_is_counted_by(directory: RunDirectory) -> N
         "slowest rank 3, 12.5 ms a step behind the median",
     ):
         assert row in rows
+
+
+def test_a_run_that_ended_before_its_first_attempt_is_told_by_its_end(directory: RunDirectory) -> None:
+    """Stopped while its text was prepared, or given up because its nodes cannot train it."""
+    event(directory, NOW - 5, "ended", outcome="NO_PROGRESS", reason="n1 has no GPU", step=0, exit_code=1)
+    assert read_status(directory, NOW).state == "no progress"

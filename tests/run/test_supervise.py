@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import Interrupted, LauncherError, TrainingError
+from launcher.errors import Interrupted, LauncherError, RunDirectoryError, TrainingError
 from launcher.plan.orders import Orders, format_orders
 from launcher.run import checkpoints as ledger
 from launcher.run import journal
-from launcher.run.directory import RunDirectory, write_text
+from launcher.run.directory import RunDirectory, hold, write_text
 from launcher.run.holding import only_supervisor
 from launcher.run.outcome import Facts, Outcome, Patience, read_end
 from launcher.run.requests import ask_to_stop, asked_by
@@ -367,13 +367,47 @@ def test_who_is_replaced_ends_its_ranks_and_leaves_the_rest_to_its_successor(
 def test_another_attempt_beside_this_one_ends_it(
     directory: RunDirectory, later: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the lock holds on one machine only."""
-    monkeypatch.setattr("launcher.run.stopping.MARGIN", 0.5)
+    """Where the lock holds on one machine only, or the node was cut off from its files and is back. By then
+    SLURM asks for a stop in its own ways: written down, that would stop the ranks of the other attempt."""
     launching = Scripted(directory, "beat(0, 5); beat(1, 5); time.sleep(60)")
-    later(directory.heartbeat(1, 0).exists, lambda: directory.logs(2).mkdir())
+
+    def give_up() -> None:
+        directory.logs(2).mkdir()
+        launching.known = Facts(preempted=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    later(directory.heartbeat(1, 0).exists, give_up)
+    begun = time.monotonic()
+    error = end_of(directory, launching)
+    assert asked_by(directory) is None
+    assert time.monotonic() - begun < 10, "there is nothing to be saved any more"
+    assert "another supervisor takes over" in error.message
+    assert not events(directory, "attempt_ended")
+
+
+def test_who_was_asked_to_leave_leaves_though_the_other_waits_no_longer_and_asks_nothing_again(
+    directory: RunDirectory, later: Callable[..., None]
+) -> None:
+    """Where the lock holds on one machine only, the successor goes on with the ranks' last words."""
+    words = """
+beat(0, 5), beat(1, 5)
+until_asked()
+say(0, "STOPPED", 6), say(1, "STOPPED", 6)
+time.sleep(1)
+"""
+
+    def go_on() -> None:
+        directory.handover.unlink()
+        directory.stop_request.unlink()
+        launching.known = Facts(preempted=True)
+
+    later(directory.heartbeat(1, 1).exists, lambda: write_text(directory.handover, ""))
+    later(lambda: directory.record(1, 1).exists() and directory.handover.exists(), go_on)
+    launching = Scripted(directory, words)
     error = end_of(directory, launching)
     assert "another supervisor takes over" in error.message
     assert not events(directory, "attempt_ended")
+    assert asked_by(directory) is None
 
 
 def test_a_rank_that_does_not_get_on_is_named_and_ended(directory: RunDirectory) -> None:
@@ -456,12 +490,34 @@ say(0, "STOPPED", 6), say(1, "STOPPED", 6)
     launching.start(1)
     while not directory.heartbeat(1, 1).exists():
         time.sleep(0.05)
+    monkeypatch.setattr("launcher.run.holding.ORPHANS_SECONDS", 3.0)
     said: list[str] = []
-    with only_supervisor(directory, launching, said.append):
+    with (
+        pytest.raises(RunDirectoryError, match=r"by ranks on another machine: \[0, 1\]"),
+        only_supervisor(directory, launching, said.append),
+    ):
+        pass
+    assert asked_by(directory) is None, "a person on another machine knows nothing of it"
+    assert not directory.handover.exists()
+    with only_supervisor(directory, launching, said.append, takes_over=True):
         assert not directory.handover.exists()
         (ended,) = events(directory, "attempt_ended")
         assert ended["step"] == 6
     assert "waiting for its ranks" in said[0]
+
+
+def test_who_waits_in_vain_wants_the_run_no_longer(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.run.holding.HANDOVER_SECONDS", 0.6)
+    other = hold(directory.lock, directory, "us")
+    with (
+        pytest.raises(RunDirectoryError),
+        only_supervisor(directory, Scripted(directory), print, takes_over=True),
+    ):
+        pass
+    other.close()
+    assert not directory.handover.exists()
 
 
 def test_finished_is_the_last_attempt_at_this_length_with_its_model(tmp_path: Path) -> None:
