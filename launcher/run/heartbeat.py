@@ -24,10 +24,10 @@ LIMITS: Mapping[Phase, float] = {
     "saving": 1800.0,
     "finishing": 3600.0,
 }
-"""Seconds that a rank may go without a beat, at the least: see `limits`. `starting` holds the first step, and
-so what compiles it; `training` is longer than a fault of the network in the middle of remote text is waited
-out (`data.remote`), and a step may take longer, see `training_limit`; `finishing` makes the final model and
-uploads it."""
+"""Seconds that a rank may go without a beat: `limits` has more for a large model, and less for the save of a
+small one. `starting` holds the first step, and so what compiles it; `training` is longer than a fault of the
+network in the middle of remote text is waited out (`data.remote`), and a step may take longer, see
+`training_limit`; `finishing` makes the final model and uploads it."""
 STEPS = 10
 """A training step may take so many times as long as the longest lately."""
 FROZEN_SECONDS = 120.0
@@ -45,6 +45,10 @@ PASSES: Mapping[Phase, int] = {"starting": 5, "saving": 2, "finishing": 4}
 """How often a phase may go through a checkpoint's bytes without a beat. `starting`: verify it, convert it for
 another number of ranks (read, written), read that, and once for luck; `saving`: write and hash it;
 `finishing`: verify and convert it, and read what came of it."""
+SMALL_SPEED = 20e6
+"""The same on the slowest file system, Bytes/s: how long a small model's save may take."""
+LEAST_SAVING = 300.0
+"""Seconds that the save of a model of any size is given: longer than a step of training."""
 INTERVAL = 1.0
 """Seconds between two writings."""
 STALE_SECONDS = 3.0
@@ -105,9 +109,14 @@ def training_limit(longest_step: float) -> float:
 
 
 def limits(parameters: int | None) -> dict[Phase, float]:
-    """LIMITS, longer where a checkpoint of so many parameters takes longer; None: how many is not known."""
+    """LIMITS, longer where a checkpoint of so many parameters takes longer, and `saving` shorter where it
+    takes little time on the slowest file system; None: how many is not known."""
     size = CHECKPOINT_BYTES * (parameters or 0)
-    return {phase: max(least, PASSES.get(phase, 0) * size / FILE_SPEED) for phase, least in LIMITS.items()}
+    least = dict(LIMITS)
+    if parameters is not None:
+        slow = max(LEAST_SAVING, PASSES["saving"] * size / SMALL_SPEED)
+        least["saving"] = min(least["saving"], slow)
+    return {phase: max(least[phase], PASSES.get(phase, 0) * size / FILE_SPEED) for phase in least}
 
 
 def frozen_limit(beat: Beat) -> float:
