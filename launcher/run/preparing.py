@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from launcher.errors import Interrupted, LauncherError
+from launcher.errors import Interrupted, LauncherError, TrainingError
 from launcher.run import journal
 from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory
 from launcher.run.launching import Launching
 from launcher.run.outcome import Evidence, Facts, Outcome, decide
 from launcher.run.requests import asked_by, forget_all_but_persons
-from launcher.run.supervise import SIGNALS
+from launcher.run.supervise import PATIENCE, SIGNALS
+from launcher.run.text import count_finished
 
 POLL_SECONDS = 0.2
 UNWIND_SECONDS = 5.0
@@ -44,7 +45,8 @@ def stoppable(
     file of requests, or whoever lends the machines. A second Ctrl-C ends the process at once.
 
     `told_within`: seconds within which whoever lends the machines tells, after a signal, that it takes them.
-    Raises Interrupted; how the run ended is then in its journal, where it has been written down.
+    Raises Interrupted, and TrainingError where job after job has run out of time before more of the text was
+    finished; how the run ended is then in its journal, where it has been written down.
     """
     stopping = _Stopping(directory, launching, say, told_within)
     heard = [number for number in asking if signal.getsignal(number) is not signal.SIG_IGN]
@@ -117,7 +119,7 @@ class _Stopping:
                 self._say(f"{error.message}\n  hint: {error.hint}")
                 os._exit(error.exit_code)
 
-    def end(self) -> Interrupted:
+    def end(self) -> LauncherError:
         """What tells of the end, which is written down."""
         self._ending.acquire()  # for good: where the watching thread was first, it ends the process
         return self._ended(self._received)
@@ -126,27 +128,43 @@ class _Stopping:
         facts = self._launching.facts(self._received)
         return asked_by(self._directory) is not None or facts.asks_to_stop
 
-    def _ended(self, received: Sequence[int]) -> Interrupted:
+    def _ended(self, received: Sequence[int]) -> LauncherError:
         directory, facts = self._directory, self._facts(received)
         by_person = signal.SIGINT in received or asked_by(directory) == "person"
         verdict = decide(Evidence(world_size=1, ends=(), facts=facts, by_person=by_person, at_once=True))
         is_written = directory.orders.is_file()
         why = "stopped" if verdict.outcome is Outcome.STOPPED else verdict.reason
+        if is_written and verdict.outcome is Outcome.TIME_LIMIT and self._is_in_vain():
+            reason = f"{PATIENCE.attempts} times in a row {why} before more of its text was prepared"
+            given_up = TrainingError(
+                f"{Outcome.NO_PROGRESS}: {reason}",
+                hint="set a longer slurm.time_limit, or prepare the text first: launcher data prepare RUN",
+            )
+            self._record(Outcome.NO_PROGRESS, reason, given_up.exit_code)
+            return given_up
         if is_written and self._launching.hands_over(verdict.outcome, verdict.reason):
             forget_all_but_persons(directory)
             return Interrupted(f"{why} while its text was prepared; queued again", hint=GOES_ON)
         error = Interrupted(f"{why} while its text was prepared", hint=GOES_ON)
         if is_written:
-            journal.record(
-                directory.journal,
-                "ended",
-                outcome=verdict.outcome,
-                reason=error.message,
-                step=max((each.step for each in committed(directory.checkpoints)), default=0),
-                exit_code=error.exit_code,
-            )
+            self._record(verdict.outcome, error.message, error.exit_code)
         directory.stop_request.unlink(missing_ok=True)
         return error
+
+    def _record(self, outcome: Outcome, reason: str, exit_code: int) -> None:
+        """Write down how the run ended."""
+        step = max((each.step for each in committed(self._directory.checkpoints)), default=0)
+        journal.record(
+            self._directory.journal, "ended", outcome=outcome, reason=reason, step=step, exit_code=exit_code
+        )
+
+    def _is_in_vain(self) -> bool:
+        """Write down that the time of a job has run out; whether it has too often with nothing to show."""
+        file, finished = self._directory.journal, count_finished(self._directory.read_config())
+        before = journal.events(file, "out_of_time_preparing", "ended")[1 - PATIENCE.attempts :]
+        journal.record(file, "out_of_time_preparing", finished=finished)
+        same = [each for each in before if each.get("finished") == finished]
+        return len(same) == PATIENCE.attempts - 1
 
     def _facts(self, received: Sequence[int]) -> Facts:
         """What is known of the machines, once it can be: whoever takes them may send a signal first."""

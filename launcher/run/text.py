@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.config.schema import RunConfig, TokenizerFromCorpus
+from launcher.data.making import UNITS
 from launcher.data.prepare import Progress, check_blocks, prepare, store_of
 from launcher.data.store import Store, is_store, open_store
 from launcher.data.stream import list_stream, read_stream_text
@@ -139,6 +140,13 @@ def store_cache(run: RunConfig) -> Path:
     if run.data.cache_dir is not None:
         return Path(run.data.cache_dir).expanduser().absolute()
     return Path(run.output_dir).expanduser().absolute() / ".stores"
+
+
+def count_finished(run: RunConfig) -> int:
+    """How many pieces of text and tokenizers are finished where the run's are: those are not made again."""
+    cache = store_cache(run)
+    patterns = ("*", f"{TOKENIZERS}/*", f"*/{UNITS}/*.json")
+    return sum(1 for pattern in patterns for _ in cache.glob(pattern))
 
 
 def _count(store: Store, run: RunConfig) -> Blocks:

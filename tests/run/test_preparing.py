@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import Interrupted, MachineError, RunDirectoryError
+from launcher.errors import Interrupted, LauncherError, MachineError, RunDirectoryError
 from launcher.plan.orders import Orders, format_orders
 from launcher.run import journal
 from launcher.run.directory import RunDirectory, hold, write_text
@@ -27,7 +27,7 @@ from launcher.run.outcome import Facts, Outcome
 from launcher.run.preparing import stoppable
 from launcher.run.requests import ask_to_stop
 from launcher.run.supervise import SIGNALS
-from tests.conftest import small_plan
+from tests.conftest import small_plan, small_run, write_json
 
 
 class Lender:
@@ -120,6 +120,28 @@ def test_what_a_scheduler_takes_is_queued_again_and_else_told(directory: RunDire
     lender.known, lender.requeues = Facts(), False
     stopped(directory, lender, take)
     assert ends(directory) == [("PREEMPTED", 130)]
+
+
+def test_a_job_whose_time_never_suffices_for_more_of_the_text_is_given_up(directory: RunDirectory) -> None:
+    cache = directory.root / "stores"
+    run = small_run()
+    write_json(directory.config, {**run, "data": {**run["data"], "cache_dir": str(cache)}})
+    lender = Lender(requeues=True)
+
+    def end() -> LauncherError:
+        lender.known = Facts()
+        with pytest.raises(LauncherError) as caught:
+            prepare(directory, lender, lambda: setattr(lender, "known", Facts(time_limit=True)))
+        return caught.value
+
+    assert [end().exit_code for _ in range(2)] == [130, 130]
+    write_text(cache / "a" / "units" / "00000.json", "")
+    assert [end().exit_code for _ in range(2)] == [130, 130], "another piece was finished"
+    error = end()
+    assert error.message.startswith("NO_PROGRESS: 3 times in a row the job's time ran out")
+    assert lender.handed == [Outcome.TIME_LIMIT] * 4
+    assert ends(directory) == [("NO_PROGRESS", 1)]
+    assert end().exit_code == 130, "handed in again"
 
 
 def test_who_takes_the_machines_may_tell_of_it_after_the_signal(directory: RunDirectory) -> None:
