@@ -212,6 +212,8 @@ def _rows(found: Status) -> list[tuple[str, str]]:
         reason = "" if each.reason is None else f": {each.reason}"
         state = each.outcome or (found.state if each is found.attempts[-1] else "killed")
         rows.append((f"attempt {each.number}", f"{state}{ended}{lasted}{reason}"))
+    if not found.attempts and found.reason is not None:
+        rows.append(("ended", found.reason))
     rows.append(("folder", str(found.folder)))
     return [(name, value) for name, value in rows if value != "-"]
 

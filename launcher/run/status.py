@@ -50,7 +50,8 @@ class Saved:
 class Status:
     """How a run stands. Times are in seconds, sizes in bytes; None: not known (yet).
 
-    `alive`: who lives to carry it on, by the locks they hold. `ended`: how the run itself came to its end.
+    `alive`: who lives to carry it on, by the locks they hold. `ended`: how the run itself came to its end;
+    `reason`: why, in words.
     `phase`: what rank 0 did by its last heartbeat. `tokens_per_second` to `peak_memory_bytes` are of the last
     report, as docs/concepts/runs.md has them; `seconds_left` is by the pace of the last REPORTS of them,
     evaluations and saving included. `job`: the newest one, on a SLURM cluster.
@@ -80,6 +81,7 @@ class Status:
     eval_step: int | None
     checkpoint: Saved | None
     job: QueuedJob | None = None
+    reason: str | None = None
 
     @property
     def state(self) -> str:
@@ -157,6 +159,7 @@ def read_status(directory: RunDirectory, now: float) -> Status:
         eval_loss=evaluation.get("eval_loss"),
         eval_step=evaluation.get("step"),
         checkpoint=saved,
+        reason=events[-1].get("reason") if events and events[-1]["event"] == "ended" else None,
     )
 
 

@@ -185,3 +185,5 @@ def test_a_run_that_ended_before_its_first_attempt_is_told_by_its_end(directory:
     """Stopped while its text was prepared, or given up because its nodes cannot train it."""
     event(directory, NOW - 5, "ended", outcome="NO_PROGRESS", reason="n1 has no GPU", step=0, exit_code=1)
     assert read_status(directory, NOW).state == "no progress"
+    shown = CliRunner().invoke(app, ["status", str(directory.root)])
+    assert "n1 has no GPU" in shown.output
