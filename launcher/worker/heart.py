@@ -25,6 +25,9 @@ from launcher.run.heartbeat import INTERVAL, Beat, Phase, limits, lowered, train
 LOCATED_SECONDS = 2.0
 """Once the main thread has been quiet for so long, where it is is told too."""
 STEPS_REMEMBERED = 20
+GIVEN_UP_SECONDS = 30.0
+"""So long, and two steps, a rank waits for the others once another supervisor waits for the run: they may be
+on the far side of a network that is gone, and never come."""
 PLACE_CHARACTERS = 200
 WAITING = ("distributed/distributed_c10d.py", "torch/autograd/graph.py", "deepspeed/comm/comm.py")
 """Where the main thread is while it waits for other ranks: in a collective, or a backward pass with one."""
@@ -46,11 +49,14 @@ class Heart:
         step: int = 0,
         parameters: int | None = None,
         later: Path | None = None,
+        handover: Path | None = None,
     ) -> None:
         """`later`: what is there once another attempt of the run has begun. None may train beside another:
-        on a machine that was cut off, and given up, this process would go on where it was."""
+        on a machine that was cut off, and given up, this process would go on where it was. `handover`: what
+        is there while another supervisor waits to begin it."""
         self._file = file
         self._later = later
+        self._handover = handover
         self._stacks_request = stacks_request
         self._rank = rank
         self._environment = environment
@@ -130,7 +136,7 @@ class Heart:
             if quiet < limit:
                 faulthandler.dump_traceback_later(max(limit - quiet, INTERVAL), file=sys.stderr)
             with contextlib.suppress(OSError):
-                self._leave_if_late()
+                self._leave_if_given_up(quiet)
                 write_beat(self._file, self._now(quiet, limit))
             asked = self._stacks_request.exists()
             if asked and not stacks_told:
@@ -139,10 +145,22 @@ class Heart:
             self._wake.wait(INTERVAL)
             self._wake.clear()
 
-    def _leave_if_late(self) -> None:
+    def _leave_if_given_up(self, quiet: float) -> None:
+        """`quiet`: seconds in which the main thread has not got on."""
+        why = None
         if self._later is not None and self._later.exists():
-            print(f"another attempt has begun ({self._later}): leaving", file=sys.stderr, flush=True)
+            why = f"another attempt has begun ({self._later})"
+        elif self._waits_in_vain(quiet):
+            why = f"another supervisor waits for this run, and nothing has moved for {quiet:.0f} s"
+        if why is not None:
+            print(f"{why}: leaving", file=sys.stderr, flush=True)
             os._exit(1)
+
+    def _waits_in_vain(self, quiet: float) -> bool:
+        if self._handover is None or self._phase in ("saving", "finishing"):
+            return False
+        patience = max(GIVEN_UP_SECONDS, 2 * max(self._steps, default=0.0))
+        return quiet > patience and self._handover.exists()
 
     def _now(self, quiet: float, limit: float) -> Beat:
         at, waits = None, False

@@ -68,6 +68,7 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mutab
         environment,
         parameters=plan.parameters,
         later=directory.logs(attempt[0] + 1),
+        handover=directory.handover,
     )
     heart.start()
     return Rank(number, world_size, attempt[0], terminal, lock, heart)

@@ -94,3 +94,33 @@ time.sleep(30)
     assert done.returncode == 1
     assert "another attempt has begun" in done.stderr
     assert (tmp_path / "beat").exists()
+
+
+@pytest.mark.parametrize(("phase", "code"), [("training", 1), ("saving", 0)])
+def test_a_rank_that_waits_in_vain_leaves_the_run_to_who_waits_for_it(
+    tmp_path: Path, phase: str, code: int
+) -> None:
+    words = """
+import pathlib, sys, time
+from launcher.worker import heart
+heart.GIVEN_UP_SECONDS = 3
+folder = pathlib.Path(sys.argv[1])
+own = heart.Heart(folder / "beat", folder / "stacks", 0, {}, handover=folder / "handover")
+own.step(1)
+own.start()
+with own.during(sys.argv[2]):
+    time.sleep(0.5)
+    (folder / "handover").touch()
+    time.sleep(8)
+"""
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", words, str(tmp_path), phase],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert ("another supervisor waits for this run" in done.stderr) is bool(code)
+    assert time.monotonic() - begun > 3

@@ -146,7 +146,7 @@ def test_where_a_run_goes_on_its_loss_scale_may_have_moved() -> None:
     train = TrainSection.model_validate({"batch_size": 8, "steps": 20})
 
     def asked_and_found() -> tuple[dict[str, object], dict[str, object]]:
-        return verifying.planned(orders, train, {}), {"loss scale": verifying._loss_scale(trainer)}
+        return verifying.planned(orders, train, {}, layers=2), {"loss scale": verifying._loss_scale(trainer)}
 
     def differ(asked: dict[str, object], live: dict[str, object]) -> bool:
         return asked["loss scale"] != live["loss scale"]
