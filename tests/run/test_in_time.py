@@ -5,18 +5,15 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
 from launcher.errors import Interrupted, TrainingError
-from launcher.plan.orders import Orders, format_orders
 from launcher.run import journal
-from launcher.run.directory import RunDirectory, write_text
+from launcher.run.directory import RunDirectory
 from launcher.run.in_time import LEAD_SECONDS, OutOfTime, alarm, in_time
 from launcher.run.launching import Ranks
 from launcher.run.outcome import Facts, Outcome
-from tests.conftest import small_plan
 
 
 class Requeued:
@@ -37,14 +34,6 @@ class Requeued:
     def hands_over(self, outcome: Outcome, why: str) -> bool:
         self.asked.append(outcome)
         return True
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> RunDirectory:
-    found = RunDirectory(tmp_path / "run")
-    orders = Orders("0", "", small_plan(), model={}, weights=None, store=None, vocabulary=None)
-    write_text(found.orders, format_orders(orders))
-    return found
 
 
 def soon() -> float:

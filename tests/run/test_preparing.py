@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import Interrupted, LauncherError, MachineError, RunDirectoryError
-from launcher.plan.orders import Orders, format_orders
 from launcher.run import journal
 from launcher.run.directory import RunDirectory, hold, write_text
 from launcher.run.holding import only_supervisor
@@ -27,7 +26,7 @@ from launcher.run.outcome import Facts, Outcome
 from launcher.run.preparing import stoppable
 from launcher.run.requests import ask_to_stop
 from launcher.run.supervise import SIGNALS
-from tests.conftest import small_plan, small_run, write_json
+from tests.conftest import small_run, write_json
 
 
 class Lender:
@@ -50,15 +49,6 @@ class Lender:
     def hands_over(self, outcome: Outcome, why: str) -> bool:
         self.handed.append(outcome)
         return self.requeues and outcome is not Outcome.STOPPED
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> RunDirectory:
-    """A run that has been written down."""
-    found = RunDirectory(tmp_path / "run")
-    orders = Orders("0", "", small_plan(), model={}, weights=None, store=None, vocabulary=None)
-    write_text(found.orders, format_orders(orders))
-    return found
 
 
 def prepare(

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from launcher.errors import Interrupted, LauncherError, RunDirectoryError, TrainingError
-from launcher.plan.orders import Orders, format_orders
 from launcher.run import checkpoints as ledger
 from launcher.run import journal
 from launcher.run.directory import RunDirectory, hold, write_text
@@ -26,7 +25,6 @@ from launcher.run.holding import only_supervisor
 from launcher.run.outcome import Facts, Outcome, Patience, read_end
 from launcher.run.requests import ask_to_stop, asked_by
 from launcher.run.supervise import LAST_SECONDS, is_finished, supervise
-from tests.conftest import small_plan
 
 F, S, C, M = Outcome.FINISHED, Outcome.STOPPED, Outcome.CRASHED, Outcome.OUT_OF_MEMORY
 QUICK = Patience(attempts=2, shortest=0.01, factor=2)
@@ -89,15 +87,6 @@ class ScriptedRanks:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> RunDirectory:
-    """A run of two ranks and 20 steps, as it is written."""
-    found = RunDirectory(tmp_path / "run")
-    orders = Orders("0", "", small_plan(), model={}, weights=None, store=None, vocabulary=None)
-    write_text(found.orders, format_orders(orders))
-    return found
 
 
 def events(directory: RunDirectory, name: str) -> list[dict[str, Any]]:
