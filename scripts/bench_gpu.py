@@ -45,6 +45,12 @@ SHAPES: Mapping[str, tuple[int, int, int]] = {
 """Layers, heads and width (Radford et al. 2019, table 2)."""
 
 AT_A_TIME = 7
+LOOK_AHEAD = 3
+"""Rows that may start before one that is due and needs more memory than is free. More, and it never would."""
+
+ALONE = 3
+"""Rows, the first ones, that nothing else runs beside."""
+
 LAST_START = 30
 """Seconds before the end in which no row is started."""
 
@@ -62,7 +68,7 @@ class Row:
     micro_batch: int
     memory: int
     compiled: bool = True
-    checkpointing: bool = False
+    checkpointing: bool | int = False
     accumulation: int = 1
     dropout: float = 0.0
     precision: str = "bf16"
@@ -75,12 +81,21 @@ class Row:
     def tokens(self) -> int:
         return self.micro_batch * self.accumulation * BLOCK
 
+    @property
+    def brief(self) -> bool:
+        """Whether it is about memory: a few steps, not compiled."""
+        return not self.compiled and self.window == BRIEF["window"]
+
 
 FAST = ("tanh_gelu", "causal_attention", "chunked_loss", "padded_vocabulary", "fused_adamw", "tf32")
 BRIEF: Mapping[str, Any] = {"compiled": False, "warm": 3, "window": 2, "windows": 3}
-"""Rows that are about memory: a few steps, not compiled."""
+"""Settings of brief rows."""
 
-MEMORY: Sequence[tuple[str, int, bool, int]] = (
+LONG: Mapping[str, Any] = {"warm": 2, "window": 1, "windows": 4}
+"""Rows whose steps take long."""
+
+MEMORY: Sequence[tuple[str, int, bool | int, int]] = (
+    ("gpt2-medium", 16, 12, 30),
     ("gpt2", 8, False, 12),
     ("gpt2", 16, False, 20),
     ("gpt2", 8, True, 8),
@@ -94,7 +109,9 @@ MEMORY: Sequence[tuple[str, int, bool, int]] = (
     ("gpt2-xl", 8, False, 75),
     ("gpt2-xl", 8, True, 45),
 )
-"""Model, micro-batch, gradient checkpointing, and GB to keep free for it."""
+"""Model, micro-batch, gradient checkpointing (a number: of the first layers), and GB to keep free for it."""
+
+CHECKPOINTED: Mapping[bool | int, str] = {False: "", True: ", checkpointed"}
 
 STRATEGIES: Sequence[tuple[str, str, str]] = (
     ("zero2", "none", "bf16"),
@@ -114,12 +131,24 @@ STRATEGIES: Sequence[tuple[str, str, str]] = (
 def rows() -> list[Row]:
     """In order of what they matter."""
     return [
-        *against("gpt2", 32, 45),
+        *against("gpt2", 32, 45, 20),
+        Row(
+            "gpt2-xl launcher, micro-batch 16, accumulation 8",
+            *("launcher", "gpt2-xl", 16, 78),
+            accumulation=8,
+            **LONG,
+        ),
+        Row("gpt2 launcher, accumulation 16", "launcher", "gpt2", 32, 18, accumulation=16, **LONG),
+        Row("gpt2 loop, accumulation 16", "loop", "gpt2", 32, 20, accumulation=16, **LONG),
         *ablation(),
-        *against("gpt2-xl", 8, 95),
+        Row("gpt2-xl launcher", "launcher", "gpt2-xl", 8, 52, warm=5, window=3),
+        *against("gpt2-medium", 16, 60, 26, window=5),
+        Row("gpt2-xl stock", "stock", "gpt2-xl", 8, 95, compiled=False, warm=5, window=3),
+        *against("gpt2-large", 16, 90, 45, warm=5, window=3),
+        Row("gpt2-xl loop", "loop", "gpt2-xl", 8, 55, warm=5, window=3),
         *(
             Row(
-                f"{model}, micro-batch {micro_batch}{', checkpointed' if on else ''}",
+                f"{model}, micro-batch {micro_batch}{CHECKPOINTED.get(on, f', {on} layers checkpointed')}",
                 *("launcher", model, micro_batch, gigabytes),
                 checkpointing=on,
                 **BRIEF,
@@ -136,26 +165,22 @@ def rows() -> list[Row]:
             )
             for strategy, offload, precision in STRATEGIES
         ),
-        *against("gpt2-medium", 16, 60),
-        *against("gpt2-large", 16, 85),
         Row("gpt2 stock, micro-batch 8", "stock", "gpt2", 8, 16, **BRIEF),
-        Row("gpt2 launcher, dropout 0.1", "launcher", "gpt2", 32, 30, dropout=0.1),
+        Row("gpt2 launcher, dropout 0.1", "launcher", "gpt2", 32, 20, dropout=0.1),
         Row("gpt2 stock, dropout 0.1", "stock", "gpt2", 32, 50, dropout=0.1, compiled=False),
-        Row("gpt2 launcher, accumulation 4", "launcher", "gpt2", 32, 30, accumulation=4, window=3),
-        Row("gpt2 launcher, micro-batch 64", "launcher", "gpt2", 64, 45),
+        Row("gpt2 launcher, micro-batch 64", "launcher", "gpt2", 64, 32),
         Row("gpt2 launcher, micro-batch 8", "launcher", "gpt2", 8, 12),
         Row("gpt2-medium launcher, checkpointed", "launcher", "gpt2-medium", 16, 20, checkpointing=True),
-        Row("gpt2-xl launcher, micro-batch 16", "launcher", "gpt2-xl", 16, 90, window=4),
     ]
 
 
-def against(model: str, micro_batch: int, gigabytes: int) -> list[Row]:
-    """Launcher, the stock Trainer as it comes, and the loop."""
-    ours = gigabytes * 2 // 3
+def against(model: str, micro_batch: int, stock: int, others: int, **steps: int) -> list[Row]:
+    """Launcher, the stock Trainer as it comes, and the loop; GB of the stock and of the two others."""
+    about = dict[str, Any](steps)
     return [
-        Row(f"{model} launcher", "launcher", model, micro_batch, ours),
-        Row(f"{model} stock", "stock", model, micro_batch, gigabytes, compiled=False),
-        Row(f"{model} loop", "loop", model, micro_batch, ours),
+        Row(f"{model} launcher", "launcher", model, micro_batch, others, **about),
+        Row(f"{model} stock", "stock", model, micro_batch, stock, compiled=False, **about),
+        Row(f"{model} loop", "loop", model, micro_batch, others, **about),
     ]
 
 
@@ -163,11 +188,11 @@ def ablation() -> list[Row]:
     """Launcher's gpt2 with one thing switched off, and the stock Trainer with the one switch it has."""
     return [
         *(
-            Row(f"gpt2 without {item}", "launcher", "gpt2", 32, 30, settings={f"train.fast.{item}": False})
+            Row(f"gpt2 without {item}", "launcher", "gpt2", 32, 28, settings={f"train.fast.{item}": False})
             for item in FAST
         ),
-        Row("gpt2 without compile", "launcher", "gpt2", 32, 30, compiled=False),
-        Row("gpt2 stock, compiled", "stock", "gpt2", 32, 45),
+        Row("gpt2 without compile", "launcher", "gpt2", 32, 22, compiled=False),
+        Row("gpt2 stock, compiled", "stock", "gpt2", 32, 28),
     ]
 
 
@@ -398,7 +423,7 @@ class Bench:
             if time.monotonic() > self._until - LAST_START:
                 waiting.clear()
             held = sum(each.row.memory for each in self._going)
-            fitting = [row for row in waiting if held + row.memory <= self._room]
+            fitting = [row for row in waiting[:LOOK_AHEAD] if held + row.memory <= self._room]
             if fitting and len(self._going) < AT_A_TIME:
                 waiting.remove(fitting[0])
                 self._start(fitting[0])
@@ -447,7 +472,7 @@ def main() -> None:
     asked = parser.parse_args()
     only = [name for name in asked.only.split(";") if name]
     first, others = (
-        [row for row in found if not only or row.name in only] for found in (against("gpt2", 32, 45), rows())
+        [row for row in found if not only or row.name in only] for found in (rows()[:ALONE], rows())
     )
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)

@@ -76,7 +76,7 @@ class Meter(TrainerCallback):
         if self._asked.profile:
             self._profile()
         else:
-            self._finish([])
+            self._finish({})
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -101,11 +101,13 @@ class Meter(TrainerCallback):
                 profiler.stop()
                 averages = profiler.key_averages()
                 orders = ("self_cuda_time_total", "self_cpu_time_total")
-                self._finish([averages.table(sort_by=by, row_limit=40) for by in orders])
+                tables = "\n".join(averages.table(sort_by=by, row_limit=40) for by in orders)
+                Path(self._asked.result).with_suffix(".profile.txt").write_text(tables)
+                self._finish({"kernel_seconds": busy(profiler) / 2})
 
         self.ends = until_two_more  # type: ignore[method-assign]
 
-    def _finish(self, tables: list[str]) -> None:
+    def _finish(self, more: dict[str, float]) -> None:
         free, total = torch.cuda.mem_get_info()
         marks = self._ends[:: self._asked.window]
         rates = [
@@ -120,11 +122,24 @@ class Meter(TrainerCallback):
             "used_on_device": total - free,
             "start_to_first_step": self._first_step,
             "waited_for_turn": self._waited,
+            **more,
         }
-        if tables:
-            Path(self._asked.result).with_suffix(".profile.txt").write_text("\n".join(tables))
         temporary = Path(self._asked.result + ".tmp")
         temporary.write_text(json.dumps(found))
         temporary.replace(self._asked.result)
         while True:
             signal.pause()
+
+
+def busy(profiler: torch.profiler.profile) -> float:
+    """Seconds in which at least one kernel ran, of all that were recorded."""
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    found, until = 0.0, 0.0
+    for start, end in spans:
+        found += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return found * 1e-6

@@ -2,14 +2,16 @@
 
 The loss of each token depends on its own logits alone, so each chunk's gradient is made beside its loss, in
 the forward pass, and only what a weight and an input need is kept: as in Hsu et al. 2024, "Liger Kernel:
-Efficient Triton Kernels for LLM Training", section 3.2, with PyTorch's own operators. Liger's kernel itself
-is not used: its backward pass compares a tensor with 1 on the host, which waits for the GPU each time.
+Efficient Triton Kernels for LLM Training", section 3.2, with PyTorch's own operators. Compiled for a GPU,
+what lies between the products is one kernel (`worker/loss_kernel.py`). Liger's own is not used: its backward
+pass compares a tensor with 1 on the host, which waits for the GPU each time.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import MethodType
 from typing import Any, Final
 
@@ -23,6 +25,9 @@ from launcher.errors import TrainingError
 from launcher.plan.fast import chunk_rows
 from launcher.worker.dataset import IGNORED
 from launcher.worker.vocabulary import plain_head, real_columns
+
+if find_spec("triton") is not None:
+    from launcher.worker import loss_kernel
 
 PROVED: Final = 128
 """Tokens that the live loss is compared on."""
@@ -192,16 +197,14 @@ def _sum(
         here, real = hidden[part].to(dtype), counted[part, None]
         target = labels[part, None].clamp_min(0)
         logits = functional.linear(here, cast, cast_bias)
-        logits[:, vocabulary:] = -torch.inf
-        likelihood = torch.log_softmax(logits, dim=1, dtype=precise)
-        chosen = likelihood.gather(1, target)
-        total = total - torch.where(real, chosen, 0).sum()
+        if by_hidden is None or by_weight is None:
+            losses = -_likelihood(logits, vocabulary, precise).gather(1, target)
+        else:
+            losses = _slopes_in_place(logits, target, vocabulary, precise)
+        total = total + torch.where(real, losses, 0).sum()
         if by_hidden is None or by_weight is None:
             continue
-        # The gradient by the logits: their softmax, less one at the label.
-        slope = torch.exp(likelihood, out=logits)
-        del likelihood
-        slope.scatter_(1, target, chosen.expm1().to(dtype))
+        slope = logits
         by_hidden[part] = torch.where(real, slope @ cast, 0)
         if by_weight.dtype == dtype:
             by_weight.addmm_(slope.t(), torch.where(real, here, 0))
@@ -209,13 +212,33 @@ def _sum(
             by_weight += slope.t() @ torch.where(real, here, 0)
         if by_bias is not None:
             by_bias += real[:, 0].to(dtype) @ slope
-        del logits, slope
+        del logits, slope  # or the next chunk's would be made beside them
     return (
         total,
         by_hidden,
         None if by_weight is None else by_weight.to(weight.dtype),
         None if by_bias is None or bias is None else by_bias.to(bias.dtype),
     )
+
+
+def _likelihood(logits: torch.Tensor, vocabulary: int, precise: torch.dtype) -> torch.Tensor:
+    """The logarithms of each row's probabilities. The columns that are padding are taken out of `logits`."""
+    logits[:, vocabulary:] = -torch.inf
+    return torch.log_softmax(logits, dim=1, dtype=precise)
+
+
+def _slopes_in_place(
+    logits: torch.Tensor, target: torch.Tensor, vocabulary: int, precise: torch.dtype
+) -> torch.Tensor:
+    """Make `logits` the gradient by them, their softmax less one at the target. Returns losses, [rows, 1]."""
+    # Who compiles for a GPU has Triton, and the C compiler that it asks for.
+    if torch.compiler.is_compiling() and logits.is_cuda and logits.dtype == torch.bfloat16:
+        return loss_kernel.slopes_in_place(logits, target[:, 0], vocabulary)[:, None]
+    likelihood = _likelihood(logits, vocabulary, precise)
+    chosen = likelihood.gather(1, target)
+    torch.exp(likelihood, out=logits)
+    logits.scatter_(1, target, chosen.expm1().to(logits.dtype))
+    return -chosen
 
 
 def _other_than_plain(model: PreTrainedModel) -> str | None:

@@ -28,7 +28,7 @@ from transformers import (
 from launcher.plan.fast import Fast
 from launcher.worker.dataset import stack
 from launcher.worker.evaluate import evaluate
-from launcher.worker.fast import CAUSAL, taken_by, use_causal_attention, use_tanh_gelu_kernel
+from launcher.worker.fast import CAUSAL, TanhGELU, taken_by, use_causal_attention, use_tanh_gelu_kernel
 from launcher.worker.vocabulary import take_out_padding
 from tests.worker.parity import (
     ALL,
@@ -231,6 +231,18 @@ def test_compiled_it_is_one_graph_without_a_mask(build: Callable[[], PreTrainedM
     theirs = reference(made(build, NOTHING)[0], batch, items=items)
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
     assert ours.apart(theirs) < 2e-6
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)
+def test_compiled_the_activation_is_tanh_gelu_by_another_formula(dtype: torch.dtype, rounding: float) -> None:
+    x = torch.linspace(-12, 12, 997, dtype=dtype).requires_grad_()
+    outer = torch.linspace(-1, 2, 997, dtype=dtype)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(TanhGELU(), backend="aot_eager", fullgraph=True)
+    found, expected = compiled(x), torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+    ours, theirs = (torch.autograd.grad(each, x, outer)[0] for each in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=rounding, atol=4 * rounding)
 
 
 def test_the_paths_that_a_model_takes_are_read_from_it() -> None:
