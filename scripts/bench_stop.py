@@ -102,8 +102,8 @@ def stopping(folder: Path, count: int) -> Iterator[str]:
     yield from (
         "## From SIGTERM to a checkpoint",
         "",
-        f"A GPT-2 of 4 layers x 256 under `launcher train` on {RANKS} ranks; seconds. After",
-        "the ranks accelerate's process ends, and the supervisor's.",
+        f"A GPT-2 of 4 layers x 256 under `launcher train` on {RANKS} ranks, in seconds from the signal on.",
+        "After the ranks, accelerate's process ends, and then the supervisor's.",
         "",
         "| SIGTERM to | a step | the save | two steps and the save | checkpoint | ranks gone | all gone |",
         "|---|---|---|---|---|---|---|",
@@ -140,7 +140,8 @@ def stop(folder: Path, draw: random.Random, whom: str) -> Stop:
     ]
     asked = time.time()
     os.kill(draw.choice(ranks).pid if whom == "a rank" else process.pid, signal.SIGTERM)
-    psutil.wait_procs(ranks)
+    while any(map(runs, ranks)):
+        time.sleep(0.005)
     ranks_left = time.time() - asked
     process.wait()
     all_left = time.time() - asked
@@ -157,6 +158,14 @@ def stop(folder: Path, draw: random.Random, whom: str) -> Stop:
         ranks=ranks_left,
         all=all_left,
     )
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it is there, and no ended one whose parent has not looked yet."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
