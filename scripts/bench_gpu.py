@@ -24,7 +24,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,8 +255,10 @@ class Started:
 
     @property
     def over(self) -> bool:
-        """Whether its process has ended, or has had its time."""
-        return self._process.poll() is not None or time.time() - self.since > ROW_SECONDS
+        """Whether its process has ended, has had its time, or begins anew what failed before."""
+        journal = self._work / "runs" / self.name / "journal.jsonl"
+        restarts = journal.exists() and '"restart"' in journal.read_text()
+        return restarts or self._process.poll() is not None or time.time() - self.since > ROW_SECONDS
 
     def profiles(self) -> list[Path]:
         return list(self._work.glob(f"{self.name}.profile.txt"))
@@ -357,10 +359,11 @@ def ceilings() -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     x, y = (torch.empty(1 << 30, device="cuda", dtype=torch.float32) for _ in range(2))
     found: dict[str, float] = {}
-    for name, work, size in (
+    works: Sequence[tuple[str, Callable[[], torch.Tensor], float]] = (
         ("matmul_flops", lambda: a @ b, 2.0 * 8192**3),
         ("copy_bytes", lambda: y.copy_(x), 2.0 * x.nbytes),
-    ):
+    )
+    for name, work, size in works:
         for _ in range(5):
             work()
         torch.cuda.synchronize()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 VARIABLE = "BENCH_GPU_METER"
@@ -68,7 +69,7 @@ class Meter(TrainerCallback):
             self._first_step = time.time() - self._asked.started
         if self._done <= self._asked.warm:
             return
-        self._ends.append(torch.cuda.Event(enable_timing=True))
+        self._ends.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
         self._ends[-1].record()
         if len(self._ends) <= self._asked.window * self._asked.windows:
             return
@@ -135,8 +136,8 @@ def busy(profiler: torch.profiler.profile) -> float:
     """Seconds in which at least one kernel ran, of all that were recorded."""
     spans = sorted(
         (event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        for event in profiler.events()  # type: ignore[no-untyped-call]
+        if event.device_type == DeviceType.CUDA
     )
     found, until = 0.0, 0.0
     for start, end in spans:

@@ -133,8 +133,8 @@ def speed_page(measured: Measured, catalogue: str) -> Iterator[str]:
     )
     whole = "gpt2 launcher"
     for name in (whole, *(f"gpt2 without {item}" for item in (*FAST, "compile")), "gpt2 stock, compiled"):
-        rate, peak = shown(measured.rate(name), ",.0f"), shown(measured.peak(name), ".2f")
-        yield f"| {name} | {rate} | {measured.against(name, whole)} | {peak} |"
+        rate, peak = measured.rate(name), shown(measured.peak(name), ".2f")
+        yield f"| {name} | {shown(rate, ',.0f')} | {measured.against(name, whole)} | {peak} |"
     yield from ("", "## Others", "", "| | tokens/s | MFU | peak, GiB |", "|---|---|---|---|")
     for row in rows():
         if "," in row.name and not row.brief and "compiled" not in row.name:
