@@ -47,7 +47,9 @@ def main(arguments: list[str]) -> int:
         "versions": versions(),
         "pairs": _pairs(number, names, int(port), backend) if len(names) > 1 else [],
     }
-    print(json.dumps(said), flush=True)
+    # In one piece, whatever PYTHONUNBUFFERED says: other nodes write to the same pipe.
+    sys.stdout.write(f"{json.dumps(said)}\n")
+    sys.stdout.flush()
     return 0
 
 
