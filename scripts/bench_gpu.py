@@ -33,6 +33,8 @@ import psutil
 from gpu_meter import VARIABLE, Measuring
 from gpu_rows import ENDLESS
 
+from launcher.run import journal
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 BLOCK = 1024
@@ -256,9 +258,9 @@ class Started:
     @property
     def over(self) -> bool:
         """Whether its process has ended, has had its time, or begins anew what failed before."""
-        journal = self._work / "runs" / self.name / "journal.jsonl"
-        restarts = journal.exists() and '"restart"' in journal.read_text()
-        return restarts or self._process.poll() is not None or time.time() - self.since > ROW_SECONDS
+        restarts = journal.events(self._work / "runs" / self.name / "journal.jsonl", "restart")
+        ended = self._process.poll() is not None or time.time() - self.since > ROW_SECONDS
+        return ended or bool(restarts)
 
     def profiles(self) -> list[Path]:
         return list(self._work.glob(f"{self.name}.profile.txt"))

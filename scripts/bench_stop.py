@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from launcher.run import journal
 from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory
 from launcher.worker.heart import Heart
@@ -123,15 +124,15 @@ WHOM = ("a rank", "the supervisor")
 def stop(folder: Path, draw: random.Random, whom: str) -> Stop:
     """Start the run or go on with it, stop it, and look how long that took."""
     directory = RunDirectory(folder / "runs" / "stop")
-    began = len(lines(directory.metrics))
+    began = len(journal.read(directory.metrics))
     command = [sys.executable, "-m", "launcher", "train", "run.yaml", "--cluster", "cluster.yaml"]
     with (folder / "said").open("ab") as said:
         process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
-    while sum("loss" in line for line in lines(directory.metrics)[began:]) < BEFORE:
+    while sum("loss" in line for line in journal.read(directory.metrics)[began:]) < BEFORE:
         if process.poll() is not None:
             raise SystemExit((folder / "said").read_text())
         time.sleep(0.02)
-    times = [line["time"] for line in lines(directory.metrics)[began:] if "loss" in line]
+    times = [line["time"] for line in journal.read(directory.metrics)[began:] if "loss" in line]
     time.sleep(draw.random() * (times[-1] - times[-2]))
     ranks = [
         child
@@ -147,7 +148,9 @@ def stop(folder: Path, draw: random.Random, whom: str) -> Stop:
     all_left = time.time() - asked
     newest = max(committed(directory.checkpoints), key=lambda each: each.step)
     (saved,) = (
-        line for line in lines(directory.metrics) if line["step"] == newest.step and "save_seconds" in line
+        line
+        for line in journal.read(directory.metrics)
+        if line["step"] == newest.step and "save_seconds" in line
     )
     steps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return Stop(
@@ -166,10 +169,6 @@ def runs(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def run_of() -> dict[str, Any]:

@@ -197,10 +197,7 @@ def _sum(
         here, real = hidden[part].to(dtype), counted[part, None]
         target = labels[part, None].clamp_min(0)
         logits = functional.linear(here, cast, cast_bias)
-        if by_hidden is None or by_weight is None:
-            losses = -_likelihood(logits, vocabulary, precise).gather(1, target)
-        else:
-            losses = _slopes_in_place(logits, target, vocabulary, precise)
+        losses = (_slopes_in_place if gradients else _losses)(logits, target, vocabulary, precise)
         total = total + torch.where(real, losses, 0).sum()
         if by_hidden is None or by_weight is None:
             continue
@@ -225,6 +222,13 @@ def _likelihood(logits: torch.Tensor, vocabulary: int, precise: torch.dtype) -> 
     """The logarithms of each row's probabilities. The columns that are padding are taken out of `logits`."""
     logits[:, vocabulary:] = -torch.inf
     return torch.log_softmax(logits, dim=1, dtype=precise)
+
+
+def _losses(
+    logits: torch.Tensor, target: torch.Tensor, vocabulary: int, precise: torch.dtype
+) -> torch.Tensor:
+    """The loss of each row, [rows, 1]."""
+    return -_likelihood(logits, vocabulary, precise).gather(1, target)
 
 
 def _slopes_in_place(

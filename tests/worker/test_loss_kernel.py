@@ -92,8 +92,9 @@ def test_it_is_the_cross_entropy_s_gradient_on_a_gpu(dtype: torch.dtype) -> None
 
 @on_cuda
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_chunked_loss_runs_in_it_on_a_gpu(compiled: bool) -> None:
-    """Against the stock loss of whole logits in bf16, with labels left out and a padded vocabulary."""
+def test_the_chunked_loss_on_a_gpu(compiled: bool) -> None:
+    """Compiled in the kernel, eager by operators: in bf16, with labels left out and a padded vocabulary,
+    against the stock loss of whole logits."""
     draw = torch.Generator().manual_seed(5)
     hidden = torch.randn(300, 64, generator=draw).cuda().requires_grad_()
     weight = (torch.randn(1024, 64, generator=draw) / 8).cuda().requires_grad_()
