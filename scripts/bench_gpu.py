@@ -34,6 +34,7 @@ from gpu_meter import VARIABLE, Measuring
 from gpu_rows import ENDLESS
 
 from launcher.run import journal
+from launcher.run.processes import kill
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -279,11 +280,8 @@ class Started:
 
     def end(self) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            family = [*psutil.Process(self._process.pid).children(recursive=True)]
-            for member in [*family, psutil.Process(self._process.pid)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-            psutil.wait_procs(family, timeout=10)
+            top = psutil.Process(self._process.pid)
+            kill([top, *top.children(recursive=True)], seconds=10)
         self._process.wait()
 
     def _plan(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from launcher.cli import app
 from launcher.run import journal
 from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory
+from launcher.run.processes import lives
 from tests.conftest import Workplace, losses, metrics, small_run, write_json
 
 LONG = ("train.steps=100000", "train.eval_every=100000", "checkpoint.every=100000")
@@ -65,7 +66,7 @@ def test_a_second_ctrl_c_ends_every_rank_at_once(workplace: Workplace) -> None:
         _, said = process.communicate(timeout=30)
         assert process.returncode == 130
         assert "ended at once" in said
-        assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in both)
+        assert not any(map(lives, both))
 
 
 def test_a_run_whose_supervisor_is_killed_is_taken_up_once_its_ranks_have_stopped(

@@ -3,7 +3,9 @@ help is quick."""
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import os
 import signal
 import sys
@@ -56,6 +58,8 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run one command and exit with its code."""
+    # Else the interpreter looks through every object once more as it ends: 80 ms rather than 13.
+    atexit.register(gc.freeze)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     debug = "--debug" in sys.argv[1:]

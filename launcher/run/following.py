@@ -41,7 +41,10 @@ class Followed:
 class Following:
     """The files of attempt `number`, read as they change."""
 
-    def __init__(self, directory: RunDirectory, number: int, world_size: int) -> None:
+    def __init__(
+        self, directory: RunDirectory, number: int, world_size: int, *, starter_seconds: float = 0.0
+    ) -> None:
+        """`starter_seconds`: how long what started the ranks may take to end after all of them have."""
         self._directory = directory
         self.number = number
         self._ranks = range(world_size)
@@ -50,14 +53,15 @@ class Following:
         self._looked: tuple[float, Followed] | None = None
         self._failed: float | None = None
         self._said: float | None = None
+        self._starter_seconds = starter_seconds
         self.dead: tuple[int, ...] = ()
         """The ranks that were gone first, without a last word: the others followed."""
         self.hang: Hang | None = None
 
     def look(self) -> Followed:
-        """How far it is; the files are read at most every LOOK_SECONDS."""
+        """How far it is; while ranks live, the files are read at most every LOOK_SECONDS."""
         now = time.monotonic()
-        if self._looked is None or now - self._looked[0] >= LOOK_SECONDS:
+        if self._looked is None or now - self._looked[0] >= LOOK_SECONDS or self._are_gone():
             self._looked = now, self.read(now)
         return self._looked[1]
 
@@ -99,14 +103,17 @@ class Following:
         self._directory.stacks_request.unlink(missing_ok=True)
 
     def _have_left(self, ends: Mapping[int, RankEnd], now: float) -> bool:
-        """Whether every rank has said its last word and is gone, or was to be: whatever started them needs
-        seconds to notice, and a process may hang as it ends."""
+        """Whether every rank has said its last word and is gone, or was to be: a process may hang as it ends,
+        and whatever started them may take long to notice."""
         if len(ends) < len(self._ranks):
             return False
         self._said = self._said or now
-        gone = [_is_here(beat) and not _lives(beat) for beat in self._watch.beats.values()]
-        all_gone = len(gone) == len(self._ranks) and all(gone)
-        return now - self._said > (0 if all_gone else LEAVE_SECONDS)
+        return now - self._said >= (self._starter_seconds if self._are_gone() else LEAVE_SECONDS)
+
+    def _are_gone(self) -> bool:
+        """Whether every rank was on this machine and has ended."""
+        beats = self._watch.beats
+        return len(beats) == len(self._ranks) and not any(_lives(beat) for beat in beats.values())
 
     def living_here(self) -> list[int]:
         """Process ids of the ranks on this machine that have not ended: what is left of an attempt."""
@@ -178,7 +185,9 @@ def _lives(beat: Beat) -> bool:
         return True
     import psutil
 
+    from launcher.run.processes import lives
+
     try:
-        return psutil.Process(beat.pid).status() != psutil.STATUS_ZOMBIE
+        return lives(psutil.Process(beat.pid))
     except psutil.NoSuchProcess:
         return False

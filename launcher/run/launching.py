@@ -13,7 +13,12 @@ to save a checkpoint, where the supervisor is gone. Where it lives, it does not 
 
 
 class Ranks(Protocol):
-    """The ranks of one attempt, once started."""
+    """The ranks of one attempt, once started.
+
+    `leave_seconds`: how long what started them may take to end by itself after all of them have.
+    """
+
+    leave_seconds: float
 
     def poll(self) -> int | None:
         """The exit code of what started them; None while it runs."""

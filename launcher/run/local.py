@@ -78,6 +78,9 @@ class Local:
 class LocalRanks:
     """The ranks under one `accelerate launch` (`run.launching.Ranks`)."""
 
+    leave_seconds = 0.0
+    """Its own end takes more than half a second, and nothing is left for it to do."""
+
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
@@ -91,13 +94,12 @@ class LocalRanks:
         """
         import psutil
 
+        from launcher.run.processes import kill
+
         with contextlib.suppress(psutil.NoSuchProcess):
             family = psutil.Process(self._process.pid).children(recursive=True)
             self._process.kill()
-            for member in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
-            psutil.wait_procs(family, timeout=KILL_SECONDS)
+            kill(family, KILL_SECONDS)
         self._process.wait()
 
 

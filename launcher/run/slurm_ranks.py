@@ -283,6 +283,9 @@ def outlive_own_requeue() -> None:
 class SlurmRanks:
     """The ranks under one `srun` (`run.launching.Ranks`)."""
 
+    leave_seconds = 10.0
+    """SLURM would keep in its records that a step was cancelled which has done all it was to."""
+
     def __init__(self, process: subprocess.Popen[bytes], job: str, attempt: int, look: Look) -> None:
         self._process = process
         self._job = job
@@ -355,12 +358,13 @@ def _kill_step_here(attempt: int) -> None:
     """Kill what is left on this node of the ranks of an attempt of this job."""
     import psutil
 
+    from launcher.run.processes import kill
+
     job, number = os.environ["SLURM_JOB_ID"], str(attempt)
     family = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             environment = process.environ()
             if environment.get("SLURM_JOB_ID") == job and environment.get("LAUNCHER_ATTEMPT") == number:
-                process.kill()
                 family.append(process)
-    psutil.wait_procs(family, timeout=KILL_SECONDS)
+    kill(family, KILL_SECONDS)

@@ -46,7 +46,7 @@ from launcher.run.requests import (
 from launcher.run.stopping import need_of
 
 Say = Callable[[str], None]
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 START_SECONDS = 2.0
 """Ranks that have not begun to train so long after a wish to stop are ended."""
 LAST_SECONDS = 2.0
@@ -142,7 +142,8 @@ def _record_start(directory: RunDirectory, plan: Plan) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """An attempt that is over. `stop_seconds`: from the first wish to stop until the ranks were gone."""
+    """An attempt that is over. `exit_code`: of what started the ranks; None where it was ended.
+    `stop_seconds`: from the first wish to stop until the ranks were gone."""
 
     number: int
     verdict: Verdict
@@ -201,7 +202,7 @@ def _run(
     begun = time.monotonic()
     before = len(signals.received)
     ranks = launching.start(number)
-    following = Following(directory, number, world_size)
+    following = Following(directory, number, world_size, starter_seconds=ranks.leave_seconds)
     asked: float | None = None
     by_person = at_once = killed = outlived = replaced = False
     while True:
@@ -231,6 +232,7 @@ def _run(
                 ranks.end()
             following.kill_here()
             killed = True
+            continue
         time.sleep(POLL_SECONDS)
     if replaced or is_replaced(directory, number):
         raise Interrupted(REPLACED)
@@ -251,7 +253,7 @@ def _run(
         last.ends,
         max(last.step, _committed_step(directory)),
         time.monotonic() - begun,
-        exit_code,
+        None if killed else exit_code,
         tuple(signals.received[before:]),
         None if asked is None else time.monotonic() - asked,
     )

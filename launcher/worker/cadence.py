@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,6 @@ class Cadence(TrainerCallback):
         self._best = best
         self._early_stopping = early_stopping
         self._divergence = divergence
-        self._carried = Wishes()
         self._evaluation_clock = Clock(plan.eval_every)
         self._saving_clock = Clock(plan.checkpoint_every)
         self.stopped = False
@@ -89,11 +88,18 @@ class Cadence(TrainerCallback):
         self._evaluation_clock.restart()
         self._saving_clock.restart()
 
+    def propose(self) -> None:
+        """Put in this rank's wishes for the end of the step that is under way. Called by every rank in each
+        step, late enough to hear most of what is asked for in it, and so early that no rank waits for the
+        others' wishes where it ends."""
+        self._agreement.settle()  # the last of an evaluation; whoever wanted something then still does
+        self._agreement.propose(self._wishes())
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         step, last = state.global_step, state.global_step == self._plan.steps
-        agreed, self._carried = self._carried | self._agreement.settle(), Wishes()
+        agreed = self._agreement.settle()
         if agreed.give_up:
             raise self._divergence.error(EXPLODED, step)
         self.stopped = agreed.stop and not last
@@ -106,9 +112,6 @@ class Cadence(TrainerCallback):
             self._saving_clock.restart()
         control.should_log |= last or self.stopped
         control.should_training_stop |= self.stopped
-        if not (last or self.stopped):
-            # Only now: a clock that was just restarted must not ask again.
-            self._agreement.propose(self._wishes())
         return control
 
     def evaluation_goes_on(self, step: int) -> bool:
@@ -118,12 +121,10 @@ class Cadence(TrainerCallback):
         """
         if step == self._plan.steps:
             return True
-        agreed = self._agreement.settle()
-        self._carried |= replace(agreed, stop=False)
-        if agreed.stop:
+        if self._agreement.settle().stop:
             self.stopped = self.evaluation_is_due = True
             return False
-        self._agreement.propose(replace(self._wishes(), save=False, evaluate=False))
+        self._agreement.propose(Wishes(stop=self.is_asked_to_stop()))
         return True
 
     def on_save(
@@ -131,9 +132,7 @@ class Cadence(TrainerCallback):
     ) -> TrainerControl:
         """Whoever asked for a stop while a checkpoint was written need not wait for another one."""
         if not (self.stopped or self._best.is_final or state.global_step == self._plan.steps):
-            agreed = self._agreement.settle()
-            self._carried |= agreed
-            self.stopped = self._agreement.any(agreed.stop or self.is_asked_to_stop())
+            self.stopped = self._agreement.any(self.is_asked_to_stop())
             control.should_training_stop |= self.stopped
         return control
 

@@ -1,8 +1,8 @@
 """All ranks agree on the step at which they stop, save or evaluate.
 
 Wishes (a signal to any rank, a request file, a clock that has run out) differ between ranks; acting
-on them alone would leave some ranks waiting for others. So every step all ranks reduce their wishes
-by maximum over a CPU side group, without waiting, and act on the result one step later: the same
+on them alone would leave some ranks waiting for others. So in every step all ranks reduce their wishes
+by maximum over a CPU side group, without waiting, and act on the result where the step ends: the same
 result at the same step everywhere.
 """
 
@@ -53,16 +53,12 @@ class Wishes:
     give_up: bool = False
     """Training has diverged."""
 
-    def __or__(self, other: Wishes) -> Wishes:
-        """What either of the two wants."""
-        return Wishes(*(one or two for one, two in zip(self.flags(), other.flags(), strict=True)))
-
     def flags(self) -> tuple[bool, ...]:
         return self.stop, self.save, self.evaluate, self.give_up
 
 
 class Agreement:
-    """Each step: settle what was proposed at the step before, act on it, then propose anew."""
+    """In each step: propose, go on with the step, then settle what was proposed and act on it."""
 
     def __init__(self, world_size: int) -> None:
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None

@@ -224,7 +224,10 @@ class LauncherTrainer(ReportingTrainer):
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Any:
         with self._times.forward.running():
-            return super().compute_loss(*arguments, **named)
+            loss = super().compute_loss(*arguments, **named)
+        if self.accelerator.sync_gradients:  # the backward pass of the step's last micro-batch comes next
+            self._cadence.propose()
+        return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Tensors], device: torch.device) -> Any:
         """Labelled tokens in the whole optimizer step. Equal rows need no counting and no collective."""

@@ -53,9 +53,10 @@ def until_asked():
 class Scripted:
     """Ranks that do what a script says, one script for each attempt, the last one again and again."""
 
-    def __init__(self, directory: RunDirectory, *scripts: str) -> None:
+    def __init__(self, directory: RunDirectory, *scripts: str, leave_seconds: float = 0.0) -> None:
         self._directory = directory
         self._scripts = scripts
+        self._leave_seconds = leave_seconds
         self.attempts = 0
         self.known = Facts()
         self.takes_over = False
@@ -65,7 +66,7 @@ class Scripted:
         self.attempts += 1
         command = [sys.executable, "-c", PRELUDE + script, str(self._directory.root), str(attempt)]
         command.append("launcher.worker")  # by which a rank is told from any other process
-        return ScriptedRanks(subprocess.Popen(command))
+        return ScriptedRanks(subprocess.Popen(command), self._leave_seconds)
 
     def facts(self, signals: Sequence[int]) -> Facts:
         return self.known
@@ -78,7 +79,8 @@ class Scripted:
 
 
 class ScriptedRanks:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], leave_seconds: float) -> None:
+        self.leave_seconds = leave_seconds
         self._process = process
 
     def poll(self) -> int | None:
@@ -172,6 +174,27 @@ def test_where_no_rank_lived_to_say_it_the_end_of_the_launch_log_is_shown(direct
     assert "killed or never started" in error.message
     assert "line 99" in error.message
     assert "line 10 " not in error.message
+
+
+@pytest.mark.parametrize(("starter", "leave_seconds", "code"), [(60, 0.0, None), (1, 60.0, 0)])
+def test_what_started_the_ranks_is_ended_once_all_have_left_or_given_time_to_end(
+    directory: RunDirectory, starter: float, leave_seconds: float, code: int | None
+) -> None:
+    words = f"""
+for rank in range(2):
+    if not os.fork():
+        beat(rank, 20)
+        say(rank, "FINISHED", 20)
+        os._exit(0)
+os.wait(), os.wait()
+time.sleep({starter})
+"""
+    launching = Scripted(directory, words, leave_seconds=leave_seconds)
+    begun = time.monotonic()
+    assert supervise(directory, launching, lambda text: None, QUICK) == 20
+    assert time.monotonic() - begun < 30
+    (ended,) = events(directory, "attempt_ended")
+    assert (ended["outcome"], ended["exit_code"]) == ("FINISHED", code)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])

@@ -64,12 +64,16 @@ class Drive:
         at: dict[int, Callable[[], object]] | None = None,
         start: int = 0,
         during: dict[str, Callable[[], object]] | None = None,
+        backward: dict[int, Callable[[], object]] | None = None,
     ) -> Drive:
-        """Take every step; `at` happens during a step, `during` in each evaluation's 3rd pass, or save."""
+        """Take every step; `at` happens in a step's forward pass, `backward` in its backward pass, `during`
+        in each evaluation's 3rd pass, or save."""
         state, control = TrainerState(), TrainerControl()
         self.cadence.on_train_begin(self._arguments, state, control)
         for step in range(start + 1, STEPS + 1):
             (at or {}).get(step, lambda: None)()
+            self.cadence.propose()
+            (backward or {}).get(step, lambda: None)()
             state.global_step = self.last = step
             self.cadence.on_step_end(self._arguments, state, control)
             if control.should_evaluate:
@@ -121,10 +125,10 @@ def test_without_validation_it_never_evaluates(tmp_path: Path) -> None:
     assert run.saved == [12], "the end is always saved"
 
 
-def test_a_clock_that_has_run_out_is_heard_one_step_later_and_starts_again(tmp_path: Path) -> None:
+def test_a_clock_that_has_run_out_is_heard_at_the_end_of_the_step_and_starts_again(tmp_path: Path) -> None:
     plan = every(Every(seconds=0.3), Every(seconds=0.3))
     run = Drive(tmp_path, plan).go({5: lambda: time.sleep(0.31)})
-    assert run.evaluated == run.saved == [6, 12]
+    assert run.evaluated == run.saved == [5, 12]
     other = Drive(tmp_path, plan, rank=1).go({5: lambda: time.sleep(0.31)})
     assert other.evaluated == [12], "rank 0's clock is the one that counts"
 
@@ -140,7 +144,7 @@ def test_a_clock_is_due_once_its_time_has_passed() -> None:
 
 
 @pytest.mark.parametrize("how", ["signal", "file"])
-def test_asked_to_stop_it_saves_and_stops_one_step_later(tmp_path: Path, how: str) -> None:
+def test_asked_to_stop_it_saves_and_stops_at_the_end_of_the_step(tmp_path: Path, how: str) -> None:
     run = Drive(tmp_path, every(Every(steps=100), Every(steps=100)))
 
     def ask() -> None:
@@ -151,7 +155,14 @@ def test_asked_to_stop_it_saves_and_stops_one_step_later(tmp_path: Path, how: st
             run.request.touch()
 
     run.go({4: ask})
-    assert (run.last, run.saved, run.evaluated) == (5, [5], [])
+    assert (run.last, run.saved, run.evaluated) == (4, [4], [])
+    assert run.cadence.stopped
+
+
+def test_asked_to_stop_once_the_ranks_have_told_their_wishes_it_takes_one_step_more(tmp_path: Path) -> None:
+    run = Drive(tmp_path, PLAN)
+    run.go(backward={4: lambda: setattr(run.signals, "received", signal.SIGTERM)})
+    assert (run.last, run.saved) == (5, [5])
     assert run.cadence.stopped
 
 
@@ -162,13 +173,16 @@ def test_only_rank_0_reads_the_file_and_every_rank_its_signals(tmp_path: Path) -
     assert run.go().last == STEPS
     run = Drive(tmp_path, PLAN, rank=1)
     run.signals.received = signal.SIGTERM
-    assert run.go().last == 2
+    assert run.go().last == 1
 
 
 def test_asked_at_the_last_step_it_has_finished_rather_than_stopped(tmp_path: Path) -> None:
     for step in (STEPS - 1, STEPS):
         run = Drive(tmp_path, PLAN)
-        run.go({step: lambda run=run: setattr(run.signals, "received", signal.SIGTERM)})  # type: ignore[misc]
+        ask: dict[int, Callable[[], object]] = {
+            step: lambda run=run: setattr(run.signals, "received", signal.SIGTERM)  # type: ignore[misc]
+        }
+        run.go(ask if step == STEPS else None, backward=ask)
         assert run.last == STEPS
         assert run.saved == [STEPS]
         assert not run.cadence.stopped
@@ -204,11 +218,12 @@ def test_asked_while_it_saves_it_stops_there_and_saves_no_second_time(tmp_path: 
 
 def test_what_was_due_before_an_evaluation_is_not_forgotten_in_it(tmp_path: Path) -> None:
     plan = every(Every(steps=5), Every(seconds=0.2))
-    run = Drive(tmp_path, plan).go({5: lambda: time.sleep(0.21)})
-    assert (run.evaluated, run.saved) == ([5, 10, 12], [6, 12])
+    run = Drive(tmp_path, plan).go(during={"evaluate": lambda: time.sleep(0.15)})
+    assert run.evaluated == [5, 10, 12]
+    assert run.saved == [11, 12], "due in the second evaluation, when the ranks had told their wishes"
 
 
-def test_an_exploded_loss_ends_it_one_step_later_with_nothing_saved(tmp_path: Path) -> None:
+def test_an_exploded_loss_ends_it_with_nothing_saved(tmp_path: Path) -> None:
     run = Drive(tmp_path, every(Every(), Every(steps=6)))
     run.divergence.report({"loss": 3.0}, 1)
 
@@ -216,9 +231,9 @@ def test_an_exploded_loss_ends_it_one_step_later_with_nothing_saved(tmp_path: Pa
         for step in range(2, 7):
             run.divergence.report({"loss": 60.0}, step)
 
-    with pytest.raises(Diverged, match="in steps 2 to 6: the loss has exploded"):
+    with pytest.raises(Diverged, match="in steps 2 to 5: the loss has exploded"):
         run.go({5: explode})
-    assert (run.last, run.saved) == (6, [])
+    assert (run.last, run.saved) == (5, [])
 
 
 def test_early_stopping_counts_evaluations_without_improvement(tmp_path: Path) -> None:

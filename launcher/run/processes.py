@@ -1,0 +1,36 @@
+"""Processes that others started: whether they live, and how they are ended.
+
+One that has ended stays until whoever started it has asked how (a zombie); where that is gone and a
+container's first process asks for nobody, it stays for good. Here it lives no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+
+import psutil
+
+POLL_SECONDS = 0.01
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it has not ended: it holds what it has open until its last thread has."""
+    try:
+        if not process.is_running():
+            return False
+        return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill(processes: Iterable[psutil.Process], seconds: float) -> None:
+    """Kill them, and return once none lives, or after so many seconds: one may be stuck in the kernel."""
+    left = [process for process in processes if lives(process)]
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    until = time.monotonic() + seconds
+    while any(map(lives, left)) and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
