@@ -33,9 +33,11 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from launcher.errors import Interrupted
 from launcher.run import journal
 from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory
+from launcher.run.outcome import Outcome
 from launcher.run.processes import lives
 from launcher.worker.heart import Heart
 from launcher.worker.stop import Agreement, StopSignals, Wishes
@@ -146,9 +148,12 @@ def stop(folder: Path, draw: random.Random, whom: str) -> Stop:
     while any(map(lives, ranks)):
         time.sleep(0.02)
     ranks_left = time.time() - asked
-    process.wait()
+    code = process.wait()
     all_left = time.time() - asked
     newest = max(committed(directory.checkpoints), key=lambda each: each.step)
+    (*_, ended) = journal.events(directory.journal, "ended")
+    if (code, ended["outcome"], ended["step"]) != (Interrupted.exit_code, Outcome.STOPPED, newest.step):
+        raise SystemExit(f"not a clean end: {code}, {ended}\n{(folder / 'said').read_text()}")
     (saved,) = (
         line
         for line in journal.read(directory.metrics)
@@ -159,7 +164,7 @@ def stop(folder: Path, draw: random.Random, whom: str) -> Stop:
         whom,
         step=statistics.median(steps),
         save=saved["save_seconds"],
-        committed=(newest.folder / "MANIFEST.json").stat().st_mtime - asked,
+        committed=newest.folder.stat().st_ctime - asked,  # it was renamed then, whole
         ranks=ranks_left,
         all=all_left,
     )

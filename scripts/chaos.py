@@ -40,7 +40,7 @@ from launcher.run import journal
 from launcher.run.directory import RunDirectory
 from launcher.run.heartbeat import read_beat
 from launcher.run.outcome import Outcome, read_end
-from launcher.worker import __main__ as worker
+from launcher.worker import main as worker
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/benchmarks/reliability.md"

@@ -22,7 +22,7 @@ import json, os, signal
 from transformers import TrainerCallback
 
 class Record(TrainerCallback):
-    '''Writes the rows each rank trains on, and stops the run after step STOP.'''
+    '''Writes the rows each rank trains on, and stops the run after the step that follows STOP.'''
 
     def on_train_begin(self, args, state, control, model, **_):
         file = open(f"rows-{args.process_index}.jsonl", "a")
@@ -100,11 +100,11 @@ def test_batch_size_and_world_change_on_the_way_and_no_sample_is_lost_or_repeate
     recorded: Workplace,
 ) -> None:
     length = ("train.tokens=10240", "train.schedule=linear", "train.warmup=0.1")
-    stopped(recorded, 7, *length)
+    stopped(recorded, 8, *length)
     directory = recorded.folder / "runs" / "small"
     assert rows_of(recorded) == expected_rows(directory, consecutive(1, 0, 8, 9))
 
-    stopped(recorded, 11, *length, "train.batch_size=16", "--cluster", "two.yaml")
+    stopped(recorded, 12, *length, "train.batch_size=16", "--cluster", "two.yaml")
     assert rows_of(recorded) == expected_rows(directory, consecutive(10, 72, 16, 4))
     # 160 samples are asked for; 72 + 4 x 16 are trained: 24 are left, which is 6 steps of 4.
     recorded.train(*length, "train.batch_size=4")
@@ -170,7 +170,7 @@ def test_text_is_banned_after_a_spike_and_stays_so_on_any_world(recorded: Workpl
     for each in ("config.yaml", "plan.json"):
         text = (recorded.folder / "runs" / "one" / each).read_text()
         (recorded.folder / "runs" / "one" / each).write_text(text.replace("name: small", "name: one"))
-    stopped(recorded, 12, "name=one", skip)
+    stopped(recorded, 13, "name=one", skip)
     two = recorded.train("name=one", skip, "--cluster", "two.yaml")
     taken = rows_of(recorded)
     assert taken == expected_rows(two, after)

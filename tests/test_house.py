@@ -43,7 +43,7 @@ LISTS_DATA_SETS: Final = "data/data_sets.py"  # asks `datasets` what a data set 
 MAY_READ_ENVIRONMENT: Final = (
     "config/load.py",
     "run/",
-    "worker/__main__.py",
+    "worker/main.py",
     *(
         "worker/export.py",
         "worker/reshard.py",

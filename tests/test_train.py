@@ -131,7 +131,7 @@ def test_another_configuration_of_the_same_name_is_refused_and_a_longer_one_goes
 def test_stopped_and_resumed_it_ends_in_the_same_weights(mine: Workplace, cluster: tuple[str, ...]) -> None:
     run = small_run()
     run["model"]["overrides"]["resid_pdrop"] = 0.2
-    run["train"]["callbacks"] = ["mine:Stop"]
+    run["train"] |= {"callbacks": ["mine:Stop"], "micro_batch": 2}
     write_json(mine.folder / "run.yaml", run)
     whole = mine.train("name=whole", *cluster)
 
@@ -324,12 +324,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(mine: Work
     write_json(mine.folder / "run.yaml", run)
     whole = mine.train("name=whole")
     assert mine.run("train", "run.yaml", "name=parts", STOP="1").returncode == 130
-    newest = mine.folder / "runs/parts/checkpoints/step-00000009/model.safetensors"
+    newest = mine.folder / "runs/parts/checkpoints/step-00000008/model.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
     parts = mine.train("name=parts")
-    assert (parts / "checkpoints/quarantine/step-00000009").is_dir()
-    assert "step-00000009 set aside" in (parts / "logs/attempt-002/rank-0.log").read_text()
+    assert (parts / "checkpoints/quarantine/step-00000008").is_dir()
+    assert "step-00000008 set aside" in (parts / "logs/attempt-002/rank-0.log").read_text()
     assert losses(parts) == losses(whole)
     assert weights(parts) == weights(whole)

@@ -9,17 +9,23 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from launcher.run import journal
 from launcher.run.directory import RunDirectory, write_text
 from launcher.run.heartbeat import LIMITS, Beat, Watch, read_beat
 from launcher.run.outcome import FAILURES, Hang, RankEnd, named, read_end
 
+if TYPE_CHECKING:
+    import psutil
+
 ECHO_SECONDS = 5.0
 """How long the other ranks may still speak once one has failed or is gone; then they are ended."""
 LEAVE_SECONDS = 60.0
 """How long a process may take to end after its last word."""
 LOOK_SECONDS = 0.5
+KILL_SECONDS = 10
+"""How long killed processes are waited for."""
 MOVING_SECONDS = 10.0
 """A heartbeat that has not changed for so long is of no rank that lives and can reach the run directory."""
 STACKS_SECONDS = 3.0
@@ -53,6 +59,7 @@ class Following:
         self._looked: tuple[float, Followed] | None = None
         self._failed: float | None = None
         self._said: float | None = None
+        self._gone: float | None = None
         self._starter_seconds = starter_seconds
         self.dead: tuple[int, ...] = ()
         """The ranks that were gone first, without a last word: the others followed."""
@@ -108,16 +115,20 @@ class Following:
         if len(ends) < len(self._ranks):
             return False
         self._said = self._said or now
-        return now - self._said >= (self._starter_seconds if self._are_gone() else LEAVE_SECONDS)
+        if self._are_gone():
+            self._gone = self._gone or now
+            return now - self._gone >= self._starter_seconds
+        return now - self._said > LEAVE_SECONDS
 
     def _are_gone(self) -> bool:
         """Whether every rank was on this machine and has ended."""
         beats = self._watch.beats
         return len(beats) == len(self._ranks) and not any(_lives(beat) for beat in beats.values())
 
-    def living_here(self) -> list[int]:
-        """Process ids of the ranks on this machine that have not ended: what is left of an attempt."""
-        return [beat.pid for beat in self._watch.beats.values() if _is_here(beat) and self._is_ours(beat.pid)]
+    def living_here(self) -> list[psutil.Process]:
+        """The ranks on this machine that have not ended: what is left of an attempt."""
+        here = (self._process(beat.pid) for beat in self._watch.beats.values() if _is_here(beat))
+        return [process for process in here if process is not None]
 
     def without_word_elsewhere(self) -> frozenset[int]:
         """The ranks of other machines that have not said their last word: they live, or were killed."""
@@ -130,21 +141,22 @@ class Following:
         return self.without_word_elsewhere() & self._watch.moving(MOVING_SECONDS)
 
     def kill_here(self) -> None:
-        """Kill what is left of it on this machine."""
-        for pid in self.living_here():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """Kill what is left of it on this machine, and wait until that is gone."""
+        from launcher.run.processes import kill
 
-    def _is_ours(self, pid: int) -> bool:
-        """Whether that process is a rank of this run, and not another one that has its number by now."""
+        kill(self.living_here(), KILL_SECONDS)
+
+    def _process(self, pid: int) -> psutil.Process | None:
+        """That process, if it is a rank of this run, and not another one that has its number by now."""
         import psutil
 
         try:
             process = psutil.Process(pid)
             words = process.cmdline()
         except psutil.Error:
-            return False
-        return "launcher.worker" in words and str(self._directory.root) in words
+            return None
+        is_ours = "launcher.worker" in words and str(self._directory.root) in words
+        return process if is_ours else None
 
     def _missing(self, now: float, ends: Mapping[int, RankEnd]) -> Hang | None:
         """Ranks that never came up; None while there is time, or there are none."""

@@ -14,13 +14,12 @@ from pathlib import Path
 from launcher.errors import MachineError
 from launcher.render.command import launch_command
 from launcher.run.directory import RunDirectory
+from launcher.run.following import KILL_SECONDS
 from launcher.run.launching import RANK_ENVIRONMENT
 from launcher.run.machine import oom_kills
 from launcher.run.outcome import Facts, Outcome
 
 PR_SET_PDEATHSIG = 1
-KILL_SECONDS = 10
-"""How long killed processes are waited for."""
 
 
 class Local:

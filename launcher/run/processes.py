@@ -21,15 +21,15 @@ def lives(process: psutil.Process) -> bool:
         if not process.is_running():
             return False
         return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
-    except psutil.NoSuchProcess:
-        return False
+    except psutil.Error:
+        return False  # or another user's, that has its number by now
 
 
 def kill(processes: Iterable[psutil.Process], seconds: float) -> None:
     """Kill them, and return once none lives, or after so many seconds: one may be stuck in the kernel."""
     left = [process for process in processes if lives(process)]
     for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             process.kill()
     until = time.monotonic() + seconds
     while any(map(lives, left)) and time.monotonic() < until:

@@ -10,7 +10,8 @@ from launcher.run.directory import RunDirectory
 from launcher.run.heartbeat import CHECKPOINT_BYTES, FILE_SPEED, read_beat
 
 STEPS = 3
-"""Steps until the ranks have stopped: the one under way, the one at which they agree, and one for luck."""
+"""Steps until the ranks have stopped: the one under way, the next where that was too far for them to agree in
+it, and one for luck."""
 SLACK = 1.5
 """A checkpoint may take so many times as long as the longest lately."""
 MARGIN = 10.0

@@ -142,7 +142,7 @@ def _record_start(directory: RunDirectory, plan: Plan) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """An attempt that is over. `exit_code`: of what started the ranks; None where it was ended.
+    """An attempt that is over. `exit_code`: of what started the ranks; None where the supervisor ended it.
     `stop_seconds`: from the first wish to stop until the ranks were gone."""
 
     number: int
@@ -204,7 +204,7 @@ def _run(
     ranks = launching.start(number)
     following = Following(directory, number, world_size, starter_seconds=ranks.leave_seconds)
     asked: float | None = None
-    by_person = at_once = killed = outlived = replaced = False
+    by_person = at_once = killed = starter_killed = outlived = replaced = False
     while True:
         # The other may wait no longer than for the ranks' last words: it is not asked twice.
         replaced = replaced or is_replaced(directory, number)
@@ -230,6 +230,7 @@ def _run(
                 following.collect_stacks()
             if exit_code is None:
                 ranks.end()
+                starter_killed = True
             following.kill_here()
             killed = True
             continue
@@ -253,7 +254,7 @@ def _run(
         last.ends,
         max(last.step, _committed_step(directory)),
         time.monotonic() - begun,
-        None if killed else exit_code,
+        None if starter_killed else exit_code,
         tuple(signals.received[before:]),
         None if asked is None else time.monotonic() - asked,
     )

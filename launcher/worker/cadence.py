@@ -90,8 +90,7 @@ class Cadence(TrainerCallback):
 
     def propose(self) -> None:
         """Put in this rank's wishes for the end of the step that is under way. Called by every rank in each
-        step, late enough to hear most of what is asked for in it, and so early that no rank waits for the
-        others' wishes where it ends."""
+        step, as late as it can be without a rank waiting for the others' wishes where the step ends."""
         self._agreement.settle()  # the last of an evaluation; whoever wanted something then still does
         self._agreement.propose(self._wishes())
 

@@ -29,8 +29,14 @@ GIVEN_UP_SECONDS = 30.0
 """So long, and two steps, a rank waits for the others once another supervisor waits for the run: they may be
 on the far side of a network that is gone, and never come."""
 PLACE_CHARACTERS = 200
-WAITING = ("distributed/distributed_c10d.py", "torch/autograd/graph.py", "deepspeed/comm/comm.py")
-"""Where the main thread is while it waits for other ranks: in a collective, or a backward pass with one."""
+WAITING = (
+    "distributed/distributed_c10d.py",
+    "torch/autograd/graph.py",
+    "deepspeed/comm/comm.py",
+    "launcher/worker/stop.py",
+)
+"""Where the main thread is while it waits for other ranks: in a collective, in a backward pass with one, or
+until all have told their wishes."""
 
 
 class Heart:

@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.errors import Interrupted, LauncherError, RunDirectoryError, TrainingError
 from launcher.run import checkpoints as ledger
 from launcher.run import journal
 from launcher.run.directory import RunDirectory, hold, write_text
+from launcher.run.heartbeat import read_beat
 from launcher.run.holding import only_supervisor
 from launcher.run.outcome import Facts, Outcome, Patience, read_end
+from launcher.run.processes import lives
 from launcher.run.requests import ask_to_stop, asked_by
 from launcher.run.supervise import LAST_SECONDS, is_finished, supervise
 
@@ -176,15 +179,18 @@ def test_where_no_rank_lived_to_say_it_the_end_of_the_launch_log_is_shown(direct
     assert "line 10 " not in error.message
 
 
-@pytest.mark.parametrize(("starter", "leave_seconds", "code"), [(60, 0.0, None), (1, 60.0, 0)])
+@pytest.mark.parametrize(
+    ("rank", "starter", "leave_seconds", "code"), [(0, 60, 0.0, None), (0, 1, 60.0, 0), (3, 0.5, 2.0, 0)]
+)
 def test_what_started_the_ranks_is_ended_once_all_have_left_or_given_time_to_end(
-    directory: RunDirectory, starter: float, leave_seconds: float, code: int | None
+    directory: RunDirectory, rank: float, starter: float, leave_seconds: float, code: int | None
 ) -> None:
     words = f"""
 for rank in range(2):
     if not os.fork():
         beat(rank, 20)
         say(rank, "FINISHED", 20)
+        time.sleep({rank})
         os._exit(0)
 os.wait(), os.wait()
 time.sleep({starter})
@@ -273,6 +279,31 @@ say(1, "STOPPED", 6)
     assert (ended["outcome"], ended["step"], ended["exit_code"]) == ("CRASHED", 6, -9)
     assert "what started the ranks was killed" in ended["reason"]
     assert other["outcome"] == "OUT_OF_MEMORY"
+
+
+def test_ranks_without_what_started_them_are_gone_once_they_have_been_ended(
+    directory: RunDirectory, later: Callable[..., None]
+) -> None:
+    words = """
+if os.fork():
+    time.sleep(1.5)
+    os.kill(os.getpid(), 9)
+parent = os.getppid()
+slow_to_end = bytearray(b"x") * (1 << 29)
+beat(0, 5)
+while os.getppid() == parent:
+    time.sleep(0.05)
+(directory.root / "alone").touch()
+time.sleep(60)
+"""
+    later((directory.root / "alone").exists, lambda: os.kill(os.getpid(), signal.SIGINT))
+    later(directory.stop_request.exists, lambda: os.kill(os.getpid(), signal.SIGINT))
+    error = end_of(directory, Scripted(directory, words))
+    rank = read_beat(directory.heartbeat(1, 0))
+    assert rank is not None
+    assert not psutil.pid_exists(rank.pid) or not lives(psutil.Process(rank.pid))
+    assert error.message == "ended at once"
+    assert events(directory, "attempt_ended")[0]["exit_code"] == -9
 
 
 def test_a_wish_is_honoured_at_once_while_there_is_nothing_to_save(

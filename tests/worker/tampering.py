@@ -23,7 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from launcher.errors import TrainingError
 from launcher.plan.orders import Orders
 from launcher.run.directory import RunDirectory
-from launcher.worker import __main__ as worker
+from launcher.worker import main as worker
 from launcher.worker import verify as verifying
 from launcher.worker.trainer import LauncherTrainer
 

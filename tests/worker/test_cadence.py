@@ -216,9 +216,9 @@ def test_asked_while_it_saves_it_stops_there_and_saves_no_second_time(tmp_path: 
     assert run.cadence.stopped
 
 
-def test_what_was_due_before_an_evaluation_is_not_forgotten_in_it(tmp_path: Path) -> None:
-    plan = every(Every(steps=5), Every(seconds=0.2))
-    run = Drive(tmp_path, plan).go(during={"evaluate": lambda: time.sleep(0.15)})
+def test_a_save_that_falls_due_in_an_evaluation_is_made_after_the_next_step(tmp_path: Path) -> None:
+    plan = every(Every(steps=5), Every(seconds=1.0))
+    run = Drive(tmp_path, plan).go(during={"evaluate": lambda: time.sleep(0.6)})
     assert run.evaluated == [5, 10, 12]
     assert run.saved == [11, 12], "due in the second evaluation, when the ranks had told their wishes"
 
