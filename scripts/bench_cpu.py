@@ -52,9 +52,11 @@ class Side:
     def take(self, steps: int) -> float:
         """Go on until so many steps have ended, and stop again: tokens per second from the first end on.
 
-        What was left of the step that the last turn cut through is not counted.
+        What was left of the step that the last turn cut through is not counted, nor a step whose line comes
+        now and which ended before: launcher reports a step late.
         """
         done = self._lines()
+        resumed = time.time()
         self._send(signal.SIGCONT)
         until = time.monotonic() + PATIENCE
         while len(self._lines()) < len(done) + steps:
@@ -62,7 +64,7 @@ class Side:
                 raise SystemExit(f"no more steps in {self._file}")
             time.sleep(0.1)
         self._send(signal.SIGSTOP)
-        ends = [self._read(line) for line in self._lines()[len(done) :]]
+        ends = [end for line in self._lines()[len(done) :] if (end := self._read(line)) > resumed]
         return (len(ends) - 1) * TOKENS / (ends[-1] - ends[0])
 
     def end(self) -> None:
