@@ -4,9 +4,8 @@
 
 First, two ranks over gloo take steps of 50 ms, each of which ends in an all-reduce like a gradient's. What
 every step of a run does for the agreement, after a third of it and at its end, and for the heartbeat, is
-timed. Then a
-small GPT-2 is trained by `launcher train` on two ranks, asked to stop at random moments by SIGTERM to one of
-them or to the supervisor, and started again.
+timed. Then a small GPT-2 is trained by `launcher train` on two ranks, asked to stop at random moments by
+SIGTERM to one of them or to the supervisor, and started again.
 """
 
 from __future__ import annotations

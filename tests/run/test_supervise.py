@@ -50,6 +50,16 @@ def say(rank, outcome, step, error=None, **more):
 def until_asked():
     while not directory.stop_request.exists():
         time.sleep(0.01)
+
+def outlive_starter(*ranks):
+    if os.fork():
+        time.sleep(1.5)
+        os.kill(os.getpid(), 9)
+    starter = os.getppid()
+    for rank in ranks:
+        beat(rank, 5)
+    while os.getppid() == starter:
+        time.sleep(0.05)
 """
 
 
@@ -95,7 +105,7 @@ class ScriptedRanks:
 
 
 def events(directory: RunDirectory, name: str) -> list[dict[str, Any]]:
-    return [event for event in journal.read(directory.journal) if event["event"] == name]
+    return journal.events(directory.journal, name)
 
 
 def end_of(directory: RunDirectory, launching: Scripted) -> LauncherError:
@@ -261,19 +271,7 @@ def test_signals_that_come_while_a_wish_is_written_are_heard(
 def test_ranks_that_outlive_what_started_them_are_waited_for_and_started_again(
     directory: RunDirectory,
 ) -> None:
-    words = """
-if os.fork():
-    time.sleep(1.5)
-    os.kill(os.getpid(), 9)
-parent = os.getppid()
-beat(0, 5)
-beat(1, 5)
-while os.getppid() == parent:
-    time.sleep(0.05)
-time.sleep(1)
-say(0, "STOPPED", 6)
-say(1, "STOPPED", 6)
-"""
+    words = 'outlive_starter(0, 1); time.sleep(1); say(0, "STOPPED", 6); say(1, "STOPPED", 6)'
     end_of(directory, Scripted(directory, words, 'say(1, "OUT_OF_MEMORY", 6, "full")'))
     ended, other = events(directory, "attempt_ended")
     assert (ended["outcome"], ended["step"], ended["exit_code"]) == ("CRASHED", 6, -9)
@@ -285,14 +283,8 @@ def test_ranks_without_what_started_them_are_gone_once_they_have_been_ended(
     directory: RunDirectory, later: Callable[..., None]
 ) -> None:
     words = """
-if os.fork():
-    time.sleep(1.5)
-    os.kill(os.getpid(), 9)
-parent = os.getppid()
+outlive_starter(0)
 slow_to_end = bytearray(b"x") * (1 << 29)
-beat(0, 5)
-while os.getppid() == parent:
-    time.sleep(0.05)
 (directory.root / "alone").touch()
 time.sleep(60)
 """
