@@ -407,7 +407,10 @@ class Bench:
         torch.cuda.empty_cache()
 
     def alone(self, chosen: Sequence[Row]) -> None:
-        """Take these with no others beside them: measured when all of them have taken their first step."""
+        """Take these with no others beside them: measured when all of them have taken their first step.
+
+        Raises SystemExit if one fails, since all that follow are compared with them.
+        """
         with (self._work / "turn").open("w") as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
             for row in chosen:
@@ -416,6 +419,8 @@ class Bench:
                 time.sleep(0.2)
         while self._going:
             self._collect()
+        if failed := [row["name"] for row in self._answer["rows"] if "error" in row]:
+            raise SystemExit(f"nothing else is measured: {', '.join(failed)} failed")
 
     def one_by_one(self, chosen: Sequence[Row]) -> None:
         """Take these in turn, while those that come after them start."""

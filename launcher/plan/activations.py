@@ -140,7 +140,8 @@ def _whole(
 def _chunked(
     shape: Shape, numbers: Numbers, tokens: int, *, compiled: bool, on_cpu: bool
 ) -> tuple[int, int, int]:
-    """One chunk's logits with their log-probabilities, beside the fp32 gradient of the head's weight.
+    """One chunk's logits, in half precision with their log-probabilities, beside the fp32 gradient of the
+    head's weight.
 
     The head's input is there until its gradient is whole, which then stands where the stock loss keeps that
     input, as wide as the residual stream. Backward multiplies both gradients by the loss's own, into new
@@ -148,7 +149,8 @@ def _chunked(
     """
     rows = min(tokens, chunk_rows(shape.vocab, on_cpu=on_cpu))
     head = shape.vocab * shape.hidden
-    each = COMPILED_BYTES_PER_CHUNKED_LOGIT if compiled else _forward_bytes(numbers)
+    eager = FP32 if numbers.compute == FP32 else _forward_bytes(numbers)
+    each = COMPILED_BYTES_PER_CHUNKED_LOGIT if compiled else eager
     chunk = each * rows * shape.vocab
     scaled = numbers.stream * head
     wide = numbers.stream * tokens * shape.hidden

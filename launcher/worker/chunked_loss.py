@@ -238,11 +238,23 @@ def _slopes_in_place(
     # Who compiles for a GPU has Triton, and the C compiler that it asks for.
     if torch.compiler.is_compiling() and logits.is_cuda and logits.dtype == torch.bfloat16:
         return loss_kernel.slopes_in_place(logits, target[:, 0], vocabulary)[:, None]
-    likelihood = _likelihood(logits, vocabulary, precise)
-    chosen = likelihood.gather(1, target)
-    torch.exp(likelihood, out=logits)
-    logits.scatter_(1, target, chosen.expm1().to(logits.dtype))
-    return -chosen
+    if logits.dtype != precise:
+        likelihood = _likelihood(logits, vocabulary, precise)
+        losses = -likelihood.gather(1, target)
+        torch.exp(likelihood, out=logits)
+    else:
+        losses = _softmax_in_place(logits, target, vocabulary)
+    logits.scatter_(1, target, (-losses).expm1().to(logits.dtype))
+    return losses
+
+
+def _softmax_in_place(logits: torch.Tensor, target: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Make `logits` their softmax, without a second buffer as large. Returns losses, [rows, 1]."""
+    logits[:, vocabulary:] = -torch.inf
+    chosen, greatest = logits.gather(1, target), logits.amax(1, keepdim=True)
+    torch.softmax(logits, 1, out=logits)
+    # The likeliest token has at least 1 / vocabulary: its logarithm is exact, the target's may underflow.
+    return greatest - logits.amax(1, keepdim=True).log() - chosen
 
 
 def _other_than_plain(model: PreTrainedModel) -> str | None:

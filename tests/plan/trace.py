@@ -101,7 +101,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         moved = sum(tensor.nbytes for tensor in results)
         if name not in READS_FEW:
             written = {_key(tensor) for tensor in results} if name in WRITES_ONLY else set()
-            moved += sum(tensor.nbytes for tensor in given if _key(tensor) not in written)
+            read = {id(tensor): tensor for tensor in given if _key(tensor) not in written}
+            moved += sum(tensor.nbytes for tensor in read.values())  # once, if it is also what is written to
         self.kernels += 1
         if name == "scatter_":
             return  # one element in a row
