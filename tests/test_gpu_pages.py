@@ -1,4 +1,4 @@
-"""The pages of what was measured on a GPU say what `docs/benchmarks/gpu.json` and today's models say."""
+"""The pages of what was measured on a GPU say what its files and today's models say."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ GPU = "h200-sxm-141gb"
 
 
 def test_the_pages_are_as_written() -> None:
-    measured = gpu_pages.Measured(FOLDER / "gpu.json")
+    runs = gpu_pages.all_measured()
     for name, page in (
-        ("gpu.md", gpu_pages.speed_page(measured, GPU)),
-        ("memory.md", gpu_pages.memory_page(measured, GPU)),
+        ("gpu.md", gpu_pages.speed_page(runs, GPU)),
+        ("memory.md", gpu_pages.memory_page(runs, GPU)),
     ):
         written = (FOLDER / name).read_text(encoding="utf-8")
         assert "\n".join([*page, ""]) == written, "run scripts/gpu_pages.py"
 
 
 def test_a_plan_says_of_its_predictions_what_was_measured() -> None:
-    found = gpu_pages.errors(gpu_pages.Measured(FOLDER / "gpu.json"), GPU)
+    found = gpu_pages.errors(gpu_pages.all_measured(), GPU)
     assert found.memory <= MEASURED[GPU].memory
     assert found.speed <= MEASURED[GPU].speed

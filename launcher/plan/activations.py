@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from launcher.plan.fast import chunk_rows
+from launcher.plan.fast import chunk_rows, one_kernel
 from launcher.plan.shape import Shape, weights_per_layer
 
 FP32: Final = 4
@@ -26,8 +26,9 @@ BYTES_PER_LOGIT: Final = 12
 
 COMPILED_BYTES_PER_LOGIT: Final = 8
 COMPILED_BYTES_PER_CHUNKED_LOGIT: Final = 5
-"""The same where torch.compile fuses what the loss is made of: of all logits, and of a chunk's. Fitted on
-gpt2's rows in `docs/benchmarks/memory.md`."""
+KERNEL_BYTES_PER_CHUNKED_LOGIT: Final = 3
+"""The same where torch.compile fuses what the loss is made of: of all logits, of a chunk's, and of a chunk's
+where launcher's kernel makes it. Fitted on gpt2's rows in `docs/benchmarks/memory.md`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +150,20 @@ def _chunked(
     """
     rows = min(tokens, chunk_rows(shape.vocab, on_cpu=on_cpu))
     head = shape.vocab * shape.hidden
-    eager = FP32 if numbers.compute == FP32 else _forward_bytes(numbers)
-    each = COMPILED_BYTES_PER_CHUNKED_LOGIT if compiled else eager
-    chunk = each * rows * shape.vocab
+    chunk = _chunk_bytes(shape, numbers, compiled=compiled) * rows * shape.vocab
     scaled = numbers.stream * head
     wide = numbers.stream * tokens * shape.hidden
     wider = wide - numbers.compute * tokens * shape.hidden
     return FP32 * head + chunk + wide + wider, 2 * scaled + wide + wider, scaled if shape.tied else 0
+
+
+def _chunk_bytes(shape: Shape, numbers: Numbers, *, compiled: bool) -> int:
+    """Of a chunk's logit, where its loss is computed."""
+    whole = numbers.compute == FP32
+    if not compiled:
+        return FP32 if whole else _forward_bytes(numbers)
+    kernel = not whole and one_kernel(shape.vocab)
+    return KERNEL_BYTES_PER_CHUNKED_LOGIT if kernel else COMPILED_BYTES_PER_CHUNKED_LOGIT
 
 
 def _forward_bytes(numbers: Numbers) -> int:

@@ -23,6 +23,9 @@ CPU_CHUNK: Final = 1 << 24
 FEWEST_ROWS: Final = 256
 """Tokens in a chunk however large the vocabulary is: each chunk adds to a gradient as large as the head."""
 
+ALIGNED: Final = 8
+"""A row of logits is a multiple of so many, or torch.compile pads its products in bf16, which copies."""
+
 SETTING: Final = "train.fast"
 HEAD_IN_SHARDS: Final = "the head's weight is whole only in the head's own forward pass"
 
@@ -127,6 +130,14 @@ def trained_shape(shape: Shape, fast: Fast) -> Shape:
 def padded(vocabulary: int) -> int:
     """The next multiple of MULTIPLE."""
     return -(-vocabulary // MULTIPLE) * MULTIPLE
+
+
+def one_kernel(vocabulary: int) -> bool:
+    """Whether a compiled model's chunked loss in bf16 is one kernel of launcher's on a GPU.
+
+    Where products copy, it was seen to hold all chunks at once, and is left out.
+    """
+    return vocabulary % ALIGNED == 0
 
 
 def chunk_rows(vocabulary: int, *, on_cpu: bool) -> int:

@@ -32,10 +32,10 @@ number. Fitted. Other generations are taken for Ampere, which no measurement sup
 ATTENTION_SHARE: Final[Mapping[int, float]] = {AMPERE: 0.312, HOPPER: 0.174}
 """The same for attention with half of its FLOP masked. Fitted on FlashAttention 1; later ones are faster."""
 
-OWN_PACE: Final[Mapping[int, float]] = {HOPPER: 0.78}
+OWN_PACE: Final[Mapping[int, float]] = {HOPPER: 0.75}
 """Of the time so modelled, what launcher's own plans take on the GPU: libraries are faster than those of the
-published rows that the shares are fitted on. Fitted on gpt2's rows in `docs/benchmarks/gpu.md`, by compute
-capability's major number; where nothing was measured, 1."""
+published rows that the shares are fitted on. Fitted on rows in `docs/benchmarks/gpu.md` with all fast paths,
+without compile or without the chunked loss, by compute capability's major number; not measured: 1."""
 
 HOST_SECONDS: Final = 10e-6
 """An allowance, not measured: the host's time for one kernel, with Python, autocast and autograd."""

@@ -22,7 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from launcher.errors import TrainingError
-from launcher.plan.fast import chunk_rows
+from launcher.plan.fast import chunk_rows, one_kernel
 from launcher.worker.dataset import IGNORED
 from launcher.worker.vocabulary import plain_head, real_columns
 
@@ -236,7 +236,8 @@ def _slopes_in_place(
 ) -> torch.Tensor:
     """Make `logits` the gradient by them, their softmax less one at the target. Returns losses, [rows, 1]."""
     # Who compiles for a GPU has Triton, and the C compiler that it asks for.
-    if torch.compiler.is_compiling() and logits.is_cuda and logits.dtype == torch.bfloat16:
+    for_gpu = torch.compiler.is_compiling() and logits.is_cuda and logits.dtype == torch.bfloat16
+    if for_gpu and one_kernel(logits.shape[1]):
         return loss_kernel.slopes_in_place(logits, target[:, 0], vocabulary)[:, None]
     if logits.dtype != precise:
         likelihood = _likelihood(logits, vocabulary, precise)

@@ -162,7 +162,7 @@ def test_nothing_better_would_have_fitted(
             block_size=block_size,
             precision=precision,
             gradient_checkpointing=checkpointing,
-            pace=0.78 if gpu.startswith("h") else 1.0,
+            pace=0.75 if gpu.startswith("h") else 1.0,
         )
         assert speed is not None
         return speed.total

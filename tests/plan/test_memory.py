@@ -82,9 +82,11 @@ def train_on(model: PreTrainedModel, precision: str) -> None:
     loss.backward()
 
 
-def allocated_at_peak(fields: dict[str, Any], precision: str, checkpointing: bool | int) -> int:
+def allocated_at_peak(
+    fields: dict[str, Any], precision: str, checkpointing: bool | int, *, chunked_loss: bool = False
+) -> int:
     """Bytes that one forward and backward pass adds, at most, to weights and gradients already there."""
-    model = build(fields, checkpointing)
+    model = build(fields, checkpointing, chunked_loss=chunked_loss)
     train_on(model, precision)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_on(model, precision)
@@ -110,6 +112,26 @@ def test_the_peak_on_a_cpu_is_what_the_profiler_sees(
     memory = planned(fields, precision, checkpointing, on_cpu=True)
     passing = memory.activations + memory.logits_and_loss + memory.weight_copies
     assert passing == pytest.approx(allocated_at_peak(fields, precision, checkpointing), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("fields", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_the_chunked_loss_holds_on_a_cpu_what_the_profiler_sees(
+    fields: dict[str, Any], precision: str
+) -> None:
+    """With a vocabulary so large that the peak is where the loss is made."""
+    wide = fields | {"vocab_size": 20000}
+    memory = planned(wide, precision, True, on_cpu=True, chunked_loss=True)
+    passing = memory.activations + memory.logits_and_loss + memory.weight_copies
+    assert passing == pytest.approx(allocated_at_peak(wide, precision, True, chunked_loss=True), rel=0.02)
+
+
+def test_a_compiled_loss_holds_less_where_one_kernel_makes_it() -> None:
+    aligned, odd = (
+        planned(GPT2 | {"vocab_size": size}, "bf16", True, chunked_loss=True, compiled=True)
+        for size in (20000, 20001)
+    )
+    assert odd.logits_and_loss - aligned.logits_and_loss > 2 * MICRO_BATCH * BLOCK_SIZE * 20000
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])

@@ -91,13 +91,14 @@ def test_it_is_the_cross_entropy_s_gradient_on_a_gpu(dtype: torch.dtype) -> None
 
 
 @on_cuda
+@pytest.mark.parametrize("columns", [1024, 1021])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_chunked_loss_on_a_gpu(compiled: bool) -> None:
-    """Compiled in the kernel, eager by operators: in bf16, with labels left out and a padded vocabulary,
-    against the stock loss of whole logits."""
+def test_the_chunked_loss_on_a_gpu(compiled: bool, columns: int) -> None:
+    """Compiled in the kernel, eager or with an odd number of columns by operators: in bf16, with labels left
+    out and a padded vocabulary, against the stock loss of whole logits."""
     draw = torch.Generator().manual_seed(5)
     hidden = torch.randn(300, 64, generator=draw).cuda().requires_grad_()
-    weight = (torch.randn(1024, 64, generator=draw) / 8).cuda().requires_grad_()
+    weight = (torch.randn(columns, 64, generator=draw) / 8).cuda().requires_grad_()
     labels = torch.randint(1000, (300,), generator=draw).cuda()
     labels[::7] = IGNORED
 
