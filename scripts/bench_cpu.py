@@ -12,7 +12,6 @@ none.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
 import signal
@@ -24,9 +23,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
+
+from launcher.run import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
@@ -68,11 +68,7 @@ class Side:
         return (len(ends) - 1) * TOKENS / (ends[-1] - ends[0])
 
     def end(self) -> None:
-        members: list[Any] = [*self._family(), self._process]
-        for member in members:
-            with contextlib.suppress(psutil.NoSuchProcess):  # one may end because another has
-                member.kill()
-        self._process.wait()
+        processes.end(self._process)
 
     def _lines(self) -> list[str]:
         text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""

@@ -29,12 +29,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from gpu_meter import VARIABLE, Measuring
 from gpu_rows import ENDLESS
 
-from launcher.run import journal
-from launcher.run.processes import kill
+from launcher.run import journal, processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -279,10 +277,7 @@ class Started:
         return found
 
     def end(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            top = psutil.Process(self._process.pid)
-            kill([top, *top.children(recursive=True)], seconds=10)
-        self._process.wait()
+        processes.end(self._process)
 
     def _plan(self) -> dict[str, Any]:
         """What launcher predicted for its rows."""
@@ -407,7 +402,7 @@ class Bench:
         torch.cuda.empty_cache()
 
     def alone(self, chosen: Sequence[Row]) -> None:
-        """Take these with no others beside them: measured when all of them have taken their first step.
+        """Take these with no others beside them: each starts alone, and all are measured after that.
 
         Raises SystemExit if one fails, since all that follow are compared with them.
         """
@@ -415,8 +410,8 @@ class Bench:
             fcntl.flock(turn, fcntl.LOCK_EX)
             for row in chosen:
                 self._start(row)
-            while any(not (each.ready or each.over) for each in self._going):
-                time.sleep(0.2)
+                while not (self._going[-1].ready or self._going[-1].over):
+                    time.sleep(0.2)
         while self._going:
             self._collect()
         if failed := [row["name"] for row in self._answer["rows"] if "error" in row]:

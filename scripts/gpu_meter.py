@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 VARIABLE = "BENCH_GPU_METER"
+LOADED = time.time()
+"""When the modules of whoever trains had been loaded: this one is among the last."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,14 @@ class Meter(TrainerCallback):
     def __init__(self) -> None:
         self._asked = Measuring(**json.loads(os.environ[VARIABLE]))
         self._done = 0
+        self._begun = 0.0
         self._waited = 0.0
         self._first_step = 0.0
         self._ends: list[torch.cuda.Event] = []
 
     def begins(self) -> None:
+        if self._done == 0:
+            self._begun = time.time()
         if self._done == 1:
             Path(self._asked.result).with_suffix(".ready").touch()
             waits = time.perf_counter()
@@ -115,6 +121,7 @@ class Meter(TrainerCallback):
             self._asked.window * self._asked.tokens / (1e-3 * first.elapsed_time(last))
             for first, last in itertools.pairwise(marks)
         ]
+        born = psutil.Process().create_time()
         found = {
             "tokens_per_second": statistics.median(rates),
             "windows": rates,
@@ -122,6 +129,9 @@ class Meter(TrainerCallback):
             "peak_reserved": torch.cuda.max_memory_reserved(),
             "used_on_device": total - free,
             "start_to_first_step": self._first_step,
+            "process_age": time.time() - born,
+            "loaded": LOADED - born,
+            "begun": self._begun - born,
             "waited_for_turn": self._waited,
             **more,
         }

@@ -179,16 +179,19 @@ def _kernels(measured: Measured) -> Iterator[str]:
 
 def _start(measured: Measured, items: Measured) -> Iterator[str]:
     """How long the first step takes, and of what."""
-    alone = items.rows["gpt2 launcher"]["start_to_first_step"]
-    again = measured.rows["gpt2 launcher, accumulation 16"]["start_to_first_step"]
+    alone = items.rows["gpt2 launcher"]
+    again = measured.rows["gpt2 launcher, accumulation 16"]
+    whole, until_rank = alone["start_to_first_step"], alone["seconds"] - alone["process_age"]
+    loading, building = alone["loaded"], alone["begun"] - alone["loaded"]
+    compiling = whole - until_rank - alone["begun"]
     yield from (
         "",
         "**From the start to the first step** launcher was to take less than 60 s, and was not seen to where",
-        "nothing was compiled before. The first three rows start at one time on 16 cores; alone, in the run",
-        f"below, it took {alone:.0f} s, the first on a machine just started, its packages without bytecode:",
-        "12 until the rank was there, 24 until it had loaded, 8 to build the model and prove the run, 35 for",
-        "the first step, which compiles. With what an earlier row had compiled, and another row starting, it",
-        f"took {again:.0f} s.",
+        "nothing was compiled before. The first three rows started at one time on 16 cores; alone, in the",
+        f"run below, it took {whole:.0f} s, as the first on a machine just started, with packages that had no",
+        f"bytecode: {until_rank:.0f} until the rank was there, {loading:.0f} to load it, {building:.0f} to build",
+        f"and prove the run, {compiling:.0f} for the first step, which compiles. With what an earlier row",
+        f"had compiled, and another row starting beside it, it took {again['start_to_first_step']:.0f} s.",
     )
 
 

@@ -231,8 +231,8 @@ def _damage_now(folder: Path, checkpoint: Checkpoint | None) -> list[str] | None
 
 
 def good_at(checkpoints: Path, step: int | None) -> Checkpoint:
-    """The checkpoint of `step`, or the newest that verifies. Raises RequestError where there is none, and
-    TrainingError for one that is damaged."""
+    """The checkpoint of `step`, or the newest that verifies. Raises RequestError where there is none or none
+    any more, and TrainingError for one that is damaged."""
     if step is None:
         newest = latest_good(checkpoints)
         if newest is None:
@@ -241,7 +241,13 @@ def good_at(checkpoints: Path, step: int | None) -> Checkpoint:
     found = {each.step: each for each in committed(checkpoints)}
     if step not in found:
         raise _no_checkpoint(step, found)
-    if damage := found[step].damage():
+    damage = _damage_now(found[step].folder, found[step])
+    if damage is None:
+        raise RequestError(
+            f"the checkpoint of step {step} was removed or replaced meanwhile",
+            hint="a run is at work there: try again, or name a later step",
+        )
+    if damage:
         raise TrainingError(
             f"the checkpoint of step {step} is damaged: {'; '.join(damage)}", hint="name another step"
         )

@@ -24,8 +24,6 @@ ECHO_SECONDS = 5.0
 LEAVE_SECONDS = 60.0
 """How long a process may take to end after its last word."""
 LOOK_SECONDS = 0.5
-KILL_SECONDS = 10
-"""How long killed processes are waited for."""
 MOVING_SECONDS = 10.0
 """A heartbeat that has not changed for so long is of no rank that lives and can reach the run directory."""
 STACKS_SECONDS = 3.0
@@ -144,7 +142,7 @@ class Following:
         """Kill what is left of it on this machine, and wait until that is gone."""
         from launcher.run.processes import kill
 
-        kill(self.living_here(), KILL_SECONDS)
+        kill(self.living_here())
 
     def _process(self, pid: int) -> psutil.Process | None:
         """That process, if it is a rank of this run, and not another one that has its number by now."""

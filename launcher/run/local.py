@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -14,7 +13,6 @@ from pathlib import Path
 from launcher.errors import MachineError
 from launcher.render.command import launch_command
 from launcher.run.directory import RunDirectory
-from launcher.run.following import KILL_SECONDS
 from launcher.run.launching import RANK_ENVIRONMENT
 from launcher.run.machine import oom_kills
 from launcher.run.outcome import Facts, Outcome
@@ -87,19 +85,10 @@ class LocalRanks:
         return self._process.poll()
 
     def end(self) -> None:
-        """Kill every rank, and wait until they are gone.
+        """Kill every rank, and wait until they are gone."""
+        from launcher.run import processes
 
-        By descent, not by session: torch's launcher gives each rank a session of its own.
-        """
-        import psutil
-
-        from launcher.run.processes import kill
-
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(self._process.pid).children(recursive=True)
-            self._process.kill()
-            kill(family, KILL_SECONDS)
-        self._process.wait()
+        processes.end(self._process)
 
 
 def _stop_with_parent() -> None:

@@ -7,12 +7,15 @@ container's first process asks for nobody, it stays for good. Here it lives no m
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Iterable
 
 import psutil
 
 POLL_SECONDS = 0.01
+KILL_SECONDS = 10
+"""How long killed processes are waited for."""
 
 
 def lives(process: psutil.Process) -> bool:
@@ -25,7 +28,19 @@ def lives(process: psutil.Process) -> bool:
         return False  # or another user's, that has its number by now
 
 
-def kill(processes: Iterable[psutil.Process], seconds: float) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that was started here and all below it, and return once they are gone.
+
+    By descent, not by session: torch's launcher gives each rank a session of its own.
+    """
+    if process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            top = psutil.Process(process.pid)
+            kill([top, *top.children(recursive=True)])
+    process.wait()
+
+
+def kill(processes: Iterable[psutil.Process], seconds: float = KILL_SECONDS) -> None:
     """Kill them, and return once none lives, or after so many seconds: one may be stuck in the kernel."""
     left = [process for process in processes if lives(process)]
     for process in left:

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
@@ -370,6 +369,8 @@ def reports(
     )
     if "tensorboard" not in run.report_to:
         return report, []
+    from torch.utils.tensorboard import SummaryWriter  # a quarter of a second
+
     return report, [TensorBoardCallback(SummaryWriter(str(directory.tensorboard), purge_step=start_step))]
 
 

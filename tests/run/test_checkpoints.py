@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.errors import RequestError
 from launcher.run import checkpoints as ledger
 
 
@@ -209,6 +210,9 @@ def test_one_that_a_run_removes_while_it_is_verified_is_not_damaged(
         "step-00000002": None,
         "step-00000003": [],
     }
+    save(tmp_path, 4)
+    with pytest.raises(RequestError, match="the checkpoint of step 3 was removed or replaced meanwhile"):
+        ledger.good_at(tmp_path, 3)
 
 
 def test_one_that_a_run_replaces_while_it_is_verified_is_not_damaged(

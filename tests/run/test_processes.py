@@ -10,7 +10,7 @@ import time
 
 import psutil
 
-from launcher.run.processes import kill, lives
+from launcher.run.processes import end, kill, lives
 
 
 def test_one_that_has_ended_lives_no_more_though_nobody_has_asked_how() -> None:
@@ -48,3 +48,19 @@ def test_one_whose_first_thread_has_ended_lives_until_its_last_one_has() -> None
     finally:
         process.kill()
         process.communicate()
+
+
+def test_what_was_started_ends_with_all_below_it_whatever_their_sessions() -> None:
+    grandchild = "subprocess.Popen([sys.executable, '-c', 'input()'], stdin=-1, start_new_session=True)"
+    script = f"import subprocess, sys; print(({grandchild}).pid, flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    seen = psutil.Process(int(process.stdout.readline()))
+    assert lives(seen)
+    end(process)
+    assert process.returncode == -signal.SIGKILL
+    assert not lives(seen)
+    end(process)
+    process.communicate()
