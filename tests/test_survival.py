@@ -100,7 +100,7 @@ def test_a_stop_while_text_is_prepared_keeps_what_is_finished(workplace: Workpla
     text = (workplace.folder / "corpus.txt").read_text()
     names = [f"part-{number}.txt" for number in range(24)]
     for name in names:
-        (workplace.folder / name).write_text(name + text * 6)
+        (workplace.folder / name).write_text(name + text * 20)
     sources = ", ".join(
         f"{{name: s{number}, files: [{name}], weight: 1}}" for number, name in enumerate(names)
     )
