@@ -3,15 +3,15 @@
     python scripts/gpu_pages.py
 
 It reads docs/benchmarks/gpu.json, of launcher and those it is held against; gpu_items.json, of the items one
-by one; and gpu_memory.json, rows of an earlier run that are about memory. What is in none of them is called
-not measured; nothing stands in its place. Rates are compared within one run alone. Predictions are those of
-the models as they are now, for the plan that each row ran.
+by one; and gpu_earlier.json, rows of an earlier run. What is in none of them is called not measured; nothing
+stands in its place. Predictions are those of the models as they are now, for the plan that each row ran.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,17 @@ from launcher.plan.shape import Shape, flops_per_token, shape_of
 from launcher.plan.states import Sharding
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs/benchmarks"
-FILES = ("gpu.json", "gpu_items.json", "gpu_memory.json")
+FILES = ("gpu.json", "gpu_items.json", "gpu_earlier.json")
 NOT = "not measured"
+WIDTH = 110
 GIB = 2**30
 
-CHANGED = "gpt2 without padded_vocabulary"
-"""A row that ran with launcher's own kernel for the loss, which is no longer taken there: not predicted."""
+UNPADDED = "gpt2 without padded_vocabulary"
+"""The row that the run of the items took with launcher's kernel for the loss, which is no longer taken there:
+an earlier run's is what is predicted."""
+
+FITTED = ("launcher", "without compile", "without chunked_loss")
+"""The pace of launcher's own runs was fitted on rows whose names have one of these."""
 
 Found = Mapping[str, Any]
 
@@ -54,10 +59,15 @@ class Measured:
         row = self.rows.get(name)
         return None if row is None or "error" in row else row["peak_allocated"] / GIB
 
-    def against(self, name: str, other: str) -> str:
+    def against(self, name: str, other: str, digits: int = 2) -> str:
         """How many times as fast the first row is as the second."""
         ours, theirs = self.rate(name), self.rate(other)
-        return NOT if ours is None or theirs is None else f"{ours / theirs:.2f}"
+        return NOT if ours is None or theirs is None else f"{ours / theirs:.{digits}f}"
+
+    def windows(self, name: str) -> str:
+        """The lowest and the highest rate of a row's windows: the rate is their median."""
+        row = self.rows.get(name)
+        return NOT if row is None else f"{min(row['windows']):,.0f} to {max(row['windows']):,.0f}"
 
 
 def all_measured() -> list[Measured]:
@@ -99,12 +109,17 @@ def predicted(row: Row, plan: Found, catalogue: str) -> Candidate:
     return found
 
 
+def prose(text: str) -> str:
+    """A paragraph, in lines."""
+    return textwrap.fill(" ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
 def shown(value: float | None, form: str) -> str:
     return NOT if value is None else format(value, form)
 
 
 def speed_page(runs: Sequence[Measured], catalogue: str) -> Iterator[str]:
-    measured, items, _ = runs
+    measured, items, earlier = runs
     about = measured.about
     datasheet, ceiling = find_gpu(catalogue).peak_flops("bf16"), about["ceilings"]["matmul_flops"]
     assert datasheet is not None
@@ -112,42 +127,54 @@ def speed_page(runs: Sequence[Measured], catalogue: str) -> Iterator[str]:
     yield from (
         "# GPU: the launcher against the stock Trainer and a hand-written loop",
         "",
-        "`./scripts/bench_gpu docs/benchmarks/gpu.json` measured it; `scripts/gpu_pages.py` wrote this.",
-        "Every row is a process of its own on one GPU, all in one run, one measured while others start, the",
-        "first three with nothing beside them. Time for all of them was not at hand. Launcher's are the real",
-        "`launcher train`. Blocks of 1,024 tokens, bf16, a vocabulary of 50,257, no",
-        "dropout unless said, gradient norm clipped to 1. *Stock* is transformers' Trainer and model as they",
-        "come; *loop* is `scripts/bare_loop.py`'s model, compiled as one does by hand: fused AdamW, TF32, a",
-        "padded vocabulary. MFU is the PaLM count over the datasheet's peak, and over what a product of two",
-        "matrices of 8192 x 8192 reaches on this GPU.",
+        prose(
+            """`scripts/bench_gpu` measured it, in three calls on three such GPUs; `scripts/gpu_pages.py`
+            wrote this. Every row is a process of its own, one measured while others start, the first
+            three with nothing beside them. What is compared was measured in one call. Time for all rows
+            was not at hand. Launcher's are the real `launcher train`. The machines had torch 2.11,
+            where launcher asks for 2.13; its packages were in place."""
+        ),
+        "",
+        prose(
+            """Blocks of 1,024 tokens, bf16, a vocabulary of 50,257, no dropout unless said, gradient norm
+            clipped to 1. *Stock* is transformers' Trainer and model as they come; *loop* is
+            `scripts/bare_loop.py`'s model, compiled as one does by hand: fused AdamW, TF32, a padded
+            vocabulary. MFU is the PaLM count over the datasheet's peak, and over what a product of two
+            matrices of 8192 x 8192 reaches on this GPU. A rate is the median of its windows."""
+        ),
         "",
         f"{about['gpu']}, {about['memory'] / GIB:.0f} GiB; datasheet {datasheet / 1e12:.0f} TFLOP/s, measured"
         f" {ceiling / 1e12:.0f}; a copy {about['ceilings']['copy_bytes'] / 1e12:.2f} TB/s. {versions}.",
         "",
-        "| model, micro-batch | who | tokens/s | of the stock | of the loop | MFU | of what is reached"
-        " | peak, GiB | first step after |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model, micro-batch | who | tokens/s | its windows | of the stock | of the loop | MFU"
+        " | of what is reached | peak, GiB | first step after |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     )
     for row in rows():
         if row.kind != "launcher" or row.name != f"{row.model} launcher":
             continue
         for who in ("launcher", "stock", "loop"):
             yield _against(measured, row, who, datasheet, ceiling)
+    whole = "gpt2 launcher"
     yield from _kernels(measured)
     yield from _start(measured, items)
     yield from (
         "",
         "## Item by item",
         "",
-        "gpt2, micro-batch 32: what is lost when one of them is switched off. Another run, on another such",
-        "GPU. Without padding launcher's kernel for the loss held all chunks' logits at once and was slower",
-        "than PyTorch's operators in an earlier run (474,344 tokens/s and 13.29 GiB, 0.96 of all together):",
-        "since this run the operators make the loss there.",
+        prose(
+            f"""gpt2, micro-batch 32: what is lost when one of them is switched off. Without padding
+            launcher's kernel for the loss held all chunks' logits at once; in an earlier run PyTorch's
+            operators made it ({shown(earlier.rate(UNPADDED), ",.0f")} tokens/s,
+            {earlier.against(UNPADDED, whole)} of all together then,
+            {shown(earlier.peak(UNPADDED), ".2f")} GiB), and since this run they do so again. Stock
+            compiled had {shown(earlier.rate("gpt2 stock, compiled"), ",.0f")} tokens/s in that earlier
+            run; why is not known."""
+        ),
         "",
         "| | tokens/s | of all together | peak, GiB |",
         "|---|---|---|---|",
     )
-    whole = "gpt2 launcher"
     for name in (whole, *(f"gpt2 without {item}" for item in (*FAST, "compile")), "gpt2 stock, compiled"):
         rate, peak = items.rate(name), shown(items.peak(name), ".2f")
         yield f"| {name} | {shown(rate, ',.0f')} | {items.against(name, whole)} | {peak} |"
@@ -170,10 +197,11 @@ def _kernels(measured: Measured) -> Iterator[str]:
         told.append(f"{1e3 * row['kernel_seconds']:.1f} of the {1e3 * step:.1f} ms of a step of {who}")
     yield from (
         "",
-        "By PyTorch's profiler, over two steps after a pause, kernels run in",
-        f"{' and '.join(told)}:",
-        "the host is ahead in both, and the rest is most likely the clock, which goes down under load",
-        "([decision 25](../decisions/0025-a-kernel-of-our-own-for-the-loss.md)).",
+        prose(
+            f"""By PyTorch's profiler, over two steps after a pause, kernels run in {" and ".join(told)}:
+            the host is ahead in both, and the rest is most likely the clock, which goes down under load
+            ([decision 25](../decisions/0025-a-kernel-of-our-own-for-the-loss.md))."""
+        ),
     )
 
 
@@ -186,12 +214,15 @@ def _start(measured: Measured, items: Measured) -> Iterator[str]:
     compiling = whole - until_rank - alone["begun"]
     yield from (
         "",
-        "**From the start to the first step** launcher was to take less than 60 s, and was not seen to where",
-        "nothing was compiled before. The first three rows started at one time on 16 cores; alone, in the",
-        f"run below, it took {whole:.0f} s, as the first on a machine just started, with packages that had",
-        f"no bytecode: {until_rank:.0f} until the rank was there, {loading:.0f} to load it, {building:.0f}",
-        f"to build and prove the run, {compiling:.0f} for the first step, which compiles. With what an",
-        f"earlier row had compiled, and another row starting beside it, it took {cached:.0f} s.",
+        prose(
+            f"""**From the start to the first step** launcher was to take less than 60 s, and was not seen
+            to where nothing was compiled before. The first three rows started at one time on 16 cores;
+            alone, in the run below, it took {whole:.0f} s, as the first on a machine just started, with
+            packages that had no bytecode: {until_rank:.0f} until the rank was there, {loading:.0f} to
+            load it, {building:.0f} to build and prove the run, {compiling:.0f} for the first step,
+            which compiles. With what an earlier row had compiled, and others starting beside it, it
+            took {cached:.0f} s."""
+        ),
     )
 
 
@@ -206,8 +237,9 @@ def _against(measured: Measured, row: Row, who: str, datasheet: float, ceiling: 
         f"{row.model}, {row.micro_batch}",
         who,
         shown(rate, ",.0f"),
+        measured.windows(name),
         measured.against(name, f"{row.model} stock"),
-        measured.against(name, f"{row.model} loop"),
+        measured.against(name, f"{row.model} loop", 3),
         shown(share, ".1%"),
         shown(reached, ".1%"),
         shown(measured.peak(name), ".2f"),
@@ -221,24 +253,33 @@ def _predicted_speed(runs: Sequence[Measured], catalogue: str) -> Iterator[str]:
         "",
         "## Predicted and measured",
         "",
-        "One constant, the pace of launcher's own runs (`launcher/plan/speed.py`), was fitted on rows of",
-        "both runs: everything, no compile, and no chunked loss. A dense mask is not modelled.",
+        prose(
+            """One constant, the pace of launcher's own runs (`launcher/plan/speed.py`), was fitted on rows
+            of the first two calls: all that have everything, no compile, or no chunked loss. A dense
+            mask is not modelled."""
+        ),
         "",
         "| | predicted, tokens/s | measured | error |",
         "|---|---|---|---|",
     )
-    found: list[float] = []
+    fitted: dict[bool, list[float]] = {True: [], False: []}
     for row, expected, rate in _speeds(runs, catalogue):
-        found.append(expected / rate - 1)
-        yield f"| {row.name} | {expected:,.0f} | {rate:,.0f} | {found[-1]:+.1%} |"
-    yield from ("", f"In all: {_summary(found)}.")
+        error = expected / rate - 1
+        fitted[any(name in row.name for name in FITTED)].append(error)
+        yield f"| {row.name} | {expected:,.0f} | {rate:,.0f} | {error:+.1%} |"
+    yield from (
+        "",
+        f"On rows not fitted: {_summary(fitted[False])}. The others: {_summary(fitted[True])}.",
+    )
 
 
 def _ours(runs: Sequence[Measured]) -> Iterator[tuple[Row, Found]]:
-    """Launcher's rows that were measured and are modelled, run by run."""
+    """Launcher's rows that were measured as it is now, run by run."""
+    earlier = runs[-1]
     for measured in runs:
         for row in rows():
-            if row.kind == "launcher" and measured.rate(row.name) is not None and row.name != CHANGED:
+            unchanged = row.brief or row.name == UNPADDED if measured is earlier else row.name != UNPADDED
+            if row.kind == "launcher" and measured.rate(row.name) is not None and unchanged:
                 yield row, measured.rows[row.name]
 
 
@@ -294,7 +335,7 @@ def memory_page(runs: Sequence[Measured], catalogue: str) -> Iterator[str]:
         fitted[row.compiled and row.model == "gpt2"].append(error)
         reserved = found["peak_reserved"] / GIB
         yield f"| {row.name} | {expected:.2f} | {peak:.2f} | {error:+.1%} | {reserved:.2f} |"
-    seen = {row.name for row, *_ in _memories(runs, catalogue)} | {CHANGED}
+    seen = {row.name for row, *_ in _memories(runs, catalogue)}
     missing = [row.name for row in rows() if row.kind == "launcher" and row.name not in seen]
     yield from (
         "",

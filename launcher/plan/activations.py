@@ -27,8 +27,8 @@ BYTES_PER_LOGIT: Final = 12
 COMPILED_BYTES_PER_LOGIT: Final = 8
 COMPILED_BYTES_PER_CHUNKED_LOGIT: Final = 5
 KERNEL_BYTES_PER_CHUNKED_LOGIT: Final = 3
-"""The same where torch.compile fuses what the loss is made of: of all logits, of a chunk's, and of a chunk's
-where launcher's kernel makes it. Fitted on gpt2's rows in `docs/benchmarks/memory.md`."""
+"""The same in half precision where torch.compile fuses what the loss is made of: of all logits, of a chunk's,
+and of a chunk's where launcher's kernel makes it. Fitted on gpt2's rows in `docs/benchmarks/memory.md`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,20 +150,21 @@ def _chunked(
     """
     rows = min(tokens, chunk_rows(shape.vocab, on_cpu=on_cpu))
     head = shape.vocab * shape.hidden
-    chunk = _chunk_bytes(shape, numbers, compiled=compiled) * rows * shape.vocab
+    chunk = _chunk_bytes(shape, numbers, compiled=compiled, on_cpu=on_cpu) * rows * shape.vocab
     scaled = numbers.stream * head
     wide = numbers.stream * tokens * shape.hidden
     wider = wide - numbers.compute * tokens * shape.hidden
     return FP32 * head + chunk + wide + wider, 2 * scaled + wide + wider, scaled if shape.tied else 0
 
 
-def _chunk_bytes(shape: Shape, numbers: Numbers, *, compiled: bool) -> int:
-    """Of a chunk's logit, where its loss is computed."""
-    whole = numbers.compute == FP32
+def _chunk_bytes(shape: Shape, numbers: Numbers, *, compiled: bool, on_cpu: bool) -> int:
+    """Of a chunk's logit, where its loss is computed: in eager fp32 in its own place."""
+    if numbers.compute == FP32:
+        return 2 * FP32 if compiled else FP32
     if not compiled:
-        return FP32 if whole else _forward_bytes(numbers)
-    kernel = not whole and one_kernel(shape.vocab)
-    return KERNEL_BYTES_PER_CHUNKED_LOGIT if kernel else COMPILED_BYTES_PER_CHUNKED_LOGIT
+        return _forward_bytes(numbers)
+    by_kernel = one_kernel(shape.vocab) and not on_cpu
+    return KERNEL_BYTES_PER_CHUNKED_LOGIT if by_kernel else COMPILED_BYTES_PER_CHUNKED_LOGIT
 
 
 def _forward_bytes(numbers: Numbers) -> int:

@@ -29,7 +29,7 @@ def lives(process: psutil.Process) -> bool:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process that was started here and all below it, and return once they are gone.
+    """Kill a process that was started here and all that are below it now, and wait for them like `kill`.
 
     By descent, not by session: torch's launcher gives each rank a session of its own.
     """

@@ -235,9 +235,7 @@ def _slopes_in_place(
     logits: torch.Tensor, target: torch.Tensor, vocabulary: int, precise: torch.dtype
 ) -> torch.Tensor:
     """Make `logits` the gradient by them, their softmax less one at the target. Returns losses, [rows, 1]."""
-    # Who compiles for a GPU has Triton, and the C compiler that it asks for.
-    for_gpu = torch.compiler.is_compiling() and logits.is_cuda and logits.dtype == torch.bfloat16
-    if for_gpu and one_kernel(logits.shape[1]):
+    if by_kernel(logits):
         return loss_kernel.slopes_in_place(logits, target[:, 0], vocabulary)[:, None]
     if logits.dtype != precise:
         likelihood = _likelihood(logits, vocabulary, precise)
@@ -249,13 +247,20 @@ def _slopes_in_place(
     return losses
 
 
+def by_kernel(logits: torch.Tensor) -> bool:
+    """Whether launcher's kernel is for them. Who compiles for a GPU has Triton and its C compiler."""
+    for_gpu = torch.compiler.is_compiling() and logits.is_cuda and logits.dtype == torch.bfloat16
+    return for_gpu and one_kernel(logits.shape[1])
+
+
 def _softmax_in_place(logits: torch.Tensor, target: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Make `logits` their softmax, without a second buffer as large. Returns losses, [rows, 1]."""
     logits[:, vocabulary:] = -torch.inf
     chosen, greatest = logits.gather(1, target), logits.amax(1, keepdim=True)
     torch.softmax(logits, 1, out=logits)
-    # The likeliest token has at least 1 / vocabulary: its logarithm is exact, the target's may underflow.
-    return greatest - logits.amax(1, keepdim=True).log() - chosen
+    # The likeliest token has at least 1 / vocabulary; the target's probability may underflow. What is left of
+    # two logits comes first: the loss of a likely token is small beside them.
+    return (greatest - chosen) - logits.amax(1, keepdim=True).log()
 
 
 def _other_than_plain(model: PreTrainedModel) -> str | None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from launcher.plan.memory import Memory, estimate
 from launcher.plan.shape import Shape, shape_of
 from launcher.plan.states import Sharding
+from launcher.worker.chunked_loss import linear_cross_entropy
 from tests.plan.trace import HALF_OF, PRECISIONS, TRACED, build, peaks
 
 MICRO_BATCH, BLOCK_SIZE, VOCAB = 4, 256, 2500
@@ -90,6 +91,11 @@ def allocated_at_peak(
     train_on(model, precision)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_on(model, precision)
+    return peak_of(profiler)
+
+
+def peak_of(profiler: Any) -> int:
+    """Bytes allocated at most while it looked, beyond what was there before."""
     assert profiler.profiler is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
@@ -127,11 +133,29 @@ def test_the_chunked_loss_holds_on_a_cpu_what_the_profiler_sees(
 
 
 def test_a_compiled_loss_holds_less_where_one_kernel_makes_it() -> None:
-    aligned, odd = (
-        planned(GPT2 | {"vocab_size": size}, "bf16", True, chunked_loss=True, compiled=True)
-        for size in (20000, 20001)
-    )
-    assert odd.logits_and_loss - aligned.logits_and_loss > 2 * MICRO_BATCH * BLOCK_SIZE * 20000
+    def held(vocabulary: int, *, on_cpu: bool) -> int:
+        fields = GPT2 | {"vocab_size": vocabulary}
+        return planned(fields, "bf16", True, chunked_loss=True, compiled=True, on_cpu=on_cpu).logits_and_loss
+
+    half_a_chunk = MICRO_BATCH * BLOCK_SIZE * 20000
+    assert held(20001, on_cpu=False) - held(20000, on_cpu=False) > half_a_chunk
+    assert held(20001, on_cpu=True) - held(20000, on_cpu=True) < half_a_chunk / 100, "it is for GPUs"
+
+
+def test_a_compiled_loss_in_fp32_holds_its_logits_twice() -> None:
+    hidden, weight = torch.randn(1024, 16, requires_grad=True), torch.randn(4096, 16, requires_grad=True)
+    labels = torch.randint(4096, (1024,))
+
+    def loss() -> torch.Tensor:
+        return linear_cross_entropy(hidden, weight, None, labels, items=None, vocabulary=4096)
+
+    compiled = torch.compile(loss, fullgraph=True)
+    compiled()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        compiled()
+    fields = GPT2 | {"vocab_size": 4096, "n_embd": 16}
+    memory = planned(fields, "fp32", True, chunked_loss=True, compiled=True, on_cpu=True)
+    assert memory.logits_and_loss == pytest.approx(peak_of(profiler), rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,12 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from launcher.plan.fast import Fast
-from launcher.worker.chunked_loss import linear_cross_entropy, replaced_forward, use_chunked_loss
+from launcher.worker.chunked_loss import (
+    by_kernel,
+    linear_cross_entropy,
+    replaced_forward,
+    use_chunked_loss,
+)
 from launcher.worker.dataset import IGNORED
 from tests.worker.parity import (
     NOTHING,
@@ -91,6 +97,38 @@ def test_a_likely_token_keeps_its_small_gradient_in_half_precision() -> None:
     likelihood = torch.sigmoid(torch.tensor(7.625, dtype=torch.float64))
     assert weight.grad is not None
     assert float(weight.grad[0]) == pytest.approx(float(likelihood - 1), rel=5e-3)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_a_likely_token_keeps_its_small_gradient_in_fp32_however_large_its_logits(offset: float) -> None:
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[12.0], [0.0]]).add(offset).requires_grad_()
+    linear_cross_entropy(hidden, weight, None, torch.tensor([0]), items=1, vocabulary=2).backward()  # type: ignore[no-untyped-call]
+    likelihood = torch.sigmoid(torch.tensor(12.0, dtype=torch.float64))
+    assert weight.grad is not None
+    assert float(weight.grad[0]) == pytest.approx(float(likelihood - 1), rel=2e-2)
+
+
+def test_an_unlikely_token_keeps_its_loss_in_fp32() -> None:
+    """Its probability is none that fp32 has."""
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[500.0], [0.0]], requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, None, torch.tensor([1]), items=1, vocabulary=2)
+    assert float(loss.detach()) == 500.0
+
+
+def test_the_kernel_is_for_what_is_compiled_for_a_gpu_in_bf16_with_rows_that_no_product_pads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def logits(columns: int, dtype: torch.dtype = torch.bfloat16, *, is_cuda: bool = True) -> Any:
+        return SimpleNamespace(shape=(4, columns), dtype=dtype, is_cuda=is_cuda)
+
+    assert not by_kernel(logits(50304)), "nothing is compiled"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert by_kernel(logits(50304))
+    assert not by_kernel(logits(50257))
+    assert not by_kernel(logits(50304, torch.float32))
+    assert not by_kernel(logits(50304, is_cuda=False))
 
 
 def test_no_label_at_all_is_nan_as_the_stock_loss_and_moves_nothing_where_items_are_given() -> None:
