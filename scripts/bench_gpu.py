@@ -3,11 +3,11 @@ and its predictions of memory and time against what was measured.
 
     ./scripts/bench_gpu FILE.json [--seconds 500] [--only 'NAME;NAME'] [--profile 'NAME;NAME']
 
-Each row is a process of its own, launcher's the real `launcher train`. Several start and compile at a time,
-and one is measured at a time, so that all fit into ten minutes. Rows are taken in order of what they matter,
-and those that the time does not suffice for are left out of the JSON: the pages that `scripts/gpu_pages.py`
-makes of it call them not measured. Nothing is needed from outside: the text is the Python standard library's
-source, the vocabulary GPT-2's in size.
+Each row is a process of its own, launcher's the real `launcher train`. The first three start one by one; then
+several start and compile at a time. One is measured at a time, so that all fit into ten minutes. Rows are
+taken in order of what they matter, and those that the time does not suffice for are left out of the JSON: the
+pages that `scripts/gpu_pages.py` makes of it call them not measured. Nothing is needed from outside: the text
+is the Python standard library's source, the vocabulary GPT-2's in size.
 """
 
 from __future__ import annotations

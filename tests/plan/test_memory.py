@@ -142,6 +142,7 @@ def test_a_compiled_loss_holds_less_where_one_kernel_makes_it() -> None:
     assert held(20001, on_cpu=True) - held(20000, on_cpu=True) < half_a_chunk / 100, "it is for GPUs"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_compiled_loss_in_fp32_holds_its_logits_twice() -> None:
     hidden, weight = torch.randn(1024, 16, requires_grad=True), torch.randn(4096, 16, requires_grad=True)
     labels = torch.randint(4096, (1024,))
