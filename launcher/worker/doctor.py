@@ -65,9 +65,11 @@ def examine(model: PreTrainedModel, fast: Fast, block_size: int) -> Iterator[Che
     if graphs.masked:
         yield _check("attention, compiled", "warning", f"a dense mask in {graphs.masked} layers")
     if seen.waits:
-        yield _check("host", "warning", f"waits for the GPU {seen.waits} times in a forward pass")
+        yield _check(
+            "host", "warning", f"waits for the GPU {seen.waits} times in a forward and backward pass"
+        )
     else:
-        yield _check("host", "ok", "never waits for the GPU in a forward pass")
+        yield _check("host", "ok", "never waits for the GPU in a forward and backward pass")
     if graphs.count == 1 and not graphs.breaks:
         yield _check("torch.compile", "ok", "one graph")
     else:

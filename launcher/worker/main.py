@@ -58,6 +58,7 @@ from launcher.worker.resume import check_length, go_on
 from launcher.worker.step_times import StepTimes
 from launcher.worker.stop import Agreement, StopSignals
 from launcher.worker.stream import open_stream
+from launcher.worker.tracing import graph_breaks
 from launcher.worker.trainer import LauncherTrainer, Rows, training_arguments
 from launcher.worker.verify import verify
 
@@ -87,7 +88,12 @@ class Verify(TrainerCallback):
     ) -> None:
         if self._begun is not None:
             took = time.perf_counter() - self._begun
-            print(f"compiled: the first step took {took:.1f} s, torch.compile included", flush=True)
+            cut = graph_breaks()
+            whole = f"cut in {len(cut)} places, the first: {cut[0]}" if cut else "in one piece"
+            print(
+                f"compiled: the first step took {took:.1f} s, torch.compile included; the model is {whole}",
+                flush=True,
+            )
             self._begun = None
 
     def on_train_begin(

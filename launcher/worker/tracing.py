@@ -11,13 +11,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WAITS: Final = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"})
-"""Operators whose result the host must have before it goes on."""
+WAITS: Final = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+"""PyTorch's marks of operators whose result the host must have before it goes on: a number, or a shape."""
+MASKS: Final = (torch.bool, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Of one forward pass: fused attentions, how many of them with a mask, and waits for the GPU."""
+    """Of one forward and backward pass: fused attentions, how many with a mask, and waits for the GPU."""
 
     attentions: int
     masked: int
@@ -42,16 +43,28 @@ class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function._schema.name in WAITS
+        self.count += _waits(function, args)
         return function(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
+def _waits(function: Any, args: Any) -> bool:
+    if function is torch.ops.aten.index.Tensor:  # marked for its masks; numbers tell the shape themselves
+        return any(index is not None and index.dtype in MASKS for index in args[1])
+    return not WAITS.isdisjoint(function.tags)
+
+
 def watch(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Pass:
-    """One pass of the model as it is, on `inputs`, watched."""
+    """One pass of the model as it is, on `inputs` with labels, watched. Its gradients are let go."""
     with _Waits() as waits, _Attention() as attention:
-        model(**inputs)
+        model(**inputs).loss.backward()
+    model.zero_grad()
     return Pass(len(attention.masks), sum(attention.masks), waits.count)
+
+
+def graph_breaks() -> list[str]:
+    """Why torch.compile cut what it has compiled so far, each reason's first line; empty: whole graphs."""
+    reasons: Mapping[str, int] = torch._dynamo.utils.counters["graph_break"]
+    return [reason.splitlines()[0] for reason in reasons]
 
 
 @dataclass(frozen=True, slots=True)

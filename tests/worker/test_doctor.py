@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from launcher.config.presets import PRESETS
 from launcher.plan.fast import every_path
 from launcher.worker.doctor import examine, main, short_copy
+from launcher.worker.tracing import graph_breaks
 from tests.worker.parity import LENGTH, another_head, gpt2, llama
 
 FAST = every_path()
@@ -43,7 +44,7 @@ def test_a_fast_model_passes_everything() -> None:
     assert set(said(gpt2()).values()) == {
         ("ok", "taken"),
         ("ok", "fused and causal, without a mask"),
-        ("ok", "never waits for the GPU in a forward pass"),
+        ("ok", "never waits for the GPU in a forward and backward pass"),
         ("ok", "one graph"),
     }
 
@@ -63,6 +64,26 @@ def talking() -> PreTrainedModel:
     return model
 
 
+def masking() -> PreTrainedModel:
+    """A layer that picks out some of its numbers: how many, the host must know."""
+    model = gpt2()
+    model.get_submodule("transformer.h.0.mlp").register_forward_hook(
+        lambda _module, _inputs, output: output + output[output > 1e9].sum()
+    )
+    return model
+
+
+def looking_back() -> PreTrainedModel:
+    """A layer that looks at its gradient."""
+    model = gpt2()
+
+    def look(_module: torch.nn.Module, _inputs: Any, outer: Any) -> None:
+        assert float(outer[0].sum()) < 1e9
+
+    model.get_submodule("transformer.h.0.mlp").register_full_backward_hook(look)
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "check", "found"),
     [
@@ -72,9 +93,11 @@ def talking() -> PreTrainedModel:
         (lambda: another_head(gpt2()), "train.fast.chunked_loss", "falls back: the model has no plain"),
         (lambda: another_head(gpt2()), "train.fast.padded_vocabulary", "falls back: the model has no plain"),
         (talking, "host", "waits for the GPU 1 times"),
+        (masking, "host", "waits for the GPU 1 times"),
+        (looking_back, "host", "waits for the GPU 1 times"),
         (talking, "torch.compile", " graphs: "),
     ],
-    ids=["activation", "attention", "kernel", "head", "vocabulary", "host", "graph"],
+    ids=["activation", "attention", "kernel", "head", "vocabulary", "host", "mask", "backward", "graph"],
 )
 def test_what_falls_off_a_path_is_caught(
     build: Callable[[], PreTrainedModel], check: str, found: str
@@ -82,6 +105,20 @@ def test_what_falls_off_a_path_is_caught(
     state, told = said(build())[check]
     assert state == "warning"
     assert found in told
+
+
+@pytest.mark.parametrize(("build", "cuts"), [(gpt2, 0), (talking, 1)])
+def test_what_was_compiled_says_where_it_was_cut(build: Callable[[], PreTrainedModel], cuts: int) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build().train()
+    model.loss_type = "ForCausalLM"
+    model.config.use_cache = False
+    ids = torch.arange(16)[None]
+    compiled: Any = torch.compile(model, backend="eager")
+    compiled(input_ids=ids, labels=ids)
+    torch._dynamo.reset()
+    assert len(graph_breaks()) == cuts
 
 
 def test_without_the_path_the_stock_model_has_a_mask_when_compiled() -> None:

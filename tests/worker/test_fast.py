@@ -24,6 +24,7 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
 )
+from transformers.activations import NewGELUActivation
 
 from launcher.plan.fast import Fast
 from launcher.worker.dataset import stack
@@ -250,6 +251,40 @@ def test_the_paths_that_a_model_takes_are_read_from_it() -> None:
         model, fell_back = made(gpt2, fast)
         assert taken_by(model) == set(fast.taken) - {"fused_adamw"}
         assert fell_back == {}
+
+
+def gelu_as_it_was(model: PreTrainedModel) -> None:
+    for layer in model.get_submodule("transformer.h").children():
+        layer.mlp.act = NewGELUActivation()  # type: ignore[union-attr]
+
+
+def forward_as_it_was(model: PreTrainedModel) -> None:
+    del model.forward
+
+
+def attention_as_it_was(model: PreTrainedModel) -> None:
+    model.config._attn_implementation = "sdpa"
+
+
+def logits_as_they_were(model: PreTrainedModel) -> None:
+    model.get_output_embeddings()._forward_hooks.clear()
+
+
+@pytest.mark.parametrize(
+    ("undo", "path"),
+    [
+        (gelu_as_it_was, "tanh_gelu"),
+        (attention_as_it_was, "causal_attention"),
+        (forward_as_it_was, "chunked_loss"),
+        (logits_as_they_were, "padded_vocabulary"),
+    ],
+)
+def test_a_path_that_was_undone_is_not_read_from_the_model(
+    undo: Callable[[PreTrainedModel], None], path: str
+) -> None:
+    model, _ = made(gpt2, ALONE[path])
+    undo(model)
+    assert path not in taken_by(model)
 
 
 def test_a_model_without_the_activation_is_left_alone_and_says_so() -> None:
