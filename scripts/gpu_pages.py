@@ -49,15 +49,20 @@ class Measured:
         self.about: Found = json.loads(file.read_text(encoding="utf-8"))
         self.rows: dict[str, Found] = {row["name"]: row for row in self.about["rows"]}
 
-    def rate(self, name: str) -> float | None:
-        """Tokens per second; None where the row is missing or failed."""
+    def row(self, name: str) -> Found | None:
+        """The row of that name; None where it is missing or failed."""
         row = self.rows.get(name)
-        return None if row is None or "error" in row else float(row["tokens_per_second"])
+        return None if row is None or "error" in row else row
+
+    def rate(self, name: str) -> float | None:
+        """Tokens per second."""
+        row = self.row(name)
+        return None if row is None else float(row["tokens_per_second"])
 
     def peak(self, name: str) -> float | None:
         """GiB that PyTorch had allocated at most."""
-        row = self.rows.get(name)
-        return None if row is None or "error" in row else row["peak_allocated"] / GIB
+        row = self.row(name)
+        return None if row is None else row["peak_allocated"] / GIB
 
     def against(self, name: str, other: str, digits: int = 2) -> str:
         """How many times as fast the first row is as the second."""
@@ -66,7 +71,7 @@ class Measured:
 
     def windows(self, name: str) -> str:
         """The lowest and the highest rate of a row's windows: the rate is their median."""
-        row = self.rows.get(name)
+        row = self.row(name)
         return NOT if row is None else f"{min(row['windows']):,.0f} to {max(row['windows']):,.0f}"
 
 
@@ -280,8 +285,9 @@ def _ours(runs: Sequence[Measured]) -> Iterator[tuple[Row, Found]]:
     for measured in runs:
         for row in rows():
             unchanged = row.brief or row.name == UNPADDED if measured is earlier else row.name != UNPADDED
-            if row.kind == "launcher" and measured.rate(row.name) is not None and unchanged:
-                yield row, measured.rows[row.name]
+            found = measured.row(row.name)
+            if row.kind == "launcher" and found is not None and unchanged:
+                yield row, found
 
 
 def _speeds(runs: Sequence[Measured], catalogue: str) -> Iterator[tuple[Row, float, float]]:

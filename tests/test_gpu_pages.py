@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gpu_pages
@@ -26,3 +27,12 @@ def test_a_plan_says_of_its_predictions_what_was_measured() -> None:
     found = gpu_pages.errors(gpu_pages.all_measured(), GPU)
     assert found.memory <= MEASURED[GPU].memory
     assert found.speed <= MEASURED[GPU].speed
+
+
+def test_a_row_that_failed_was_not_measured(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({"rows": [{"name": "gpt2 launcher", "error": "no memory"}]}))
+    measured = gpu_pages.Measured(file)
+    assert measured.rate("gpt2 launcher") is measured.peak("gpt2 launcher") is None
+    assert measured.against("gpt2 launcher", "gpt2 launcher") == gpu_pages.NOT
+    assert measured.windows("gpt2 launcher") == gpu_pages.NOT
