@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -30,6 +32,8 @@ NEEDS_A_MASK: Final = ("attention_mask", "position_ids", "past_key_values")
 PROBE: Final = 16
 """Tokens that attention with and without a mask is compared on."""
 
+AUTOCAST: Final = ("_enter_autocast", "_exit_autocast")
+"""What torch.compile writes into a graph for `with torch.autocast`."""
 
 GELU_CUBE: Final = 0.044715
 GELU_SCALE: Final = 2 * math.sqrt(2 / math.pi)
@@ -53,6 +57,17 @@ def keep_freed_memory() -> None:
 def set_matmul_precision(fast: Fast) -> None:
     """TF32 for fp32 matrix products on a GPU, or all of their 24 bits: never what a library left there."""
     torch.set_float32_matmul_precision("high" if fast.tf32 else "highest")
+
+
+def cache_whole_graphs() -> None:
+    """Have torch.compile keep what it traces and divides of a model, beside the kernels that it always keeps.
+
+    By itself PyTorch 2.13 does so for no graph that has autocast or an autograd.Function in it. Both stand
+    there with all that they do, and the graph is the cache's key.
+    """
+    functorch.autograd_cache_allow_custom_autograd_functions = True
+    marked = {f"torch.amp.autocast_mode.{name}": torch.__version__ for name in AUTOCAST}
+    inductor.unsafe_marked_cacheable_functions = {**inductor.unsafe_marked_cacheable_functions, **marked}
 
 
 def make_fast(model: PreTrainedModel, fast: Fast, *, block_size: int) -> dict[str, str]:

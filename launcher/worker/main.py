@@ -44,7 +44,7 @@ from launcher.worker.dataset import (
     stack,
 )
 from launcher.worker.divergence import Diverged, Divergence
-from launcher.worker.fast import make_fast, set_matmul_precision, taken_by
+from launcher.worker.fast import cache_whole_graphs, make_fast, set_matmul_precision, taken_by
 from launcher.worker.heart import Heart
 from launcher.worker.isolation import Isolate, prove_isolation
 from launcher.worker.metrics import MetricsFile, Progress
@@ -58,7 +58,7 @@ from launcher.worker.resume import check_length, go_on
 from launcher.worker.step_times import StepTimes
 from launcher.worker.stop import Agreement, StopSignals
 from launcher.worker.stream import open_stream
-from launcher.worker.tracing import graph_breaks
+from launcher.worker.tracing import compiled_so_far
 from launcher.worker.trainer import LauncherTrainer, Rows, training_arguments
 from launcher.worker.verify import verify
 
@@ -88,10 +88,8 @@ class Verify(TrainerCallback):
     ) -> None:
         if self._begun is not None:
             took = time.perf_counter() - self._begun
-            cut = graph_breaks()
-            whole = f"cut in {len(cut)} places, the first: {cut[0]}" if cut else "in one piece"
             print(
-                f"compiled: the first step took {took:.1f} s, torch.compile included; the model is {whole}",
+                f"compiled: the first step took {took:.1f} s, torch.compile included; {compiled_so_far()}",
                 flush=True,
             )
             self._begun = None
@@ -225,6 +223,7 @@ def train(
 
     check_length(phases, plan, start_step)
     set_matmul_precision(plan.fast)
+    cache_whole_graphs()
     model = trained_model(orders, tokenizer, run.seed)
     fell_back = make_fast(model, plan.fast, block_size=plan.block_size)
     recompute(model, plan.gradient_checkpointing)

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WAITS: Final = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 """PyTorch's marks of operators whose result the host must have before it goes on: a number, or a shape."""
 MASKS: Final = (torch.bool, torch.uint8)
+OF_DDP: Final = ("DistributedDataParallel", "(Reducer)")
+"""What a cut names where it is in DDP's forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,24 @@ def watch(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Pass:
     return Pass(len(attention.masks), sum(attention.masks), waits.count)
 
 
-def graph_breaks() -> list[str]:
-    """Why torch.compile cut what it has compiled so far, each reason's first line; empty: whole graphs."""
+def compiled_so_far() -> str:
+    """What torch.compile has made of the model, in words: how many pieces, why, and whether from its cache.
+
+    It cuts DDP's own forward pass too, before it comes to the model in there, which costs nothing. The model
+    it cuts where a bucket of gradients is full, so that they are on their way while others are computed.
+    """
+    made: Mapping[str, int] = torch._dynamo.utils.counters["aot_autograd"]
     reasons: Mapping[str, int] = torch._dynamo.utils.counters["graph_break"]
-    return [reason.splitlines()[0] for reason in reasons]
+    cuts = [reason for reason in reasons if not any(name in reason for name in OF_DDP)]
+    if cuts:
+        others = f", and {len(cuts) - 1} more" if len(cuts) > 1 else ""
+        pieces = f"cut into pieces: {cuts[0].splitlines()[0]}{others}"
+    elif made["total"] > 1:
+        pieces = f"in {made['total']} pieces, one for each of DDP's buckets"
+    else:
+        pieces = "in one piece"
+    cached = made["total"] == made["autograd_cache_hit"] > 0
+    return f"the model is {pieces}{', from the cache' if cached else ''}"
 
 
 @dataclass(frozen=True, slots=True)

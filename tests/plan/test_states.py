@@ -19,8 +19,8 @@ from launcher.plan.states import Sharding, partitions, states
 from tests.plan.engines import FIELDS, WIDE
 
 WORLDS = (1, 2, 8, 64, 512)
-HELD = WORLDS if "LAUNCHER_LONG" in os.environ else (8, 512)
-"""Worlds that are tried: the others differ in their padding alone."""
+HELD = WORLDS if "LAUNCHER_LONG" in os.environ else (512,)
+"""Worlds that are tried under bf16, 8 under fp32: the others differ in their padding alone."""
 
 STRATEGIES = ("zero1", "zero2", "zero3", "fsdp")
 FLAGS = 256
