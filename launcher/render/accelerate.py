@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from launcher.plan.choose import Plan
 from launcher.plan.sharding import zero_stage
 
 MIXED_PRECISION: Mapping[str, str] = {"fp32": "'no'", "bf16": "bf16", "fp16": "fp16"}
+
+
+_COMPILED_LAYERS: Sequence[str] = (
+    "dynamo_config:",
+    "  dynamo_backend: INDUCTOR",
+    "  # Layer by layer: compiled as a whole, it would not gather a layer's weights where they are needed.",
+    "  dynamo_use_regional_compilation: true",
+)
 
 
 def render_accelerate(plan: Plan, deepspeed: str) -> str:
@@ -55,7 +63,8 @@ def _engine(plan: Plan, deepspeed: str) -> list[str]:
             "use_cpu: false",
         ]
     if plan.strategy == "fsdp":
-        return ["distributed_type: FSDP", "fsdp_config:", *_fsdp(plan), "use_cpu: false", mixed_precision]
+        engine = ["distributed_type: FSDP", "fsdp_config:", *_fsdp(plan), "use_cpu: false", mixed_precision]
+        return [*engine, *_COMPILED_LAYERS] if plan.compile else engine
     if plan.batch.world_size == 1:
         return ["distributed_type: 'NO'", on_cpu, mixed_precision]
     if plan.device != "cpu":

@@ -32,7 +32,7 @@ ENGINE: tuple[Path, ...] = (
     (DEEPSPEED, ""),
     *(
         (ACCELERATE, key)
-        for key in ("distributed_type", "deepspeed_config", "fsdp_config", "mixed_precision")
+        for key in ("distributed_type", "deepspeed_config", "fsdp_config", "dynamo_config", "mixed_precision")
     ),
 )
 """What differs from strategy to strategy."""

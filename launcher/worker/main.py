@@ -88,10 +88,8 @@ class Verify(TrainerCallback):
     ) -> None:
         if self._begun is not None:
             took = time.perf_counter() - self._begun
-            print(
-                f"compiled: the first step took {took:.1f} s, torch.compile included; {compiled_so_far()}",
-                flush=True,
-            )
+            made = compiled_so_far("each layer" if self._orders.plan.strategy == "fsdp" else "the model")
+            print(f"compiled: the first step took {took:.1f} s, torch.compile included; {made}", flush=True)
             self._begun = None
 
     def on_train_begin(

@@ -63,24 +63,26 @@ def watch(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Pass:
     return Pass(len(attention.masks), sum(attention.masks), waits.count)
 
 
-def compiled_so_far() -> str:
-    """What torch.compile has made of the model, in words: how many pieces, why, and whether from its cache.
+def compiled_so_far(what: str) -> str:
+    """What torch.compile has made of `what`, in words: how many pieces, why, and whether from its cache.
 
     It cuts DDP's own forward pass too, before it comes to the model in there, which costs nothing. The model
     it cuts where a bucket of gradients is full, so that they are on their way while others are computed.
     """
-    made: Mapping[str, int] = torch._dynamo.utils.counters["aot_autograd"]
-    reasons: Mapping[str, int] = torch._dynamo.utils.counters["graph_break"]
-    cuts = [reason for reason in reasons if not any(name in reason for name in OF_DDP)]
+    counters: Mapping[str, Mapping[str, int]] = torch._dynamo.utils.counters
+    made, traced = counters["aot_autograd"], counters["stats"]["unique_graphs"]
+    cuts = [why for why in counters["graph_break"] if not any(name in why for name in OF_DDP)]
     if cuts:
         others = f", and {len(cuts) - 1} more" if len(cuts) > 1 else ""
         pieces = f"cut into pieces: {cuts[0].splitlines()[0]}{others}"
-    elif made["total"] > 1:
+    elif made["total"] > traced:
         pieces = f"in {made['total']} pieces, one for each of DDP's buckets"
+    elif traced > 1:
+        pieces = f"in {traced} pieces"
     else:
         pieces = "in one piece"
     cached = made["total"] == made["autograd_cache_hit"] > 0
-    return f"the model is {pieces}{', from the cache' if cached else ''}"
+    return f"{what} is {pieces}{', from the cache' if cached else ''}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ def found(trainer: LauncherTrainer) -> Facts:
         "weight decay": [group["weight_decay"] for group in innermost(trainer.optimizer).param_groups],
         "steps": trainer.state.max_steps,
         "gradient checkpointing": recomputed(model),
-        "compile": wrapped is not engine or getattr(engine, "is_compiled", False),
+        "compile": _is_compiled(wrapped),
         "attention": model.config._attn_implementation,
         "fast paths": sorted(_fast_paths(trainer)),
         "loss scale": _loss_scale(trainer),
@@ -171,6 +171,12 @@ def _engine(engine: torch.nn.Module) -> str:
     if isinstance(engine, FSDPModule):
         return "FSDP2"
     return "DeepSpeed" if _is_deepspeed(engine) else "one process"
+
+
+def _is_compiled(wrapped: torch.nn.Module) -> bool:
+    """Whether torch.compile is around the engine, as under DDP, in DeepSpeed's, or around FSDP2's layers."""
+    layers = (module._compiled_call_impl for module in wrapped.modules())
+    return hasattr(wrapped, "_orig_mod") or getattr(wrapped, "is_compiled", False) or any(layers)
 
 
 def _is_deepspeed(engine: torch.nn.Module) -> bool:

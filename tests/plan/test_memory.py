@@ -142,6 +142,13 @@ def test_a_compiled_loss_holds_less_where_one_kernel_makes_it() -> None:
     assert held(20001, on_cpu=True) - held(20000, on_cpu=True) < half_a_chunk / 100, "it is for GPUs"
 
 
+def test_under_fsdp_the_loss_is_not_compiled() -> None:
+    def held(strategy: str, *, compiled: bool) -> int:
+        return planned(GPT2, "bf16", True, strategy=strategy, world_size=2, compiled=compiled).logits_and_loss
+
+    assert held("fsdp", compiled=True) == held("fsdp", compiled=False) > held("zero2", compiled=True)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_compiled_loss_in_fp32_holds_its_logits_twice() -> None:
     hidden, weight = torch.randn(1024, 16, requires_grad=True), torch.randn(4096, 16, requires_grad=True)

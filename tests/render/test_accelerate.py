@@ -118,6 +118,18 @@ def test_fsdp_is_the_second_and_shards_everything(tmp_path: Path, offload: str, 
     }
 
 
+def test_under_fsdp_a_layer_is_compiled_by_itself_and_elsewhere_the_trainer_sees_to_it(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "accelerate.yaml"
+    for strategy in ("fsdp", "ddp", "zero2"):
+        plan = planned("h100-sxm-80gb", 8, "bf16", strategy=strategy, compile=True)
+        file.write_text(render_accelerate(plan, "unused"), encoding="utf-8")
+        read = vars(load_config_from_file(str(file)))["dynamo_config"]
+        layers = {"dynamo_backend": "INDUCTOR", "dynamo_use_regional_compilation": True}
+        assert read == (layers if strategy == "fsdp" else {})
+
+
 def test_several_nodes_are_told_where_they_meet_when_they_start(tmp_path: Path) -> None:
     file = tmp_path / "accelerate.yaml"
     file.write_text(render_accelerate(planned("h100-sxm-80gb", 8, "bf16", nodes=4), "unused"))

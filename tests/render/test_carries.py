@@ -213,6 +213,14 @@ SCENARIOS: Mapping[str, Scenario] = {
         | SHARDING
         | {"train.max_grad_norm", "train.fast.padded_vocabulary", "train.fast.tf32"},
     ),
+    "sharded layers": Scenario(
+        run_of(
+            {"name": "gpt2"}, {}, {"batch_size": 512, "steps": 1000, "micro_batch": 4, "strategy": "fsdp"}
+        ),
+        {"gpu": "a100-sxm-80gb", "gpus_per_node": 2},
+        prepared=False,
+        keys=frozenset({"train.compile", "train.strategy"}),
+    ),
 }
 CASES = [(name, key) for name, scenario in SCENARIOS.items() for key in ANOTHER if key in scenario.keys]
 
