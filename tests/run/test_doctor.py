@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 
 from launcher.config.schema import ClusterConfig
 from launcher.run.checks import Check
-from launcher.run.doctor import examine
+from launcher.run.doctor import LARGE, examine
 from launcher.run.machine import FoundGPU, Machine, find_machine
 
 H200 = FoundGPU(0, "GPU-aa", "NVIDIA H200", 143_771 * 2**20, "h200-sxm-141gb")
@@ -26,6 +28,33 @@ def test_this_machine_can_run_these_tests_and_says_so() -> None:
     missing = [name for name, check in checks.items() if check.state == "missing" and name != "gpu"]
     assert missing == []
     assert checks["cpu"].found.startswith(f"{len(os.sched_getaffinity(0))} cores")
+
+
+def test_packages_that_every_process_would_compile_anew(tmp_path: Path) -> None:
+    """In a process that has packages of these names and no others, with and without their bytecode."""
+    for name in LARGE:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    program = "from launcher.run.doctor import _bytecode; print(_bytecode())"
+
+    def said(**environment: str) -> str:
+        path = f"{tmp_path}:{Path(__file__).parents[2]}"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout
+
+    assert said(PYTHONDONTWRITEBYTECODE="") == "[]\n", "the first start would write it"
+    kept_out = said(PYTHONDONTWRITEBYTECODE="1")
+    assert "warning" in kept_out
+    assert "none for torch, transformers, accelerate" in kept_out
+    command = kept_out.partition("remedy='python -m ")[2].partition("'")[0].split()
+    subprocess.run([sys.executable, "-m", *command], check=True)
+    assert "ok" in said(PYTHONDONTWRITEBYTECODE="1")
 
 
 def test_without_a_gpu_there_is_a_warning_and_a_cpu_run_is_fine() -> None:
