@@ -97,18 +97,22 @@ and each chunk, whose part of the gradient is added up in fp32 (in fp32 by the p
 counts them again. Compiled, by hand: the logits are read for their sum, and again for the gradient."""
 
 
-def stack_of(shape: Shape, numbers: Numbers, *, compiled: bool, chunked_loss: bool = False) -> Stack:
+def stack_of(
+    shape: Shape, numbers: Numbers, *, compiled: bool, by_layer: bool = False, chunked_loss: bool = False
+) -> Stack:
     """How launcher runs `shape` in `numbers`, eagerly or compiled, with the stock loss or the chunked one.
 
-    Compiled and in half precision throughout, it is taken for autocast, which moves a little more.
+    `by_layer`: compiled, but for the loss. Compiled and in half precision throughout, it is taken for
+    autocast, which moves a little more.
     """
     whole = numbers.compute == FP32
+    stacks = _EAGER_FP32 if whole else _EAGER_HALF if numbers.cast else _EAGER_PURE_HALF
+    stack = stacks["llama" if shape.model_type == "mistral" else shape.model_type]
     if compiled:
+        logit = stack.logit
         stacks = _COMPILED_FP32 if whole else _COMPILED_HALF
         stack = stacks["llama" if shape.gated else "gpt2"]
-    else:
-        stacks = _EAGER_FP32 if whole else _EAGER_HALF if numbers.cast else _EAGER_PURE_HALF
-        stack = stacks["llama" if shape.model_type == "mistral" else shape.model_type]
+        stack = replace(stack, logit=logit) if by_layer else stack
     if not chunked_loss:
         return stack
     logit, added = _CHUNKED[compiled, whole]

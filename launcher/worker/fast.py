@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch._functorch import config as functorch
 from torch._inductor import config as inductor
+from torch.backends import cuda
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -34,6 +35,14 @@ PROBE: Final = 16
 
 AUTOCAST: Final = ("_enter_autocast", "_exit_autocast")
 """What torch.compile writes into a graph for `with torch.autocast`."""
+
+ATTENTION_KERNELS: Final[tuple[Callable[[], bool], ...]] = (
+    cuda.flash_sdp_enabled,
+    cuda.mem_efficient_sdp_enabled,
+    cuda.math_sdp_enabled,
+    cuda.cudnn_sdp_enabled,
+)
+"""PyTorch's switches, for CPUs too."""
 
 GELU_CUBE: Final = 0.044715
 GELU_SCALE: Final = 2 * math.sqrt(2 / math.pi)
@@ -63,10 +72,12 @@ def cache_whole_graphs() -> None:
     """Have torch.compile keep what it traces and divides of a model, beside the kernels that it always keeps.
 
     By itself PyTorch 2.13 does so for no graph that has autocast or an autograd.Function in it. Both stand
-    there with all that they do, and the graph is the cache's key.
+    there with what they do, and the graph is the cache's key. Which attention kernels are switched on is not
+    in it, so that goes in beside. Called when nothing more is switched: before the first step.
     """
     functorch.autograd_cache_allow_custom_autograd_functions = True
-    marked = {f"torch.amp.autocast_mode.{name}": torch.__version__ for name in AUTOCAST}
+    kernels = "".join(str(int(switched_on())) for switched_on in ATTENTION_KERNELS)
+    marked = {f"torch.amp.autocast_mode.{name}": f"{torch.__version__} {kernels}" for name in AUTOCAST}
     inductor.unsafe_marked_cacheable_functions = {**inductor.unsafe_marked_cacheable_functions, **marked}
 
 

@@ -81,6 +81,7 @@ class Verify(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self._orders.plan.compile and state.global_step == self._start_step:
+            cache_whole_graphs()
             self._begun = self._begun or time.perf_counter()
 
     def on_step_end(
@@ -88,7 +89,7 @@ class Verify(TrainerCallback):
     ) -> None:
         if self._begun is not None:
             took = time.perf_counter() - self._begun
-            made = compiled_so_far("each layer" if self._orders.plan.strategy == "fsdp" else "the model")
+            made = compiled_so_far("the layers" if self._orders.plan.strategy == "fsdp" else "the model")
             print(f"compiled: the first step took {took:.1f} s, torch.compile included; {made}", flush=True)
             self._begun = None
 
@@ -221,7 +222,6 @@ def train(
 
     check_length(phases, plan, start_step)
     set_matmul_precision(plan.fast)
-    cache_whole_graphs()
     model = trained_model(orders, tokenizer, run.seed)
     fell_back = make_fast(model, plan.fast, block_size=plan.block_size)
     recompute(model, plan.gradient_checkpointing)

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WAITS: Final = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 """PyTorch's marks of operators whose result the host must have before it goes on: a number, or a shape."""
 MASKS: Final = (torch.bool, torch.uint8)
-OF_DDP: Final = ("DistributedDataParallel", "(Reducer)")
-"""What a cut names where it is in DDP's forward pass."""
+OF_DDP: Final = ("_rebuild_buckets", "_inside_ddp_forward", "set_runtime_stats_and_log")
+"""What a cut names where it is in DDP's own forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +64,23 @@ def watch(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Pass:
 
 
 def compiled_so_far(what: str) -> str:
-    """What torch.compile has made of `what`, in words: how many pieces, why, and whether from its cache.
+    """How many graphs torch.compile has made of `what`, in words: why so many, and whether from its cache.
 
-    It cuts DDP's own forward pass too, before it comes to the model in there, which costs nothing. The model
-    it cuts where a bucket of gradients is full, so that they are on their way while others are computed.
+    DDP's own forward pass, which it cuts before it comes to the model in there, has none. The model's graph
+    it divides where a bucket of gradients is full, so that they are on their way while others are computed.
     """
     counters: Mapping[str, Mapping[str, int]] = torch._dynamo.utils.counters
     made, traced = counters["aot_autograd"], counters["stats"]["unique_graphs"]
+    graphs = "one graph" if traced == 1 else f"{traced} graphs"
     cuts = [why for why in counters["graph_break"] if not any(name in why for name in OF_DDP)]
-    if cuts:
+    why = ""
+    if traced > 1 and cuts:
         others = f", and {len(cuts) - 1} more" if len(cuts) > 1 else ""
-        pieces = f"cut into pieces: {cuts[0].splitlines()[0]}{others}"
+        why = f", cut for: {cuts[0].splitlines()[0]}{others}"
     elif made["total"] > traced:
-        pieces = f"in {made['total']} pieces, one for each of DDP's buckets"
-    elif traced > 1:
-        pieces = f"in {traced} pieces"
-    else:
-        pieces = "in one piece"
+        why = f", in {made['total']} pieces for DDP's buckets"
     cached = made["total"] == made["autograd_cache_hit"] > 0
-    return f"{what} is {pieces}{', from the cache' if cached else ''}"
+    return f"{what} became {graphs}{why}{', from the cache' if cached else ''}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,10 +173,13 @@ def _engine(engine: torch.nn.Module) -> str:
     return "DeepSpeed" if _is_deepspeed(engine) else "one process"
 
 
-def _is_compiled(wrapped: torch.nn.Module) -> bool:
+def _is_compiled(wrapped: torch.nn.Module) -> bool | str:
     """Whether torch.compile is around the engine, as under DDP, in DeepSpeed's, or around FSDP2's layers."""
-    layers = (module._compiled_call_impl for module in wrapped.modules())
-    return hasattr(wrapped, "_orig_mod") or getattr(wrapped, "is_compiled", False) or any(layers)
+    if hasattr(wrapped, "_orig_mod") or getattr(wrapped, "is_compiled", False):
+        return True
+    layers = [each for each in wrapped.modules() if isinstance(each, FSDPModule) and each is not wrapped]
+    compiled = sum(layer._compiled_call_impl is not None for layer in layers)
+    return "in some layers" if 0 < compiled < len(layers) else compiled > 0
 
 
 def _is_deepspeed(engine: torch.nn.Module) -> bool:

@@ -197,7 +197,7 @@ WAYS = [
             model not in ("gpt2", "llama")
             and (model, precision, checkpointing) != ("gpt2-medium", "bf16", True)
         )
-        or (model, precision) == ("llama", "pure bf16")
+        or ((model, precision) == ("llama", "pure bf16") and (loss, checkpointing) != ("stock", True))
         or (checkpointing in HALF_OF.get((model, loss), ()) and (model, precision) != ("gpt2", "bf16"))
     ]
 ]

@@ -142,3 +142,5 @@ def test_compiling_moves_less() -> None:
             assert compiled.layer.bytes_per_token(shape) < eager.layer.bytes_per_token(shape)
             assert compiled.again.bytes_per_token(shape) < eager.again.bytes_per_token(shape)
             assert compiled.logit < eager.logit
+            layers = stack_of(shape, numbers, compiled=True, by_layer=True)
+            assert (layers.layer, layers.logit) == (compiled.layer, eager.logit)

@@ -117,6 +117,13 @@ def one_layer_that_recomputes(trainer: LauncherTrainer) -> Iterator[None]:
     layer.gradient_checkpointing = False
 
 
+def one_layer_that_is_compiled(trainer: LauncherTrainer) -> Iterator[None]:
+    layer = [module for module in trainer.model_wrapped.modules() if isinstance(module, FSDPModule)][-1]
+    layer.compile()
+    yield
+    layer._compiled_call_impl = None
+
+
 def parameters_on_the_host(trainer: LauncherTrainer) -> Iterator[None]:
     engine: Any = trainer.model_wrapped
     last = [module for module in engine.modules() if isinstance(module, FSDPModule)][-1]
@@ -179,6 +186,7 @@ ZERO: dict[str, Tamper] = {
 FSDP: dict[str, Tamper] = {
     "engine": attribute("model_wrapped", lambda _: torch.nn.Identity()),
     "gradient checkpointing": one_layer_that_recomputes,
+    "compile": one_layer_that_is_compiled,
     "mixed precision": rounded_gradients,
     "offloaded": parameters_on_the_host,
 }

@@ -110,10 +110,10 @@ def test_what_falls_off_a_path_is_caught(
 @pytest.mark.parametrize(
     ("build", "told"),
     [
-        (gpt2, "the model is in one piece"),
+        (gpt2, "the model became one graph"),
         (
             talking,
-            "the model is cut into pieces: Unsupported Tensor.item() call with capture_scalar_outputs=False",
+            "the model became 6 graphs, cut for: Unsupported Tensor.item() call",
         ),
     ],
     ids=["whole", "cut"],

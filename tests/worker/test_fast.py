@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
+from torch.backends import cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +32,14 @@ from transformers.activations import NewGELUActivation
 from launcher.plan.fast import Fast
 from launcher.worker.dataset import stack
 from launcher.worker.evaluate import evaluate
-from launcher.worker.fast import CAUSAL, TanhGELU, taken_by, use_causal_attention, use_tanh_gelu_kernel
+from launcher.worker.fast import (
+    CAUSAL,
+    TanhGELU,
+    cache_whole_graphs,
+    taken_by,
+    use_causal_attention,
+    use_tanh_gelu_kernel,
+)
 from launcher.worker.vocabulary import take_out_padding
 from tests.worker.parity import (
     ALL,
@@ -232,6 +242,24 @@ def test_compiled_it_is_one_graph_without_a_mask(build: Callable[[], PreTrainedM
     theirs = reference(made(build, NOTHING)[0], batch, items=items)
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
     assert ours.apart(theirs) < 2e-6
+
+
+def test_the_cache_s_key_has_the_attention_kernels_that_are_switched_on() -> None:
+    """Inductor's settings are in it, as it takes them; tests/test_compiled.py sees graphs found again."""
+
+    def key() -> dict[str, Any]:
+        cache_whole_graphs()
+        return inductor.save_config_portable()
+
+    with functorch.patch({}), inductor.patch({}):
+        first = key()
+        assert key() == first
+        cuda.enable_flash_sdp(False)
+        try:
+            assert key() != first
+        finally:
+            cuda.enable_flash_sdp(True)
+        assert key() == first
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)

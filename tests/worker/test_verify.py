@@ -44,6 +44,7 @@ FOUND: Mapping[str, str] = {
     "gradients": "planned torch.float32, found torch.bfloat16",
     "mixed precision": "MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.bfloat16",
     "fsdp gradient checkpointing": "planned False, found in some layers",
+    "fsdp compile": "planned False, found in some layers",
     "fsdp offloaded": "planned none, found some parameters",
     "version of torch": "rank 1 has 1.0",
     "sha256 of config.yaml": "rank 1 has ",
