@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +38,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, signal.SIG_DFL)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put temporary files into one folder, which goes at the end: torchelastic leaves some at each start.
+
+    pytest's own stay where they always are, to be looked at.
+    """
+    if hasattr(config, "workerinput"):
+        return  # one of several processes, which have the first one's environment
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    folder = Path(tempfile.mkdtemp(prefix="tests-"))
+    folder.chmod(0o755)  # who runs a SLURM cluster's daemons comes by
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @dataclass(frozen=True)
