@@ -178,10 +178,15 @@ def losses(directory: Path) -> dict[tuple[int, str], float]:
     }
 
 
+def make_workplace(folder: Path, run: Mapping[str, Any], **environment: str) -> Workplace:
+    """`folder` with `run.yaml`, its corpus, and a cluster of two ranks on the CPU."""
+    (folder / "corpus.txt").write_text("\n".join(sentences(2000)) + "\n", encoding="utf-8")
+    write_json(folder / "run.yaml", run)
+    write_json(folder / "two.yaml", {"name": "two", "gpu": "cpu", "gpus_per_node": 2})
+    return Workplace(folder, environment)
+
+
 @pytest.fixture
 def workplace(tmp_path: Path) -> Workplace:
-    """A folder with `run.yaml`, its corpus, and a cluster of two ranks on the CPU."""
-    (tmp_path / "corpus.txt").write_text("\n".join(sentences(2000)) + "\n", encoding="utf-8")
-    write_json(tmp_path / "run.yaml", small_run())
-    write_json(tmp_path / "two.yaml", {"name": "two", "gpu": "cpu", "gpus_per_node": 2})
-    return Workplace(tmp_path)
+    """A folder to run `small_run` in."""
+    return make_workplace(tmp_path, small_run())

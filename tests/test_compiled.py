@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import Workplace, losses, sentences, small_run, write_json
+from tests.conftest import Workplace, losses, make_workplace, small_run
 from tests.long import LONG
 
 TWO = ("--cluster", "two.yaml")
@@ -24,10 +24,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     run["train"] |= {"schedule": "constant", "steps": STEPS, "eval_every": 3, "micro_batch": 4}
     # bf16, so that autocast stands in the graph, and buckets that hold less than the model's gradients.
     run["train"] |= {"precision": "bf16", "extra": {"ddp_bucket_cap_mb": 1}}
-    write_json(folder / "run.yaml", run)
-    write_json(folder / "two.yaml", {"name": "two", "gpu": "cpu", "gpus_per_node": 2})
-    (folder / "corpus.txt").write_text("\n".join(sentences(2000)) + "\n", encoding="utf-8")
-    return Workplace(folder, {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")})
+    return make_workplace(folder, run, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -83,8 +83,7 @@ def estimate(
         block_size=block_size,
         gradient_checkpointing=gradient_checkpointing,
         chunked_loss=chunked_loss,
-        # FSDP2's layers are compiled by themselves, and what makes the loss is in none of them.
-        compiled=compiled and sharding.strategy != "fsdp",
+        compiled=compiled and not sharding.compiled_by_layer,
         on_cpu=on_cpu,
     )
     framework = _framework(sharding.world_size, on_cpu=on_cpu)

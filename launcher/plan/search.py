@@ -199,7 +199,7 @@ def _speed(
             shape,
             sharding.numbers(job.precision),
             compiled=job.compiles(sharding.strategy),
-            by_layer=sharding.strategy == "fsdp",
+            by_layer=sharding.compiled_by_layer,
             chunked_loss=job.fast.under(sharding.strategy).chunked_loss,
         ),
         sharding,

@@ -35,6 +35,11 @@ class Sharding:
             return Numbers(FP32, FP32)
         return Numbers(HALF, FP32 if self.strategy == "ddp" else HALF)
 
+    @property
+    def compiled_by_layer(self) -> bool:
+        """Whether torch.compile, where it is asked for, has layers alone: what makes the loss is in none."""
+        return self.strategy == "fsdp"
+
 
 @dataclass(frozen=True, slots=True)
 class States:

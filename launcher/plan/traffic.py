@@ -106,13 +106,11 @@ def stack_of(
     autocast, which moves a little more.
     """
     whole = numbers.compute == FP32
-    stacks = _EAGER_FP32 if whole else _EAGER_HALF if numbers.cast else _EAGER_PURE_HALF
-    stack = stacks["llama" if shape.model_type == "mistral" else shape.model_type]
+    eager = _EAGER_FP32 if whole else _EAGER_HALF if numbers.cast else _EAGER_PURE_HALF
+    stack = eager["llama" if shape.model_type == "mistral" else shape.model_type]
     if compiled:
-        logit = stack.logit
-        stacks = _COMPILED_FP32 if whole else _COMPILED_HALF
-        stack = stacks["llama" if shape.gated else "gpt2"]
-        stack = replace(stack, logit=logit) if by_layer else stack
+        layers = (_COMPILED_FP32 if whole else _COMPILED_HALF)["llama" if shape.gated else "gpt2"]
+        stack = replace(layers, logit=stack.logit) if by_layer else layers
     if not chunked_loss:
         return stack
     logit, added = _CHUNKED[compiled, whole]

@@ -111,10 +111,7 @@ def test_what_falls_off_a_path_is_caught(
     ("build", "told"),
     [
         (gpt2, "the model became one graph"),
-        (
-            talking,
-            "the model became 6 graphs, cut for: Unsupported Tensor.item() call",
-        ),
+        (talking, "the model became 6 graphs, cut for: Unsupported Tensor.item() call"),
     ],
     ids=["whole", "cut"],
 )
