@@ -38,7 +38,8 @@ class Block(nn.Module):
         )
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        changed: torch.Tensor = self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return x + changed
 
 
 class GPT2(nn.Module):
@@ -84,7 +85,9 @@ def main() -> None:
             rows = np.stack([ids[start : start + length + 1] for start in chosen]).astype(np.int64)
             here, following = (torch.from_numpy(part.copy()) for part in (rows[:, :-1], rows[:, 1:]))
             last = turn == asked["accumulation"] - 1
-            with nullcontext() if last or world == 1 else model.no_sync():
+            with (
+                model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+            ):
                 (model(here, following) / asked["accumulation"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

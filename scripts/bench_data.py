@@ -261,9 +261,9 @@ def watch(pid: int, peak: list[int]) -> None:
 
 
 def measure_recipe(work: Path, tokenizer: Path) -> Measured:
-    command = [sys.executable, ROOT / "scripts/bench_data.py", "recipe", work / "small.jsonl", tokenizer]
+    command: list[str | Path] = [sys.executable, ROOT / "scripts/bench_data.py", "recipe"]
     try:
-        return measured([*command, work / "recipe"], work)
+        return measured([*command, work / "small.jsonl", tokenizer, work / "recipe"], work)
     finally:
         shutil.rmtree(work / "recipe", ignore_errors=True)
 
@@ -367,7 +367,7 @@ def narrow(encoded: Any, backend: str) -> NDArray[np.uint16]:
     if backend == "gigatoken":
         import awkward
 
-        return awkward.to_numpy(awkward.flatten(encoded)).astype(np.uint16)
+        return np.asarray(awkward.flatten(encoded), dtype=np.uint16)
     return np.fromiter(chain.from_iterable(encoded), dtype=np.uint16)
 
 

@@ -29,13 +29,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_meter import VARIABLE, Measuring
-from gpu_rows import ENDLESS
-
 from launcher.run import journal, processes
+from scripts.gpu_meter import VARIABLE, Measuring
+from scripts.gpu_rows import ENDLESS
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ROOT / "scripts"
 BLOCK = 1024
 SHAPES: Mapping[str, tuple[int, int, int]] = {
     "gpt2": (12, 12, 768),
@@ -247,7 +245,7 @@ class Started:
             "checkpointing": row.checkpointing,
             "precision": row.precision,
         }
-        return [sys.executable, str(SCRIPTS / "gpu_rows.py"), row.kind, json.dumps(asked)]
+        return [sys.executable, "-m", "scripts.gpu_rows", row.kind, json.dumps(asked)]
 
     @property
     def ready(self) -> bool:
@@ -299,7 +297,7 @@ def prepare(work: Path) -> None:
 
 def environment(**more: str) -> dict[str, str]:
     """That of every row: launcher from this tree, and the meter beside it."""
-    path = [str(ROOT), str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "4", **more}
 
 
@@ -325,7 +323,7 @@ def run_of(row: Row, name: str, work: Path) -> dict[str, Any]:
             "strategy": "ddp",
             "compile": row.compiled,
             "gradient_checkpointing": row.checkpointing,
-            "callbacks": ["gpu_meter:Meter"],
+            "callbacks": ["scripts.gpu_meter:Meter"],
         },
         "checkpoint": {"every": ENDLESS},
         "report_to": [],

@@ -391,7 +391,7 @@ def damage(bench: Bench, _: int) -> Row:
     shutil.copytree(whole, directory.checkpoints)
     for each in ledger.committed(directory.checkpoints):
         _flip(each.folder / ledger.STATE)
-    for _ in ("as they are found", "once they are set aside"):
+    for _turn in ("as they are found", "once they are set aside"):
         attempt = Attempt(directory, 2)
         refused = (
             attempt.wait() == {Outcome.CRASHED} and "no checkpoint of this run is good" in attempt.said()

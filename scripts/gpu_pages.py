@@ -1,6 +1,6 @@
 """Write docs/benchmarks/gpu.md and docs/benchmarks/memory.md from what `scripts/bench_gpu` measured.
 
-    python scripts/gpu_pages.py
+    .venv/bin/python -m scripts.gpu_pages
 
 It reads docs/benchmarks/gpu.json, of launcher and those it is held against; gpu_items.json, of the items one
 by one; and gpu_earlier.json, rows of an earlier run. What is in none of them is called not measured; nothing
@@ -16,8 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_gpu import BLOCK, FAST, SHAPES, Row, rows
-
 from launcher.plan.batch import Batch
 from launcher.plan.fast import Fast
 from launcher.plan.hardware import find_gpu
@@ -25,6 +23,7 @@ from launcher.plan.measured import Errors
 from launcher.plan.search import Candidate, Job, candidates
 from launcher.plan.shape import Shape, flops_per_token, shape_of
 from launcher.plan.states import Sharding
+from scripts.bench_gpu import BLOCK, FAST, SHAPES, Row, rows
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs/benchmarks"
 FILES = ("gpu.json", "gpu_items.json", "gpu_earlier.json")

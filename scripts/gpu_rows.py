@@ -1,6 +1,6 @@
 """The two that launcher is measured against on a GPU: the stock Trainer, and a hand-written compiled loop.
 
-    python gpu_rows.py stock|loop '{"layers": 12, "heads": 12, "width": 768, ...}'
+    python -m scripts.gpu_rows stock|loop '{"layers": 12, "heads": 12, "width": 768, ...}'
 
 The shape and the settings are one JSON object. Both draw blocks of 1024 random ids: what they are does not
 change how long a step takes. Neither is launcher's: nothing of its package is imported here.
@@ -14,9 +14,10 @@ import tempfile
 from typing import Any
 
 import torch
-from bare_loop import GPT2
-from gpu_meter import Meter
 from torch.utils.data import Dataset
+
+from scripts.bare_loop import GPT2
+from scripts.gpu_meter import Meter
 
 ROWS = 4096
 VOCABULARY = 50257
@@ -93,6 +94,7 @@ def loop(asked: dict[str, Any]) -> None:
     meter, draw = Meter(), torch.Generator().manual_seed(2)
     for step in range(ENDLESS):
         meter.begins()
+        loss = torch.zeros(())
         for _ in range(asked["accumulation"]):
             chosen = rows[torch.randint(ROWS, (asked["micro_batch"],), generator=draw)].pin_memory()
             here = chosen[:, :-1].to("cuda", non_blocking=True)

@@ -1,6 +1,6 @@
 """Write docs/reference/ from the schema and the commands themselves, so that it cannot go stale.
 
-.venv/bin/python scripts/reference.py
+.venv/bin/python -m scripts.reference
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write docs/concepts/scaling.md: what plans become from 1 to 4,096 GPUs, by the speed model.
 
-python scripts/scaling.py
+.venv/bin/python -m scripts.scaling
 """
 
 from __future__ import annotations

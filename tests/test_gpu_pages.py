@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import gpu_pages
-
 from launcher.plan.measured import MEASURED
+from scripts import gpu_pages
 
 FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
 GPU = "h200-sxm-141gb"
@@ -20,7 +19,7 @@ def test_the_pages_are_as_written() -> None:
         ("memory.md", gpu_pages.memory_page(runs, GPU)),
     ):
         written = (FOLDER / name).read_text(encoding="utf-8")
-        assert "\n".join([*page, ""]) == written, "run scripts/gpu_pages.py"
+        assert "\n".join([*page, ""]) == written, "run .venv/bin/python -m scripts.gpu_pages"
 
 
 def test_a_plan_says_of_its_predictions_what_was_measured() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import scaling
+from scripts import scaling
 
 
 def test_the_page_is_as_written() -> None:
     assert scaling.PAGE.read_text(encoding="utf-8") == "\n".join([*scaling.page(), ""]), (
-        "run scripts/scaling.py"
+        "run .venv/bin/python -m scripts.scaling"
     )
