@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.run.directory import RunDirectory
 from scripts.check_strategies import CLOSE, PAGE, SAME_LOGITS, STEPS, Bench, Cell, Tried, write_table
 from tests.conftest import sentences, write_json
 from tests.long import LONG
@@ -62,6 +63,11 @@ def test_it_trains_as_ddp_does_and_leaves_the_model_that_it_trained(
     directory = bench.folder / "runs" / cell.name
     steps = sorted(folder.name for folder in (directory / "checkpoints").iterdir())
     assert steps == ["step-00000010", "step-00000020"]
+    files = (directory / "checkpoints" / steps[-1]).rglob("*")
+    written = sum(file.stat().st_size for file in files if file.is_file())
+    expected = RunDirectory(directory).read_orders().plan.checkpoint_bytes
+    assert expected is not None
+    assert expected < written < 2 * expected, "a small model's files are a third names and alignment"
     if then == "one.yaml":
         return
     # On as many ranks as before it is the same run to the bit.

@@ -25,7 +25,7 @@ from launcher.plan.search import (
     states_on_host,
 )
 from launcher.plan.shape import Shape, parameters
-from launcher.plan.states import Sharding
+from launcher.plan.states import Sharding, checkpoint_bytes
 
 CPU_TOKENS = 8192
 """Tokens in a forward pass on a CPU beyond which a larger micro-batch only costs memory."""
@@ -129,6 +129,13 @@ class Plan:
         if self.samples is None or self.blocks is None or not self.blocks.train:
             return None
         return self.samples / self.blocks.train
+
+    @property
+    def checkpoint_bytes(self) -> int | None:
+        """Bytes of one checkpoint on disk; None for a model whose size is not known."""
+        if self.parameters is None:
+            return None
+        return checkpoint_bytes(self.parameters, self.strategy, self.precision)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -63,6 +63,13 @@ class States:
     host: int = 0
 
 
+def checkpoint_bytes(parameters: int, strategy: str, precision: str) -> int:
+    """Bytes of a checkpoint on disk: each weight and AdamW's two moments of it in fp32, and what ZeRO-1 and 2
+    compute with beside them (stage 3 writes all but so)."""
+    computed = FP32 if precision == "fp32" else HALF
+    return parameters * (3 * FP32 + (computed if strategy in ("zero1", "zero2") else 0))
+
+
 def states(shape: Shape, sharding: Sharding, precision: str) -> States:
     """The state of one rank, the first where they differ. Raises ValueError for an unknown strategy."""
     half = precision != "fp32"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,8 +36,6 @@ evaluation, is of a process that does not run at all. In other phases it may be 
 other thread run, or a file system that all ranks write to at once: such a phase's own limit counts."""
 BRIEF: frozenset[Phase] = frozenset({"training", "evaluating"})
 """Phases in which nothing takes long at a stretch."""
-CHECKPOINT_BYTES = 12
-"""Bytes of a checkpoint for each parameter: fp32 weights and AdamW's two moments."""
 FILE_SPEED = 200e6
 """Bytes/s at which a checkpoint is read or written, where none was measured: an allowance for a busy file
 system."""
@@ -55,7 +53,8 @@ STALE_SECONDS = 3.0
 """What tells, once something hangs, a process that does not run from one that waits."""
 LIMIT_VARIABLE = "LAUNCHER_HANG_SECONDS"
 """An environment variable that lowers the limit of a training step to so many seconds: to try it out."""
-BYTES = 640
+BYTES = 1536
+"""Of a heartbeat: 200 characters of `at` take 800 bytes at most, a host's name 64, all others 400."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +84,20 @@ class Beat:
 
 def write_beat(file: Path, beat: Beat) -> None:
     """Overwrite `file` in place, closing it: no block is allocated, so a full disk does not look like a
-    frozen rank, and a network file system passes it on."""
-    text = json.dumps(asdict(beat)).encode()[: BYTES - 1].ljust(BYTES - 1) + b"\n"
+    frozen rank, and a network file system passes it on. A beat too long for it goes without its `at`."""
+    text = _as_json(beat)
+    if len(text) >= BYTES:
+        text = _as_json(replace(beat, at=None))
+    text = text.ljust(BYTES - 1) + b"\n"
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         os.pwrite(descriptor, text, 0)
     finally:
         os.close(descriptor)
+
+
+def _as_json(beat: Beat) -> bytes:
+    return json.dumps(asdict(beat), ensure_ascii=False).encode(errors="replace")
 
 
 def read_beat(file: Path) -> Beat | None:
@@ -108,12 +114,12 @@ def training_limit(longest_step: float) -> float:
     return max(LIMITS["training"], STEPS * longest_step)
 
 
-def limits(parameters: int | None) -> dict[Phase, float]:
-    """LIMITS, longer where a checkpoint of so many parameters takes longer, and `saving` shorter where it
+def limits(checkpoint: int | None) -> dict[Phase, float]:
+    """LIMITS, longer where a checkpoint of so many bytes takes longer, and `saving` shorter where it
     takes little time on the slowest file system; None: how many is not known."""
-    size = CHECKPOINT_BYTES * (parameters or 0)
+    size = checkpoint or 0
     least = dict(LIMITS)
-    if parameters is not None:
+    if checkpoint is not None:
         slow = max(LEAST_SAVING, PASSES["saving"] * size / SMALL_SPEED)
         least["saving"] = min(least["saving"], slow)
     return {phase: max(least[phase], PASSES.get(phase, 0) * size / FILE_SPEED) for phase in least}

@@ -25,7 +25,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.heartbeat import read_beat
 from launcher.run.outcome import UNLIMITED, Facts, Outcome
 from launcher.run.slurm_facts import Seen, facts_of, is_requeued
-from launcher.run.stopping import checkpoint_bytes, need_of
+from launcher.run.stopping import need_of
 from launcher.run.supervise import REPLACED
 
 LOOK_SECONDS: Final = 15.0
@@ -188,7 +188,7 @@ class Slurm:
             backend, gpus = "nccl", plan.batch.world_size // plan.nodes
         word = f"{self.job} {now}"
         command = check_command(self._step(0), word, backend)
-        room = checkpoint_bytes(plan)
+        room = plan.checkpoint_bytes or 0
         found = node_check.findings(
             self._directory,
             command,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from launcher.plan.choose import Plan
 from launcher.run import journal
 from launcher.run.directory import RunDirectory
-from launcher.run.heartbeat import CHECKPOINT_BYTES, FILE_SPEED, read_beat
+from launcher.run.heartbeat import FILE_SPEED, read_beat
 
 STEPS = 3
 """Steps until the ranks have stopped: the one under way, the next where that was too far for them to agree in
@@ -37,13 +37,8 @@ def need_of(directory: RunDirectory, plan: Plan, attempt: int | None = None) -> 
     saves = [beat.save_seconds for beat in beats if beat is not None and beat.save_seconds is not None]
     saves += [event["save_seconds"] for event in journal.read(directory.journal) if event.get("save_seconds")]
     step = max(steps, default=_predicted_step(plan))
-    save = max(saves) if saves else checkpoint_bytes(plan) / FILE_SPEED
+    save = max(saves) if saves else (plan.checkpoint_bytes or 0) / FILE_SPEED
     return Need(STEPS * step + SLACK * save + MARGIN, bool(steps and saves))
-
-
-def checkpoint_bytes(plan: Plan) -> int:
-    """Bytes of one checkpoint, by the model's size; 0 for a model whose size is not known."""
-    return (plan.parameters or 0) * CHECKPOINT_BYTES
 
 
 def _predicted_step(plan: Plan) -> float:

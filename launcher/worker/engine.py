@@ -33,7 +33,7 @@ def meet(plan: Plan, timeout: float | None, environment: MutableMapping[str, str
     with plain DDP and say nothing. So the state is made here, as on a GPU, and TrainingArguments is told to
     keep it.
     """
-    options: dict[str, Any] = {"timeout": patience(timeout, plan.parameters)}
+    options: dict[str, Any] = {"timeout": patience(timeout, plan.checkpoint_bytes)}
     if plan.device != "cpu":
         return PartialState(**options)
     if plan.batch.world_size > 1 or zero_stage(plan.strategy) is not None:
@@ -51,10 +51,10 @@ def meet(plan: Plan, timeout: float | None, environment: MutableMapping[str, str
     return PartialState(cpu=False, **options)
 
 
-def patience(timeout: float | None, parameters: int | None) -> timedelta:
-    """How long a collective waits; `parameters`: how many the model has. NCCL's own 10 minutes would end
+def patience(timeout: float | None, checkpoint: int | None) -> timedelta:
+    """How long a collective waits; `checkpoint`: bytes of one. NCCL's own 10 minutes would end
     ranks that wait, with every right, for rank 0 to read a large checkpoint, or to upload the model."""
-    return timedelta(seconds=2 * max(limits(parameters).values()) if timeout is None else timeout)
+    return timedelta(seconds=2 * max(limits(checkpoint).values()) if timeout is None else timeout)
 
 
 def engine_arguments(plan: Plan, deepspeed: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ until all have told their wishes."""
 class Heart:
     """Beats while this process lives. `beat`, `step` and `during` are the main thread's.
 
-    `parameters`: how many the model has, by which a phase that goes through its checkpoint may last.
+    `checkpoint`: bytes of one, by which a phase that goes through it may last.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Heart:
         environment: Mapping[str, str],
         *,
         step: int = 0,
-        parameters: int | None = None,
+        checkpoint: int | None = None,
         later: Path | None = None,
         handover: Path | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class Heart:
         self._stacks_request = stacks_request
         self._rank = rank
         self._environment = environment
-        self._limits = limits(parameters)
+        self._limits = limits(checkpoint)
         self._phase: Phase = "starting"
         self._step = step
         self._beats = 0

@@ -66,7 +66,7 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mutab
         directory.stacks_request,
         number,
         environment,
-        parameters=plan.parameters,
+        checkpoint=plan.checkpoint_bytes,
         later=directory.logs(attempt[0] + 1),
         handover=directory.handover,
     )

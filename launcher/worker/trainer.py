@@ -24,6 +24,7 @@ from launcher.errors import RequestError
 from launcher.plan.choose import Plan
 from launcher.plan.orders import Orders
 from launcher.plan.sharding import zero_stage
+from launcher.plan.states import checkpoint_bytes
 from launcher.run.checkpoints import Checkpoint, good_at
 from launcher.run.directory import RunDirectory
 from launcher.worker import saving
@@ -40,7 +41,7 @@ from launcher.worker.dataset import (
     training_loader,
 )
 from launcher.worker.divergence import Divergence
-from launcher.worker.engine import DTYPES, engine_arguments, fsdp_policy, innermost, is_sharded
+from launcher.worker.engine import engine_arguments, fsdp_policy, innermost, is_sharded
 from launcher.worker.evaluate import Metric, evaluate
 from launcher.worker.heart import Heart
 from launcher.worker.pickles import refusing_code
@@ -337,13 +338,11 @@ class LauncherTrainer(ReportingTrainer):
         return partial(write, host_copy(state))
 
     def _checkpoint_bytes(self) -> int:
-        """What a checkpoint takes: each weight, and Adam's two moments of it, in fp32.
-
-        DeepSpeed writes the weights it computes with beside those (stage 3 all but so).
-        """
-        parameters = self._plan.parameters or sum(each.numel() for each in self.bare_model.parameters())
-        beside = {None: 0, 3: 0}.get(zero_stage(self._plan.strategy), DTYPES[self._plan.precision].itemsize)
-        return parameters * (12 + beside)
+        """What a checkpoint takes, by the plan; of a model whose size it does not know, by the model."""
+        if self._plan.checkpoint_bytes is not None:
+            return self._plan.checkpoint_bytes
+        parameters = sum(each.numel() for each in self.bare_model.parameters())
+        return checkpoint_bytes(parameters, self._plan.strategy, self._plan.precision)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

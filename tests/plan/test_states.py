@@ -15,7 +15,7 @@ from launcher.config.presets import PRESETS
 from launcher.plan.buckets import LARGEST, SMALLEST, buckets
 from launcher.plan.memory import estimate
 from launcher.plan.shape import Shape, parameters, shape_of, weights_per_layer
-from launcher.plan.states import Sharding, partitions, states
+from launcher.plan.states import Sharding, checkpoint_bytes, partitions, states
 from tests.plan.engines import FIELDS, WIDE
 
 WORLDS = (1, 2, 8, 64, 512)
@@ -50,6 +50,22 @@ def allocated(*wanted: str) -> dict[str, dict[str, int]]:
     found = {line.pop("of"): line for line in lines}
     assert list(found) == list(wanted)
     return found
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "each"),
+    [
+        ("ddp", "bf16", 12),
+        ("fsdp", "bf16", 12),
+        ("zero3", "bf16", 12),
+        ("zero1", "bf16", 14),
+        ("zero2", "fp32", 16),
+    ],
+)
+def test_a_checkpoint_is_weights_two_moments_and_what_deepspeed_computes_with(
+    strategy: str, precision: str, each: int
+) -> None:
+    assert checkpoint_bytes(1000, strategy, precision) == 1000 * each
 
 
 def test_the_state_is_what_the_engines_hold() -> None:

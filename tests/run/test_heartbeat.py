@@ -40,7 +40,11 @@ def test_a_beat_is_read_as_it_was_written_over_and_over_in_the_same_bytes(tmp_pa
         assert read_beat(file) == beat
         assert file.stat().st_size == BYTES
     inode = file.stat().st_ino
+    at = "журнал/шаг.py:7 " * 12
+    write_beat(file, replace(BEAT, at=f"{at}\udce9", host="узел" * 8))
+    assert read_beat(file) == replace(BEAT, at=f"{at}?", host="узел" * 8), "of any alphabet"
     write_beat(file, replace(BEAT, at="x" * 2000))
+    assert read_beat(file) == BEAT, "what is too long goes without its place"
     assert (file.stat().st_size, file.stat().st_ino) == (BYTES, inode)
     os.truncate(file, 40)
     assert read_beat(file) is None, "half of it tells nothing"
@@ -107,7 +111,7 @@ def test_a_rank_that_has_ended_is_not_waited_for() -> None:
 def test_a_phase_that_goes_through_a_checkpoint_may_last_as_long_as_that_takes() -> None:
     """Bytes of a checkpoint, at 200 MB/s: 70 billion parameters are 840 GB, 4200 s a time."""
     assert limits(None) == LIMITS
-    large = limits(70_000_000_000)
+    large = limits(12 * 70_000_000_000)
     assert (large["saving"], large["starting"]) == (2 * 4200, 5 * 4200)
     assert large["finishing"] == 4 * 4200
     assert (large["training"], large["evaluating"]) == (LIMITS["training"], LIMITS["evaluating"])
@@ -115,9 +119,9 @@ def test_a_phase_that_goes_through_a_checkpoint_may_last_as_long_as_that_takes()
 
 def test_a_small_model_is_saved_soon_on_the_slowest_file_system_too() -> None:
     """Written and hashed at 20 MB/s: 124 million parameters are 1.5 GB, 350 million 4.2 GB."""
-    assert limits(124_000_000) == {**LIMITS, "saving": 300}
-    assert limits(350_000_000)["saving"] == 2 * 12 * 350e6 / 20e6 == 420
-    by_size = [limits(parameters)["saving"] for parameters in range(0, 40_000_000_000, 100_000_000)]
+    assert limits(12 * 124_000_000) == {**LIMITS, "saving": 300}
+    assert limits(12 * 350_000_000)["saving"] == 2 * 12 * 350e6 / 20e6 == 420
+    by_size = [limits(12 * parameters)["saving"] for parameters in range(0, 40_000_000_000, 100_000_000)]
     assert by_size == sorted(by_size)
     assert by_size[15] == LIMITS["saving"], "1.5 billion"
     assert LIMITS["training"] < by_size[0]

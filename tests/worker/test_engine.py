@@ -9,6 +9,6 @@ from launcher.worker.engine import patience
 
 
 def test_a_collective_waits_longer_than_whatever_a_rank_may_do_alone() -> None:
-    for parameters in (None, 124_000_000, 70_000_000_000):
-        assert patience(None, parameters) > timedelta(seconds=max(limits(parameters).values()))
+    for checkpoint in (None, 12 * 124_000_000, 12 * 70_000_000_000):
+        assert patience(None, checkpoint) > timedelta(seconds=max(limits(checkpoint).values()))
     assert patience(5.0, None) == timedelta(seconds=5), "train.extra.ddp_timeout"

@@ -70,9 +70,9 @@ def test_it_tells_how_far_it_is_and_where_it_is_stuck(
 
 
 def test_it_ends_with_its_rank(tmp_path: Path, told: Callable[[Callable[[Beat], bool]], Beat]) -> None:
-    heart = Heart(tmp_path / "rank-1.heartbeat", tmp_path / "stacks", 1, {}, parameters=70_000_000_000)
+    heart = Heart(tmp_path / "rank-1.heartbeat", tmp_path / "stacks", 1, {}, checkpoint=12 * 70_000_000_000)
     heart.start()
-    assert told(lambda beat: True).limit == limits(70_000_000_000)["starting"] > LIMITS["starting"]
+    assert told(lambda beat: True).limit == limits(12 * 70_000_000_000)["starting"] > LIMITS["starting"]
     heart.stop()
     assert not [thread for thread in threading.enumerate() if thread.name == "heart"]
 
