@@ -119,8 +119,7 @@ def test_batch_size_and_world_change_on_the_way_and_no_sample_is_lost_or_repeate
     trained |= {0: 0} | {9 + n: 72 + 16 * n for n in range(1, 5)} | {13 + n: 136 + 4 * n for n in range(1, 7)}
     assert rates.keys() == trained.keys() - {0}
     for step in range(3, 20):  # two steps of warmup, then a line to zero over the samples
-        # At 16 a step the last one would go over. The first step of an attempt has the rate that was saved.
-        whole = 168 if 11 <= step <= 14 else 160
+        whole = 168 if 10 <= step <= 13 else 160  # at 16 a step the last one would go over
         assert rates[step] == pytest.approx(1e-3 * (whole - trained[step - 1]) / (whole - 16))
     for step, samples in ((9, range(64, 72)), (11, range(88, 104)), (19, range(156, 160))):
         shown = json.loads(recorded.run("data", "show", str(directory), "--step", str(step), "--json").stdout)

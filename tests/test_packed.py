@@ -55,6 +55,20 @@ def write_run(mine: Workplace, packing: str, **keys: Any) -> None:
     write_json(mine.folder / "run.yaml", run)
 
 
+def test_a_step_without_a_label_trains_nothing_and_goes_on(mine: Workplace) -> None:
+    """A document one token longer than its rows leaves a row of one token, which has nothing to predict."""
+    write_run(mine, "pad", batch_size=1, micro_batch=1, steps=150, eval_every=1000)
+    keys = ("data.block_size=8", "data.isolate_documents=false")
+    directory = mine.train(*keys, "model.overrides={n_layer: 1, n_embd: 32, n_head: 2, n_positions: 64}")
+    run, orders = RunDirectory(directory).read_config(), RunDirectory(directory).read_orders()
+    blocks = Blocks(open_store(Path(orders.store or "")), "train", 8, "pad")
+    order = training_order(blocks, run.data, run.seed)
+    found = {line["step"]: line["loss"] for line in metrics(directory) if "loss" in line}
+    without = [step for step in found if len(blocks.read(0, order[step - 1].block)) == 1]
+    assert list(found) == list(range(1, 151))
+    assert [step for step, loss in found.items() if loss == 0] == without != []
+
+
 def alone(model: Any, rows: list[torch.Tensor], end: int) -> tuple[float, int]:
     """The mean loss of the documents in these rows, each given to the model by itself, and its labels."""
     total, labels = 0.0, 0

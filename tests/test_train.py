@@ -120,8 +120,11 @@ def test_another_configuration_of_the_same_name_is_refused_and_a_longer_one_goes
     assert "may grow but not shrink" in shorter.stderr
     assert workplace.files() == before
     workplace.train("train.eval_every=1000", "train.steps=24")
-    steps = [line["step"] for line in metrics(directory) if "loss" in line]
-    assert steps == list(range(1, 25))
+    rates = {line["step"]: line["learning_rate"] for line in metrics(directory) if "loss" in line}
+    assert list(rates) == list(range(1, 25))
+    # At its end the shorter run had come down to a rate of nothing.
+    for step in range(21, 25):
+        assert rates[step] == pytest.approx(1e-3 * (1 + math.cos(math.pi * (step - 1) / 24)) / 2)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,7 @@ def test_early_stopping_keeps_the_best(workplace: Workplace) -> None:
     )
     evaluations = {step: value for (step, name), value in losses(directory).items() if name == "eval_loss"}
     assert max(evaluations) < 60, "it was to stop early"
-    assert [step for step, name in losses(directory) if name == "loss"] == [1, max(evaluations)]
+    assert [step for step, name in losses(directory) if name == "loss"] == [1, *evaluations]
     best = min(evaluations, key=lambda step: evaluations[step])
     saved = directory / "checkpoints" / f"step-{best:08d}" / "model.safetensors"
     assert weights(directory) == saved.read_bytes()

@@ -89,6 +89,18 @@ def loader_of_a_stream(mode: str, extra: Mapping[str, object]) -> Iterator[Fault
         )
 
 
+def curve_of_a_schedule(schedule: str, extra: Mapping[str, object]) -> Iterator[Fault]:
+    known = {"num_cycles"} if schedule == "cosine" else set()
+    asked = extra.get("lr_scheduler_kwargs") or {}
+    for name in asked if isinstance(asked, dict) else ():
+        if name not in known:
+            yield Fault(
+                "train.extra.lr_scheduler_kwargs",
+                f"train.schedule {schedule} takes no {name}",
+                hint="cosine takes num_cycles; linear and constant take nothing",
+            )
+
+
 def overrides_from_scratch(init: str, overrides: Mapping[str, object]) -> Iterator[Fault]:
     if init == "pretrained" and overrides:
         yield Fault(
@@ -305,6 +317,7 @@ RUN_RULES = (
     Rule(("data.mode", "train.epochs"), epochs_of_a_stream),
     Rule(("data.mode", "data.packing"), packing_of_a_stream),
     Rule(("data.mode", "train.extra"), loader_of_a_stream),
+    Rule(("train.schedule", "train.extra"), curve_of_a_schedule),
     Rule(("model.init", "model.overrides"), overrides_from_scratch),
     Rule(("model.init", "model.tokenizer"), tokenizer_of_pretrained),
     Rule(("data.train",), source_names_differ),

@@ -174,7 +174,9 @@ class DataSection(Section):
     text_field: str = Field(
         "text", min_length=1, description="The field of jsonl, or the column of a table, that holds the text."
     )
-    block_size: Count = Field(1024, description="Tokens in a block: the length of one training sequence.")
+    block_size: Count = Field(
+        1024, ge=2, description="Tokens in a block: the length of one training sequence."
+    )
     packing: Literal["concat", "best_fit", "pad"] = Field(
         "concat",
         description="`concat`: documents joined by the end-of-text token and cut into blocks. "

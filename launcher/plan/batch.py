@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from launcher.errors import RequestError
 
@@ -114,9 +115,22 @@ def count_steps(
         raise ValueError("one of steps, tokens and epochs must be given")
     if blocks is None:
         return None
-    return max(1, done.steps + max(0, math.ceil((epochs * blocks - done.samples) / batch_size)))
+    # As it is written in decimals: 1.1 x 100 is 110, in floats a hair more, and that hair a step.
+    samples = Fraction(str(epochs)) * blocks - done.samples
+    return max(1, done.steps + max(0, math.ceil(samples / batch_size)))
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """Steps of linear warmup: `warmup` below 1 is a fraction of `steps`, from 1 on a number of steps."""
-    return min(steps, round(warmup * steps) if warmup < 1 else int(warmup))
+    """Steps of linear warmup: `warmup` below 1 is a fraction of `steps`, from 1 on a number of steps.
+
+    Raises RequestError where there are not as many.
+    """
+    if warmup < 1:
+        return round(warmup * steps)
+    if warmup > steps:
+        raise RequestError(
+            f"train.warmup: {int(warmup)} steps of warmup do not fit in {steps} steps of training",
+            hint=f"write at most {steps}, or a fraction below 1 such as 0.02",
+            key="train.warmup",
+        )
+    return int(warmup)

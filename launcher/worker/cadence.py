@@ -18,23 +18,29 @@ from launcher.worker.stop import Agreement, StopSignals, Wishes
 
 @dataclass(slots=True)
 class BestEvaluation:
-    """The lowest eval_loss so far, the step it was measured at, and the evaluations since."""
+    """The lowest eval_loss so far, the step it was measured at, and how long it has got on too slowly.
+
+    `mark` is the last loss that was lower than the one before by more than the least difference that counts,
+    `since` the number of evaluations after it.
+    """
 
     loss: float | None = None
     step: int | None = None
+    mark: float | None = None
     since: int = 0
     is_final: bool = False
     """Whether patience ran out: training has ended and is not taken up again."""
 
     def add(self, loss: float, step: int, min_delta: float) -> bool:
         """Take in one evaluation; whether it is the best."""
-        if math.isnan(loss):
-            self.since += 1
-            return False
-        if self.loss is None or loss < self.loss - min_delta:
-            self.loss, self.step, self.since = loss, step, 0
-            return True
         self.since += 1
+        if math.isnan(loss):
+            return False
+        if self.mark is None or loss < self.mark - min_delta:
+            self.mark, self.since = loss, 0
+        if self.loss is None or loss < self.loss:
+            self.loss, self.step = loss, step
+            return True
         return False
 
 
@@ -109,7 +115,8 @@ class Cadence(TrainerCallback):
         if agreed.save or _falls_on(self._plan.checkpoint_every, step) or last or self.stopped:
             control.should_save = True
             self._saving_clock.restart()
-        control.should_log |= last or self.stopped
+        # Training pauses with a report: where it goes on, the steps up to here are counted nowhere else.
+        control.should_log |= control.should_evaluate or control.should_save
         control.should_training_stop |= self.stopped
         return control
 
@@ -158,7 +165,7 @@ class Cadence(TrainerCallback):
             return control
         if self._best.add(about["metrics"]["eval_loss"], state.global_step, self._early_stopping.min_delta):
             control.should_save = True
-        elif self._best.since >= self._early_stopping.patience:
+        if self._best.since >= self._early_stopping.patience:
             self._best.is_final = True
             control.should_save = control.should_training_stop = True
         return control

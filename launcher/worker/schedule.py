@@ -27,6 +27,19 @@ def follow_samples(scheduler: LRScheduler, phases: Phases, *, warmup: int, steps
     scheduler.lr_lambdas = [at_place(curve) for curve in scheduler.lr_lambdas]
 
 
+def take_up(scheduler: LRScheduler) -> None:
+    """Set the rate of the step to come by the schedule as it is now: the one that was saved is of a run that
+    may have been shorter, whose rate had come to nothing."""
+    assert isinstance(scheduler, LambdaLR)
+    rates = [
+        base * curve(scheduler.last_epoch)
+        for base, curve in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = list(rates)
+
+
 def place(phases: Phases, step: int, *, warmup: int, steps: int) -> float:
     """The step of a run of equal steps at which as large a part of what follows warmup would be done.
 

@@ -48,7 +48,7 @@ from launcher.worker.pickles import refusing_code
 from launcher.worker.reporting import ReportingTrainer
 from launcher.worker.reshard import Remove, mend_zero3, reshard
 from launcher.worker.resume import data_state
-from launcher.worker.schedule import follow_samples
+from launcher.worker.schedule import follow_samples, take_up
 from launcher.worker.step_times import StepTimes, Timed
 from launcher.worker.stop import Agreement
 
@@ -235,7 +235,8 @@ class LauncherTrainer(ReportingTrainer):
         if self._rows.labels is None:
             # Counted on the device: the stock Trainer copies the host's count there, and waits for it.
             labels = [to_device({"labels": batch["labels"]}, device) for batch in batch_samples]
-            return super()._get_num_items_in_batch(labels, device)
+            counted: Any = super()._get_num_items_in_batch(labels, device)
+            return counted.clamp_min(1)  # a step may have no label at all, of documents that end a token late
         # Filled on the device: a number that is copied there waits for it.
         return torch.full((), self._plan.batch.batch_size * self._rows.labels, device=device)
 
@@ -346,7 +347,13 @@ class LauncherTrainer(ReportingTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and zero_stage(self._plan.strategy) == 3:
+        if checkpoint is None:
+            return
+        assert self.lr_scheduler is not None
+        take_up(
+            getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        )  # accelerate's holds the stock one
+        if zero_stage(self._plan.strategy) == 3:
             mend_zero3(innermost(self.optimizer), self.args.weight_decay)
 
     def train_from(self, checkpoint: Checkpoint | None) -> None:

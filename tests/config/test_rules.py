@@ -56,6 +56,18 @@ def loads(tmp_path: Path, *overrides: str) -> bool:
             "set data.packing: concat",
         ),
         (
+            ["train.extra={lr_scheduler_kwargs: {min_lr: 0.1}}"],
+            "train.extra.lr_scheduler_kwargs",
+            "train.schedule cosine takes no min_lr",
+            "cosine takes num_cycles",
+        ),
+        (
+            ["train.schedule=linear", "train.extra={lr_scheduler_kwargs: {num_cycles: 2}}"],
+            "train.extra.lr_scheduler_kwargs",
+            "train.schedule linear takes no num_cycles",
+            "linear and constant take nothing",
+        ),
+        (
             [
                 *("data.mode=stream", "train.epochs=null", "train.steps=5"),
                 "train.extra={dataloader_num_workers: 2}",

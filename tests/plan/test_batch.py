@@ -85,9 +85,24 @@ def test_epochs_need_prepared_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("warmup", "steps", "expected"), [(0.0, 100, 0), (0.02, 100, 2), (1, 100, 1), (7, 100, 7), (7, 3, 3)]
+    ("warmup", "steps", "expected"), [(0.0, 100, 0), (0.02, 100, 2), (1, 100, 1), (7, 100, 7), (7, 7, 7)]
 )
 def test_warmup_is_a_fraction_below_one_and_steps_from_one_on(
     warmup: float, steps: int, expected: int
 ) -> None:
     assert warmup_steps(warmup, steps) == expected
+
+
+def test_more_steps_of_warmup_than_there_are_of_training_are_refused() -> None:
+    """Whatever the length is given in: a shorter ramp would be a steeper one."""
+    with pytest.raises(RequestError, match="8 steps of warmup do not fit in 7 steps of training") as refused:
+        warmup_steps(8, 7)
+    assert refused.value.key == "train.warmup"
+
+
+@given(tenths=st.integers(1, 500), blocks=st.integers(1, 5000), batch_size=st.integers(1, 64))
+def test_epochs_are_taken_as_they_are_written(tenths: int, blocks: int, batch_size: int) -> None:
+    found = count_steps(
+        batch_size=batch_size, block_size=4, steps=None, tokens=None, epochs=tenths / 10, blocks=blocks
+    )
+    assert found == -(-tenths * blocks // (10 * batch_size)), "1.1 x 100 is 110, in floats a hair more"

@@ -252,11 +252,11 @@ def test_an_improvement_below_min_delta_is_none(tmp_path: Path) -> None:
     run = Drive(
         tmp_path, every(Every(steps=1), Every(steps=100)), early=early, losses=[5.0, 4.6, 4.51, 1.0]
     ).go()
-    assert (run.last, run.best.step) == (3, 1)
+    assert (run.last, run.best.step) == (3, 3), "it is the best all the same"
 
 
 def test_the_count_goes_on_after_a_resume(tmp_path: Path) -> None:
-    best = BestEvaluation(loss=2.0, step=3, since=1)
+    best = BestEvaluation(loss=2.0, step=3, mark=2.0, since=1)
     early = EarlyStopping(patience=2)
     run = Drive(tmp_path, every(Every(steps=1), Every(steps=100)), early=early, losses=[2.5], best=best).go(
         start=4
@@ -277,6 +277,12 @@ def test_a_first_loss_that_is_not_a_number_does_not_stand_for_ever() -> None:
     best.add(float("nan"), 1, 0.0)
     assert best.add(2.0, 2, 0.0)
     assert (best.loss, best.step) == (2.0, 2)
+
+
+def test_small_improvements_add_up_to_one_that_counts() -> None:
+    best = BestEvaluation()
+    counts = [best.add(loss, step, 0.5) and best.since for step, loss in enumerate((5.0, 4.8, 4.6, 4.4))]
+    assert counts == [0, 1, 2, 0]
 
 
 @given(losses=st.lists(st.floats(0, 10), min_size=1, max_size=20))
