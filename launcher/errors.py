@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 Counted = Literal["byte", "row"]
@@ -142,10 +141,6 @@ class StoreError(RequestError):
 
 class RunDirectoryError(RequestError):
     """A run directory that holds another configuration, or is not a run directory."""
-
-    def __init__(self, message: str, *, directory: Path, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.directory = directory
 
 
 class MachineError(LauncherError):

@@ -108,7 +108,6 @@ def stop(run_dir: RunFolder) -> None:
     if found.alive is None and (found.job is None or found.job.is_over):
         raise RunDirectoryError(
             f"run {found.name!r} is not running: it is {found.state}",
-            directory=directory.root,
             hint=f"`launcher status {run_dir}` tells more",
         )
     asked = "was asked before" if found.stop_requested else "is asked"

@@ -314,7 +314,6 @@ def store_folder(given: Path) -> Path:
     if store is None:
         raise RunDirectoryError(
             f"{given} has no token store: its text is not prepared",
-            directory=directory.root,
             hint="run `launcher data prepare RUN`",
         )
     return Path(store)

@@ -38,7 +38,6 @@ def may_begin(draft: Assembly) -> RunDirectory:
     if found is not None and not found.is_over:
         raise RunDirectoryError(
             f"job {found.job} of this run is {found.state}: {directory.root}",
-            directory=directory.root,
             hint=f"wait for it, or end it: launcher stop {directory.root}",
         )
     return directory
@@ -82,7 +81,6 @@ def write_draft(draft: Assembly, directory: RunDirectory, launcher: str) -> None
     if has_begun(directory):
         raise RunDirectoryError(
             f"run {directory.root.name!r} has begun: its text is prepared",
-            directory=directory.root,
             hint="leave --prepare out",
         )
     write_files(rendered_files(draft, directory, None, launcher).items())

@@ -109,7 +109,6 @@ def _wait_for(
                         write_text(directory.handover, "")
                     raise RunDirectoryError(
                         f"{directory.root} is being trained by ranks on another machine: {sorted(elsewhere)}",
-                        directory=directory.root,
                         hint="wait for them to end, or have them stop: launcher stop, or scancel",
                     )
                 hold(directory.ranks_lock, directory, "ranks whose supervisor is gone").close()

@@ -51,7 +51,6 @@ def list_text(draft: Assembly, say: Callable[[str], None]) -> Streamed:
     if change := begun.change(text):
         raise RunDirectoryError(
             f"the text of run {run.name!r} has changed since it began: {change}",
-            directory=directory.root,
             hint="put the files back as they were, times of change too, or name the new run otherwise",
         )
     return Streamed(begun.model_copy(update={"backend": text.backend}), tokenizer)
