@@ -116,7 +116,7 @@ class _Stopping:
                     error = self._ended(came)
                 except LauncherError as failure:  # the queue does not answer, say
                     error = failure
-                self._say(f"{error.message}\n  hint: {error.hint}")
+                self._say(error.told)
                 os._exit(error.exit_code)
 
     def end(self) -> LauncherError:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.load import load_cluster
-from launcher.errors import MachineError, RequestError
+from launcher.config.slurm import time_limit_seconds
+from launcher.errors import MachineError, RequestError, placed
 from launcher.render.sbatch import prepare_command, render_job, sweep_command
 from launcher.run import journal, slurm
 from launcher.run.assemble import Assembly, check_prepared, job_of, job_template
@@ -38,29 +39,23 @@ def check_submission(assembly: Assembly, say: Callable[[str], None]) -> None:
         )
     directory = run_directory(assembly.run.config)
     need = need_of(directory, assembly.plan)
-    _check_time(assembly, need.seconds)
-    for check in examine_cluster(cluster, place, directory.root, need):
-        if check.state == "missing":
-            kind = MachineError if check.key is None else RequestError
-            error = kind(f"{check.name}: {check.found}", hint=check.remedy, key=check.key)
-            error.place(assembly.cluster.origins)
-            raise error
-        if check.state == "warning":
-            say(f"note: {check.name}: {check.found}\n  hint: {check.remedy}")
+    with placed(assembly.cluster.origins):
+        _check_time(cluster.slurm.time_limit, need.seconds)
+        for check in examine_cluster(cluster, place, directory.root, need):
+            if check.state == "missing":
+                kind = MachineError if check.key is None else RequestError
+                raise kind(f"{check.name}: {check.found}", hint=check.remedy, key=check.key)
+            if check.state == "warning":
+                say(f"note: {check.name}: {check.found}\n  hint: {check.remedy}")
 
 
-def _check_time(assembly: Assembly, need: float) -> None:
-    from launcher.config.slurm import time_limit_seconds
-
-    limit = assembly.cluster.config.slurm.time_limit
+def _check_time(limit: str | None, need: float) -> None:
     if limit is not None and time_limit_seconds(limit) < 2 * need:
-        error = RequestError(
+        raise RequestError(
             f"slurm.time_limit: {limit} is too short: a safe stop alone takes about {need:.0f} s",
             hint="set a longer one",
             key="slurm.time_limit",
         )
-        error.place(assembly.cluster.origins)
-        raise error
 
 
 def submit_run(directory: RunDirectory, after: str | None, say: Callable[[str], None]) -> str:

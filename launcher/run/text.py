@@ -16,7 +16,7 @@ from launcher.data.stream import list_stream, read_stream_text
 from launcher.data.tokenizers import Tokenizer, unfilled
 from launcher.data.units import SMALLEST, WHOLE, Slice
 from launcher.data.vocabulary import TOKENIZERS, find_tokenizer, resolve_tokenizer
-from launcher.errors import DataError, LauncherError, RunDirectoryError
+from launcher.errors import DataError, RunDirectoryError, placed
 from launcher.plan.choose import Blocks
 from launcher.run.assemble import Assembly, Prepared, Streamed, Text
 from launcher.run.directory import has_begun, run_directory
@@ -38,13 +38,9 @@ def list_text(draft: Assembly, say: Callable[[str], None]) -> Streamed:
     text that has changed since the run began.
     """
     run, directory = draft.run.config, run_directory(draft.run.config)
-    try:
-        with _nothing_left_on_failure(store_cache(run)) as cache:
-            tokenizer = _tokenizer(draft, cache, say)
-            text = list_stream(run.data, run.train.batch_size, tokenizer, run.seed, say)
-    except LauncherError as error:
-        error.place(draft.run.origins)
-        raise
+    with placed(draft.run.origins), _nothing_left_on_failure(store_cache(run)) as cache:
+        tokenizer = _tokenizer(draft, cache, say)
+        text = list_stream(run.data, run.train.batch_size, tokenizer, run.seed, say)
     if not has_begun(directory):
         return Streamed(text, tokenizer)
     begun = read_stream_text(directory.stream)
@@ -81,16 +77,10 @@ def prepare_text(
     was finished, a folder that this call made is then gone again.
     """
     run = draft.run.config
-    try:
-        with _nothing_left_on_failure(store_cache(run)) as cache:
-            tokenizer = _tokenizer(draft, cache, say, skip_bad=skip_bad)
-            folder = prepare(
-                run.data, tokenizer, cache, workers, progress, part=part, skip_bad=skip_bad, say=say
-            )
-            return _opened(folder, run, say) if is_store(folder) else None
-    except LauncherError as error:
-        error.place(draft.run.origins)
-        raise
+    with placed(draft.run.origins), _nothing_left_on_failure(store_cache(run)) as cache:
+        tokenizer = _tokenizer(draft, cache, say, skip_bad=skip_bad)
+        folder = prepare(run.data, tokenizer, cache, workers, progress, part=part, skip_bad=skip_bad, say=say)
+        return _opened(folder, run, say) if is_store(folder) else None
 
 
 def _opened(folder: Path, run: RunConfig, say: Callable[[str], None]) -> Prepared:
@@ -122,12 +112,9 @@ def find_text(draft: Assembly) -> Prepared | None:
     """
     run = draft.run.config
     cache = store_cache(run)
-    try:
+    with placed(draft.run.origins):
         tokenizer = find_tokenizer(draft.model.tokenizer, run.data, cache)
         folder = None if tokenizer is None else store_of(run.data, tokenizer, cache)
-    except LauncherError as error:
-        error.place(draft.run.origins)
-        raise
     if folder is None or not is_store(folder):
         return None
     store = open_store(folder)
