@@ -147,4 +147,4 @@ def _close(following: Following, directory: RunDirectory, left: dict[str, Any], 
     steps = directory.read_orders().plan.steps
     assert steps is not None
     ended = Ended(number, decide(evidence), last.ends, last.step, time.time() - left["time"], None)
-    record_end(directory, number, ended, planned_steps=steps, orphaned=True)
+    record_end(directory, ended, planned_steps=steps, orphaned=True)

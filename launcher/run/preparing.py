@@ -16,12 +16,12 @@ from types import FrameType
 
 from launcher.errors import Interrupted, LauncherError, TrainingError
 from launcher.run import journal
-from launcher.run.checkpoints import committed
+from launcher.run.checkpoints import newest_step
 from launcher.run.directory import RunDirectory
 from launcher.run.launching import Launching
-from launcher.run.outcome import Evidence, Facts, Outcome, decide
+from launcher.run.outcome import End, Evidence, Facts, Outcome, decide
 from launcher.run.requests import asked_by, forget_all_but_persons
-from launcher.run.supervise import PATIENCE, SIGNALS
+from launcher.run.supervise import PATIENCE, SIGNALS, record_run_end
 from launcher.run.text import count_finished
 
 POLL_SECONDS = 0.2
@@ -140,23 +140,20 @@ class _Stopping:
                 f"{Outcome.NO_PROGRESS}: {reason}",
                 hint="set a longer slurm.time_limit, or prepare the text first: launcher data prepare RUN",
             )
-            self._record(Outcome.NO_PROGRESS, reason, given_up.exit_code)
+            self._record(End(Outcome.NO_PROGRESS, reason), given_up)
             return given_up
         if is_written and self._launching.hands_over(verdict.outcome, verdict.reason):
             forget_all_but_persons(directory)
             return Interrupted(f"{why} while its text was prepared; queued again", hint=GOES_ON)
         error = Interrupted(f"{why} while its text was prepared", hint=GOES_ON)
         if is_written:
-            self._record(verdict.outcome, error.message, error.exit_code)
+            self._record(End(verdict.outcome, error.message), error)
         directory.stop_request.unlink(missing_ok=True)
         return error
 
-    def _record(self, outcome: Outcome, reason: str, exit_code: int) -> None:
-        """Write down how the run ended."""
-        step = max((each.step for each in committed(self._directory.checkpoints)), default=0)
-        journal.record(
-            self._directory.journal, "ended", outcome=outcome, reason=reason, step=step, exit_code=exit_code
-        )
+    def _record(self, end: End, error: LauncherError) -> None:
+        step = newest_step(self._directory.checkpoints)
+        record_run_end(self._directory, end, step, error.exit_code)
 
     def _is_in_vain(self) -> bool:
         """Write down that the time of a job has run out; whether it has too often with nothing to show."""

@@ -20,13 +20,13 @@ from launcher.errors import Interrupted, LauncherError, MachineError
 from launcher.plan.orders import Orders
 from launcher.render.srun import Step, check_command, srun_command, step_environment, step_name
 from launcher.run import excluding, journal, node_check, slurm
-from launcher.run.checkpoints import committed
+from launcher.run.checkpoints import newest_step
 from launcher.run.directory import RunDirectory
 from launcher.run.heartbeat import read_beat
-from launcher.run.outcome import UNLIMITED, Facts, Outcome
+from launcher.run.outcome import UNLIMITED, End, Facts, Outcome
 from launcher.run.slurm_facts import Seen, facts_of, is_requeued
 from launcher.run.stopping import need_of
-from launcher.run.supervise import REPLACED
+from launcher.run.supervise import REPLACED, record_run_end
 
 LOOK_SECONDS: Final = 15.0
 """How often slurmctld is asked about the job: it has many to answer. A signal has it asked at once."""
@@ -206,14 +206,8 @@ class Slurm:
             return
         why = "; ".join(found.faults)
         if not found.culprits or node_check.failures(self._directory) >= node_check.PATIENCE:
-            journal.record(
-                self._directory.journal,
-                "ended",
-                outcome=Outcome.NO_PROGRESS,
-                reason=why,
-                step=max((each.step for each in committed(self._directory.checkpoints)), default=0),
-                exit_code=MachineError.exit_code,
-            )
+            step = newest_step(self._directory.checkpoints)
+            record_run_end(self._directory, End(Outcome.NO_PROGRESS, why), step, MachineError.exit_code)
             raise MachineError(f"the nodes of job {self.job} cannot train this run: {why}")
         excluding.avoid(self._directory, found.culprits, why, now)
         self.hands_over(Outcome.NODE_FAILED, why)

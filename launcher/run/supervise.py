@@ -17,7 +17,7 @@ from typing import Any
 from launcher.errors import Interrupted, LauncherError, TrainingError
 from launcher.plan.choose import Plan
 from launcher.run import journal
-from launcher.run.checkpoints import committed
+from launcher.run.checkpoints import committed, newest_step
 from launcher.run.directory import RunDirectory
 from launcher.run.following import Following
 from launcher.run.launching import Launching
@@ -98,7 +98,7 @@ def supervise(
                 return _end(directory, End(Outcome.STOPPED, "asked for before it began"), None, say)
             number = _record_start(directory, plan)
             ended = _run(directory, launching, number, plan.batch.world_size, signals)
-            record_end(directory, number, ended, planned_steps=plan.steps)
+            record_end(directory, ended, planned_steps=plan.steps)
             following = what_next(history(directory), patience)
             if isinstance(following, End):
                 return _end(directory, following, ended, say)
@@ -117,8 +117,8 @@ def end_without_ranks(directory: RunDirectory, launching: Launching, reason: str
     number = _record_start(directory, plan)
     directory.logs(number).mkdir(parents=True)
     verdict = Verdict(Outcome.TIME_LIMIT, reason)
-    ended = Ended(number, verdict, (), _committed_step(directory), 0.0, None)
-    record_end(directory, number, ended, planned_steps=plan.steps)
+    ended = Ended(number, verdict, (), newest_step(directory.checkpoints), 0.0, None)
+    record_end(directory, ended, planned_steps=plan.steps)
     following = what_next(history(directory), PATIENCE)
     if isinstance(following, End):
         _end(directory, following, ended, say)
@@ -135,7 +135,7 @@ def _record_start(directory: RunDirectory, plan: Plan) -> int:
         attempt=number,
         world_size=plan.batch.world_size,
         nodes=plan.nodes,
-        from_step=_committed_step(directory),
+        from_step=newest_step(directory.checkpoints),
     )
     return number
 
@@ -156,14 +156,14 @@ class Ended:
 
 
 def record_end(
-    directory: RunDirectory, number: int, ended: Ended, *, planned_steps: int | None, **more: Any
+    directory: RunDirectory, ended: Ended, *, planned_steps: int | None, orphaned: bool = False
 ) -> None:
-    """Write down how attempt `number` ended."""
+    """Write down how an attempt ended; `orphaned`: its supervisor did not live to."""
     first = first_failure(ended.ends)
     journal.record(
         directory.journal,
         "attempt_ended",
-        attempt=number,
+        attempt=ended.number,
         outcome=ended.verdict.outcome,
         reason=ended.verdict.reason,
         retry=ended.verdict.retry,
@@ -174,7 +174,14 @@ def record_end(
         exit_code=ended.exit_code,
         signals=list(ended.signals),
         rank=None if first is None else first.rank,
-        **more,
+        **({"orphaned": True} if orphaned else {}),
+    )
+
+
+def record_run_end(directory: RunDirectory, end: End, step: int, exit_code: int) -> None:
+    """Write down how the run ended, `step` steps far."""
+    journal.record(
+        directory.journal, "ended", outcome=end.outcome, reason=end.reason, step=step, exit_code=exit_code
     )
 
 
@@ -252,7 +259,7 @@ def _run(
         number,
         decide(evidence),
         last.ends,
-        max(last.step, _committed_step(directory)),
+        max(last.step, newest_step(directory.checkpoints)),
         time.monotonic() - begun,
         None if starter_killed else exit_code,
         tuple(signals.received[before:]),
@@ -322,16 +329,9 @@ def _restart(
 
 def _end(directory: RunDirectory, end: End, ended: Ended | None, say: Say) -> int:
     """Write down how the run ended; returns its step or raises what tells of it."""
-    step = _committed_step(directory) if ended is None else ended.step
+    step = newest_step(directory.checkpoints) if ended is None else ended.step
     error = None if end.outcome is Outcome.FINISHED else _error(directory, end, ended, step)
-    journal.record(
-        directory.journal,
-        "ended",
-        outcome=end.outcome,
-        reason=end.reason,
-        step=step,
-        exit_code=0 if error is None else error.exit_code,
-    )
+    record_run_end(directory, end, step, 0 if error is None else error.exit_code)
     directory.stop_request.unlink(missing_ok=True)
     if error is not None:
         raise error
@@ -342,7 +342,7 @@ def _error(directory: RunDirectory, end: End, ended: Ended | None, step: int) ->
     """What tells a person of an end that is not FINISHED."""
     again = "run the same command again to go on"
     if end.outcome is Outcome.STOPPED:
-        saved = _committed_step(directory)
+        saved = newest_step(directory.checkpoints)
         if ended is None or saved < step or not ended.ends:
             where = f"from step {saved}" if saved else "from the beginning"
             return Interrupted("ended at once" if ended else "stopped", hint=f"{again} {where}")
@@ -377,11 +377,6 @@ def _tail(directory: RunDirectory, attempt: int) -> str:
         return ""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
     return f"; the end of {log}:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _committed_step(directory: RunDirectory) -> int:
-    newest = committed(directory.checkpoints)[-1:]
-    return newest[0].step if newest else 0
 
 
 class Signals:
