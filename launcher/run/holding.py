@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -101,36 +101,43 @@ def _wait_for(
     with _no_longer_wanted(directory):
         while True:
             followed = following.look()
-            left = following.living_here()
-            try:
-                if elsewhere := following.living_elsewhere():
-                    if takes_over:
-                        ask_to_stop(directory, "scheduler")
-                        write_text(directory.handover, "")
-                    raise RunDirectoryError(
-                        f"{directory.root} is being trained by ranks on another machine: {sorted(elsewhere)}",
-                        hint="wait for them to end, or have them stop: launcher stop, or scancel",
-                    )
-                hold(directory.ranks_lock, directory, "ranks whose supervisor is gone").close()
-            except RunDirectoryError:
-                if time.monotonic() > until and not left:
-                    raise  # they are on other machines
-            else:
+            left, elsewhere = following.living_here(), following.living_elsewhere()
+            if takes_over and elsewhere:
+                ask_to_stop(directory, "scheduler")
+                write_text(directory.handover, "")
+            busy = _busy(directory, elsewhere)
+            late = time.monotonic() > until
+            if busy is None:
                 looked = time.monotonic() - begun > SEEN_SECONDS or not following.without_word_elsewhere()
                 if not left and looked:
                     return
+            elif late and not left:
+                raise busy  # they are on other machines
             if not said:
                 said = True
                 say(
                     f"attempt {following.number} lost its supervisor; waiting for its ranks to save and "
                     f"stop, {ORPHANS_SECONDS:.0f} s at most"
                 )
-            late = time.monotonic() > until
             if left and (followed.is_over or late):
                 why = followed.hang.how if followed.hang else "late" if late else "the others are gone"
                 say(f"killing what is left of attempt {following.number}: {why}")
                 following.kill_here()
             time.sleep(POLL_SECONDS)
+
+
+def _busy(directory: RunDirectory, elsewhere: Collection[int]) -> RunDirectoryError | None:
+    """Who still trains the run: ranks that live `elsewhere`, or that hold its lock; None: nobody is seen."""
+    if elsewhere:
+        return RunDirectoryError(
+            f"{directory.root} is being trained by ranks on another machine: {sorted(elsewhere)}",
+            hint="wait for them to end, or have them stop: launcher stop, or scancel",
+        )
+    try:
+        hold(directory.ranks_lock, directory, "ranks whose supervisor is gone").close()
+    except RunDirectoryError as error:
+        return error
+    return None
 
 
 def _close(following: Following, directory: RunDirectory, left: dict[str, Any], launching: Launching) -> None:
