@@ -9,12 +9,13 @@ from typing import Any, TextIO
 
 from launcher.errors import RunDirectoryError
 from launcher.run import journal
+from launcher.run.attempt import Ended
 from launcher.run.directory import RunDirectory, hold, take_back, write_text
 from launcher.run.following import Following
 from launcher.run.launching import Launching
 from launcher.run.outcome import Evidence, decide
 from launcher.run.requests import ask_to_stop
-from launcher.run.supervise import Ended, record_end
+from launcher.run.supervise import record_end
 
 HANDOVER_SECONDS = 600.0
 """How long a supervisor whose job was given to this one may take to see it, on a node that may be cut off."""

@@ -20,13 +20,14 @@ from launcher.errors import Interrupted, LauncherError, MachineError
 from launcher.plan.orders import Orders
 from launcher.render.srun import Step, check_command, srun_command, step_environment, step_name
 from launcher.run import excluding, journal, node_check, slurm
+from launcher.run.attempt import REPLACED
 from launcher.run.checkpoints import newest_step
 from launcher.run.directory import RunDirectory
 from launcher.run.heartbeat import read_beat
 from launcher.run.outcome import UNLIMITED, End, Facts, Outcome
 from launcher.run.slurm_facts import Seen, facts_of, is_requeued
 from launcher.run.stopping import need_of
-from launcher.run.supervise import REPLACED, record_run_end
+from launcher.run.supervise import record_run_end
 
 LOOK_SECONDS: Final = 15.0
 """How often slurmctld is asked about the job: it has many to answer. A signal has it asked at once."""

@@ -21,13 +21,14 @@ import pytest
 from launcher.errors import Interrupted, LauncherError, RunDirectoryError, TrainingError
 from launcher.run import checkpoints as ledger
 from launcher.run import journal
+from launcher.run.attempt import LAST_SECONDS
 from launcher.run.directory import RunDirectory, hold, write_text
 from launcher.run.heartbeat import read_beat
 from launcher.run.holding import only_supervisor
 from launcher.run.outcome import Facts, Outcome, Patience, read_end
 from launcher.run.processes import lives
 from launcher.run.requests import ask_to_stop, asked_by
-from launcher.run.supervise import LAST_SECONDS, is_finished, supervise
+from launcher.run.supervise import is_finished, supervise
 
 F, S, C, M = Outcome.FINISHED, Outcome.STOPPED, Outcome.CRASHED, Outcome.OUT_OF_MEMORY
 QUICK = Patience(attempts=2, shortest=0.01, factor=2)
