@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from signal import Signals
 from typing import TYPE_CHECKING
 
 import typer
@@ -34,21 +32,19 @@ def supervise(run: RunFolder) -> None:
     from launcher.run.preparing import stoppable
     from launcher.run.requests import forget_all_but_persons
     from launcher.run.slurm import own_job
-    from launcher.run.slurm_ranks import Slurm
     from launcher.run.submitting import launcher_here
 
     directory = RunDirectory(run.absolute())
     launching = launching_of(directory)
     if own_job() is not None and is_draft(directory):
         forget_all_but_persons(directory)
-        with stoppable(directory, launching, console.say, _asking(launching), told_within=TOLD_SECONDS):
+        with stoppable(directory, launching, console.say, told_within=TOLD_SECONDS):
             begin_in_job(directory, console.Bar("preparing"), console.say, launcher_here())
         launching = launching_of(directory)
-    with only_supervisor(directory, launching, console.say, takes_over=isinstance(launching, Slurm)):
+    with only_supervisor(directory, launching, console.say):
         forget_all_but_persons(directory)
-        if isinstance(launching, Slurm):
-            with in_time(directory, launching, launching.ends_at(), TRIED, console.say):
-                launching.check_nodes()
+        with in_time(directory, launching, TRIED, console.say):
+            launching.check_nodes()
         train_to_the_end(directory, launching)
 
 
@@ -71,14 +67,6 @@ def launching_of(directory: RunDirectory) -> Launching:
     return Local(directory, cluster.env)
 
 
-def _asking(launching: Launching) -> Sequence[Signals]:
-    """The signals that ask for a stop."""
-    from launcher.run.slurm_ranks import Slurm
-    from launcher.run.supervise import SIGNALS
-
-    return launching.asking if isinstance(launching, Slurm) else SIGNALS
-
-
 def train_to_the_end(directory: RunDirectory, launching: Launching) -> None:
     """Supervise the run, which is held, and say where its model is. Raises what `run.supervise` does."""
     from launcher.run.supervise import is_finished, supervise
@@ -87,6 +75,6 @@ def train_to_the_end(directory: RunDirectory, launching: Launching) -> None:
     if is_finished(directory, plan.steps):
         console.say(f"run {plan.name} is finished; its model is in {directory.model}")
         return
-    step = supervise(directory, launching, console.say, asking=_asking(launching))
+    step = supervise(directory, launching, console.say)
     console.say(f"finished at step {step}; the model is in {directory.model}")
     console.say(f"next: launcher generate {directory.root}")

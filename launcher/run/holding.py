@@ -28,12 +28,12 @@ POLL_SECONDS = 0.5
 
 @contextmanager
 def only_supervisor(
-    directory: RunDirectory, launching: Launching, say: Callable[[str], None], *, takes_over: bool = False
+    directory: RunDirectory, launching: Launching, say: Callable[[str], None]
 ) -> Iterator[None]:
     """Hold the run, so that two commands never train it at a time.
 
-    Who `takes_over` is the only one that the scheduler means to train it: another supervisor, on a node that
-    the scheduler no longer reaches, is asked to leave and waited for.
+    Where who runs here `takes_over`, another supervisor, on a node that the scheduler no longer reaches, is
+    asked to leave and waited for.
 
     Ranks whose supervisor was killed are waited for, and how their attempt ended is written down. Raises
     RunDirectoryError where another command, or ranks started by hand, train it. A folder that did not exist
@@ -41,6 +41,7 @@ def only_supervisor(
     """
     made = [folder for folder in (directory.root, *directory.root.parents) if not folder.exists()]
     directory.root.mkdir(parents=True, exist_ok=True)
+    takes_over = launching.takes_over
     with _take_over(directory, say) if takes_over else hold(directory.lock, directory, "another command"):
         directory.handover.unlink(missing_ok=True)
         left = _open_attempt(directory)

@@ -21,7 +21,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.launching import Launching
 from launcher.run.outcome import End, Evidence, Facts, Outcome, decide
 from launcher.run.requests import asked_by, forget_all_but_persons
-from launcher.run.supervise import PATIENCE, SIGNALS, record_run_end
+from launcher.run.supervise import PATIENCE, record_run_end
 from launcher.run.text import count_finished
 
 POLL_SECONDS = 0.2
@@ -37,19 +37,18 @@ def stoppable(
     directory: RunDirectory,
     launching: Launching,
     say: Callable[[str], None],
-    asking: Sequence[signal.Signals] = SIGNALS,
     *,
     told_within: float = 0.0,
 ) -> Iterator[None]:
-    """While inside, a wish to stop ends the run, which trains nothing yet: one of the signals `asking`, the
-    file of requests, or whoever lends the machines. A second Ctrl-C ends the process at once.
+    """While inside, a wish to stop ends the run, which trains nothing yet: a signal that asks for
+    it, the file of requests, or whoever lends the machines. A second Ctrl-C ends the process at once.
 
     `told_within`: seconds within which whoever lends the machines tells, after a signal, that it takes them.
     Raises Interrupted, and TrainingError where job after job has run out of time before more of the text was
     finished; how the run ended is then in its journal, where it has been written down.
     """
     stopping = _Stopping(directory, launching, say, told_within)
-    heard = [number for number in asking if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [number for number in launching.asking if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stopping.note) for number in heard}
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -47,6 +47,7 @@ class Slurm:
     asking: ClassVar = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     """Signals that ask for a stop. SIGUSR1 only warns: SLURM may send it a minute early, which may be before
     the first step, and the end of the job is known."""
+    takes_over: ClassVar = True
 
     def __init__(self, directory: RunDirectory, cluster: ClusterConfig, orders: Orders) -> None:
         job = slurm.own_job()

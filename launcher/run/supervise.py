@@ -37,8 +37,6 @@ Say = Callable[[str], None]
 PATIENCE = Patience()
 TAIL_LINES = 15
 """Lines of launch.log shown when no rank lived long enough to say what went wrong."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Each asks for a safe stop."""
 
 
 def is_finished(directory: RunDirectory, steps: int | None) -> bool:
@@ -57,23 +55,18 @@ def is_finished(directory: RunDirectory, steps: int | None) -> bool:
     )
 
 
-def supervise(
-    directory: RunDirectory,
-    launching: Launching,
-    say: Say,
-    patience: Patience = PATIENCE,
-    asking: Sequence[signal.Signals] = SIGNALS,
-) -> int:
+def supervise(directory: RunDirectory, launching: Launching, say: Say, patience: Patience = PATIENCE) -> int:
     """Run attempts until the run ends, and return the step it finished at. Call it while holding
     `run.holding.only_supervisor`.
 
-    Ctrl-C or another of `asking` asks the ranks for a safe stop with a checkpoint; a second Ctrl-C ends them
-    at once. Raises Interrupted when stopped so, when the scheduler starts the run again by itself, or when
-    another supervisor takes over, and TrainingError (or the rank's own kind of error) when the run failed.
+    Ctrl-C or another signal that asks for it has the ranks stop safely, with a checkpoint; a second Ctrl-C
+    ends them at once. Raises Interrupted when stopped so, when the scheduler starts the run again by itself,
+    or when another supervisor takes over, and TrainingError (or the rank's own kind of error) when the run
+    failed.
     """
     plan = directory.read_orders().plan
     assert plan.steps is not None
-    with _noted(asking) as signals:
+    with _noted(launching.asking) as signals:
         while True:
             signals.pass_on(directory)
             if asked_by(directory) is not None:
