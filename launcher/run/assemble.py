@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -37,6 +37,7 @@ from launcher.run.directory import (
     write_text,
 )
 from launcher.run.machine import Machine
+from launcher.run.saying import Say
 from launcher.run.stopping import need_of
 
 if TYPE_CHECKING:
@@ -308,9 +309,9 @@ def store_folder(given: Path) -> Path:
     return Path(store)
 
 
-def going_on(draft: Assembly, say: Callable[[str], None]) -> Assembly:
+def going_on(draft: Assembly, say: Say) -> Assembly:
     """The draft, with the text of the run that it would go on with, where there is one. Says what `data.skip`
-    leaves out of that run, and raises what `check_skip` does."""
+    leaves out of that run, and raises what `say_skip` does."""
     run, directory = draft.run.config, run_directory(draft.run.config)
     before = earlier(directory, run)
     if before is None:
@@ -318,9 +319,9 @@ def going_on(draft: Assembly, say: Callable[[str], None]) -> Assembly:
     if draft.plan.steps is None:
         draft = assemble(draft.run, draft.cluster, draft.machine, before)
     if run.data.skip.steps or run.data.skip.documents:
-        from launcher.run.samples import check_skip
+        from launcher.run.samples import say_skip
 
-        say(check_skip(run, draft.plan, before.store, directory) or "")
+        say_skip(run, draft.plan, before.store, directory, say)
     return draft
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -15,6 +15,7 @@ from launcher.run.following import Following
 from launcher.run.launching import Launching
 from launcher.run.outcome import Evidence, decide
 from launcher.run.requests import ask_to_stop
+from launcher.run.saying import Say
 from launcher.run.supervise import record_end
 
 HANDOVER_SECONDS = 600.0
@@ -27,9 +28,7 @@ POLL_SECONDS = 0.5
 
 
 @contextmanager
-def only_supervisor(
-    directory: RunDirectory, launching: Launching, say: Callable[[str], None]
-) -> Iterator[None]:
+def only_supervisor(directory: RunDirectory, launching: Launching, say: Say) -> Iterator[None]:
     """Hold the run, so that two commands never train it at a time.
 
     Where who runs here `takes_over`, another supervisor, on a node that the scheduler no longer reaches, is
@@ -58,7 +57,7 @@ def only_supervisor(
                 take_back(directory, made)
 
 
-def _take_over(directory: RunDirectory, say: Callable[[str], None]) -> TextIO:
+def _take_over(directory: RunDirectory, say: Say) -> TextIO:
     said, until = False, time.monotonic() + HANDOVER_SECONDS
     with _no_longer_wanted(directory):
         while True:
@@ -90,9 +89,7 @@ def _open_attempt(directory: RunDirectory) -> dict[str, Any] | None:
     return told[-1] if told and told[-1]["event"] == "attempt_started" else None
 
 
-def _wait_for(
-    following: Following, directory: RunDirectory, say: Callable[[str], None], *, takes_over: bool
-) -> None:
+def _wait_for(following: Following, directory: RunDirectory, say: Say, *, takes_over: bool) -> None:
     """Return once no rank of the attempt is left. Those that do not get on are killed.
 
     A lock may hold on one machine only, so ranks of others are looked at for a while. Where they live, who

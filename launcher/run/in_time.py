@@ -15,7 +15,8 @@ from typing import Final
 
 from launcher.run.directory import RunDirectory
 from launcher.run.launching import Launching
-from launcher.run.supervise import Say, end_without_ranks
+from launcher.run.saying import Say
+from launcher.run.supervise import end_without_ranks
 
 LEAD_SECONDS: Final = 10.0
 """What is kept of a job's time: nothing is to be saved, and slurmctld has to hear of the requeue."""

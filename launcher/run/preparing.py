@@ -10,7 +10,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -21,6 +21,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.launching import Launching
 from launcher.run.outcome import End, Evidence, Facts, Outcome, decide
 from launcher.run.requests import asked_by, forget_all_but_persons
+from launcher.run.saying import Say
 from launcher.run.supervise import PATIENCE, record_run_end
 from launcher.run.text import count_finished
 
@@ -34,11 +35,7 @@ GOES_ON = "the same command goes on with it: what is finished is kept"
 
 @contextmanager
 def stoppable(
-    directory: RunDirectory,
-    launching: Launching,
-    say: Callable[[str], None],
-    *,
-    told_within: float = 0.0,
+    directory: RunDirectory, launching: Launching, say: Say, *, told_within: float = 0.0
 ) -> Iterator[None]:
     """While inside, a wish to stop ends the run, which trains nothing yet: a signal that asks for
     it, the file of requests, or whoever lends the machines. A second Ctrl-C ends the process at once.
@@ -77,9 +74,7 @@ def stoppable(
 class _Stopping:
     """Who asked for a stop, and what comes of it."""
 
-    def __init__(
-        self, directory: RunDirectory, launching: Launching, say: Callable[[str], None], told_within: float
-    ) -> None:
+    def __init__(self, directory: RunDirectory, launching: Launching, say: Say, told_within: float) -> None:
         self.is_over = threading.Event()
         self.is_asked = False
         self._directory = directory

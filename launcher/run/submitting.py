@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from launcher.run.assemble import Assembly, check_prepared, job_of, job_template
 from launcher.run.cluster_checks import examine_cluster
 from launcher.run.directory import RunDirectory, run_directory, write_text
 from launcher.run.excluding import exclude_list, excluded_now, why_avoided
+from launcher.run.saying import Say
 from launcher.run.stopping import need_of
 
 PREPARE_CPUS = 8
@@ -28,7 +29,7 @@ WAIT_SECONDS = 10.0
 """How often slurmctld is asked about a job that is waited for; at first more often."""
 
 
-def check_submission(assembly: Assembly, say: Callable[[str], None]) -> None:
+def check_submission(assembly: Assembly, say: Say) -> None:
     """Raise RequestError or MachineError for a job that could never run; say what may surprise."""
     cluster, place = assembly.cluster.config, assembly.place
     if cluster.launch != "slurm":
@@ -58,7 +59,7 @@ def _check_time(limit: str | None, need: float) -> None:
         )
 
 
-def submit_run(directory: RunDirectory, after: str | None, say: Callable[[str], None]) -> str:
+def submit_run(directory: RunDirectory, after: str | None, say: Say) -> str:
     """Hand in the job of a written run, to start once job `after` has finished well; returns its id.
 
     It stays away from the nodes that did the run harm lately, as the run's last job did.
@@ -118,7 +119,7 @@ def check_preparation(sweep: Sequence[str] | None, assembly: Assembly) -> None:
 
 
 def submit_preparation(
-    assembly: Assembly, directory: RunDirectory, launcher: str, count: int, say: Callable[[str], None]
+    assembly: Assembly, directory: RunDirectory, launcher: str, count: int, say: Say
 ) -> str:
     """Hand in an array of `count` jobs without GPUs that prepare the text of a run, and the run's own job,
     which plans and trains once they have ended well; returns the latter's id.
@@ -193,7 +194,7 @@ def launcher_here() -> str:
     return str(beside) if beside.exists() else "launcher"
 
 
-def wait_for(job: str, say: Callable[[str], None]) -> slurm.JobState | None:
+def wait_for(job: str, say: Say) -> slurm.JobState | None:
     """Wait until a job is over, saying what it does; returns its last state, None where it was forgotten."""
     last: tuple[Any, ...] = ()
     pause = 1.0

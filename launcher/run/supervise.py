@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -32,8 +32,8 @@ from launcher.run.outcome import (
     what_next,
 )
 from launcher.run.requests import asked_by, forget_all_but_persons, is_replaced
+from launcher.run.saying import Say
 
-Say = Callable[[str], None]
 PATIENCE = Patience()
 TAIL_LINES = 15
 """Lines of launch.log shown when no rank lived long enough to say what went wrong."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from launcher.errors import DataError, RunDirectoryError, placed
 from launcher.plan.choose import Blocks
 from launcher.run.assemble import Assembly, Prepared, Streamed, Text
 from launcher.run.directory import has_begun, run_directory
+from launcher.run.saying import Say
 
 
-def ready_text(draft: Assembly, workers: int, progress: Progress, say: Callable[[str], None]) -> Text:
+def ready_text(draft: Assembly, workers: int, progress: Progress, say: Say) -> Text:
     """The text of the draft's run, ready to be trained on. Raises what the two ways to it raise."""
     if draft.run.config.data.mode == "stream":
         return list_text(draft, say)
@@ -31,7 +32,7 @@ def ready_text(draft: Assembly, workers: int, progress: Progress, say: Callable[
     return prepared
 
 
-def list_text(draft: Assembly, say: Callable[[str], None]) -> Streamed:
+def list_text(draft: Assembly, say: Say) -> Streamed:
     """The files that the draft's run streams, as they were when it began, and the tokenizer.
 
     Raises DataError or RequestError for text or a tokenizer that cannot be used, and RunDirectoryError for
@@ -52,9 +53,7 @@ def list_text(draft: Assembly, say: Callable[[str], None]) -> Streamed:
     return Streamed(begun.model_copy(update={"backend": text.backend}), tokenizer)
 
 
-def _tokenizer(
-    draft: Assembly, cache: Path, say: Callable[[str], None], *, skip_bad: bool = False
-) -> Tokenizer:
+def _tokenizer(draft: Assembly, cache: Path, say: Say, *, skip_bad: bool = False) -> Tokenizer:
     asked = draft.model.tokenizer
     tokenizer = resolve_tokenizer(asked, draft.run.config.data, cache, skip_bad=skip_bad)
     if isinstance(asked, TokenizerFromCorpus) and (sentence := unfilled(tokenizer, asked.train.vocab_size)):
@@ -66,7 +65,7 @@ def prepare_text(
     draft: Assembly,
     workers: int,
     progress: Progress,
-    say: Callable[[str], None],
+    say: Say,
     *,
     part: Slice = WHOLE,
     skip_bad: bool = False,
@@ -83,7 +82,7 @@ def prepare_text(
         return _opened(folder, run, say) if is_store(folder) else None
 
 
-def _opened(folder: Path, run: RunConfig, say: Callable[[str], None]) -> Prepared:
+def _opened(folder: Path, run: RunConfig, say: Say) -> Prepared:
     store = open_store(folder)
     try:
         check_blocks(store, run.data.block_size, run.data.packing)
