@@ -264,10 +264,9 @@ def changed_for_good(before: RunConfig, run: RunConfig) -> list[str]:
 
 
 def _value(run: RunConfig, key: str) -> str:
-    value: object = run.model_dump(mode="json")
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return json.dumps(value, ensure_ascii=False)
+    from launcher.config.faults import at
+
+    return json.dumps(at(run.model_dump(mode="json"), tuple(key.split("."))), ensure_ascii=False)
 
 
 def check_goes_on(directory: RunDirectory, plan: Plan, store: Path | None) -> None:
