@@ -60,9 +60,7 @@ def show_error(error: LauncherError) -> None:
             if fault.hint:
                 say(f"  hint: {fault.hint}")
         return
-    say(error.message if isinstance(error, Interrupted) else f"{mark}error:{end} {error.message}")
-    if error.hint:
-        say(f"  hint: {error.hint}")
+    say(error.told if isinstance(error, Interrupted) else f"{mark}error:{end} {error.told}")
 
 
 def section(title: str, rows: Sequence[tuple[str, str]]) -> str:

@@ -14,9 +14,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 Counted = Literal["byte", "row"]
@@ -34,12 +34,27 @@ class LauncherError(Exception):
         self.key = key
         """The dotted key whose value is at fault, where one is."""
 
+    @property
+    def told(self) -> str:
+        """The message, and below it the hint, where there is one."""
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
     def place(self, origins: Mapping[str, str]) -> None:
         """Say where the key was set, now that `origins` (dotted key to place) is at hand."""
         origin = origins.get(self.key) if self.key else None
         if origin is not None and origin != "default":
             self.message += f" ({origin})"
             self.key = None
+
+
+@contextmanager
+def placed(origins: Mapping[str, str]) -> Iterator[None]:
+    """An error raised inside says where its key was set; see `LauncherError.place`."""
+    try:
+        yield
+    except LauncherError as error:
+        error.place(origins)
+        raise
 
 
 class RequestError(LauncherError):
@@ -142,10 +157,6 @@ class StoreError(RequestError):
 
 class RunDirectoryError(RequestError):
     """A run directory that holds another configuration, or is not a run directory."""
-
-    def __init__(self, message: str, *, directory: Path, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.directory = directory
 
 
 class MachineError(LauncherError):

@@ -111,14 +111,14 @@ def train(
 ) -> None:
     """Prepare the text if needed, then train here; the same command again resumes."""
     from launcher.cli.supervise import train_to_the_end
-    from launcher.run.assemble import assemble, write_run
-    from launcher.run.directory import check_goes_on, check_same_run, run_directory
+    from launcher.run.assemble import write_run
+    from launcher.run.beginning import planned_anew
+    from launcher.run.directory import check_same_run, run_directory
     from launcher.run.environment import describe_environment
     from launcher.run.holding import only_supervisor
     from launcher.run.local import Local
     from launcher.run.preflight import check_host_memory, check_launch, check_local
     from launcher.run.preparing import stoppable
-    from launcher.run.samples import check_skip
     from launcher.run.supervise import is_finished
     from launcher.run.text import ready_text
 
@@ -135,11 +135,8 @@ def train(
         directory.stop_request.unlink(missing_ok=True)
         with stoppable(directory, launching, console.say):
             text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
-        final = assemble(draft.run, draft.cluster, draft.machine, text)
+        final = planned_anew(draft, text, directory, console.say)
         _show_plan(final, stream_of_answer=False)
-        check_goes_on(directory, final.plan, text.store)
-        if text.store and (said := check_skip(final.run.config, final.plan, text.store, directory)):
-            console.say(said)
         if not is_finished(directory, final.plan.steps):
             write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
         if final.plan.nodes > 1:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from signal import Signals
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
@@ -34,49 +34,40 @@ def supervise(run: RunFolder) -> None:
     from launcher.run.preparing import stoppable
     from launcher.run.requests import forget_all_but_persons
     from launcher.run.slurm import own_job
-    from launcher.run.slurm_ranks import Slurm
     from launcher.run.submitting import launcher_here
 
     directory = RunDirectory(run.absolute())
-    launching = launching_of(directory)
-    if own_job() is not None and is_draft(directory):
-        forget_all_but_persons(directory)
-        with stoppable(directory, launching, console.say, _asking(launching), told_within=TOLD_SECONDS):
-            begin_in_job(directory, console.Bar("preparing"), console.say, launcher_here())
-        launching = launching_of(directory)
-    with only_supervisor(directory, launching, console.say, takes_over=isinstance(launching, Slurm)):
-        forget_all_but_persons(directory)
-        if isinstance(launching, Slurm):
-            with in_time(directory, launching, launching.ends_at(), TRIED, console.say):
+    with launching_of(directory) as launching:
+        if own_job() is not None and is_draft(directory):
+            forget_all_but_persons(directory)
+            with stoppable(directory, launching, console.say, told_within=TOLD_SECONDS):
+                begin_in_job(directory, console.Bar("preparing"), console.say, launcher_here())
+        with only_supervisor(directory, launching, console.say):
+            forget_all_but_persons(directory)
+            with in_time(directory, launching, TRIED, console.say):
                 launching.check_nodes()
-        train_to_the_end(directory, launching)
+            train_to_the_end(directory, launching)
 
 
-def launching_of(directory: RunDirectory) -> Launching:
+@contextmanager
+def launching_of(directory: RunDirectory) -> Iterator[Launching]:
     """How the ranks of a written run are started here. Raises RequestError where they cannot be."""
     from launcher.config.load import load_cluster
     from launcher.errors import RequestError
     from launcher.run.local import Local
     from launcher.run.slurm_ranks import Slurm
 
-    orders, cluster = directory.read_orders(), load_cluster(directory.cluster).config
-    plan = orders.plan
+    plan, cluster = directory.read_orders().plan, load_cluster(directory.cluster).config
     if cluster.launch == "slurm":
-        return Slurm(directory, cluster, orders)
-    if plan.nodes > 1:
+        with Slurm(directory, cluster).in_touch() as launching:
+            yield launching
+    elif plan.nodes > 1:
         raise RequestError(
             f"this run is planned for {plan.nodes} nodes",
             hint=f"on each of the {plan.nodes} nodes: sh {directory.launch} NODE HOST PORT",
         )
-    return Local(directory, cluster.env)
-
-
-def _asking(launching: Launching) -> Sequence[Signals]:
-    """The signals that ask for a stop."""
-    from launcher.run.slurm_ranks import Slurm
-    from launcher.run.supervise import SIGNALS
-
-    return launching.asking if isinstance(launching, Slurm) else SIGNALS
+    else:
+        yield Local(directory, cluster.env)
 
 
 def train_to_the_end(directory: RunDirectory, launching: Launching) -> None:
@@ -87,6 +78,6 @@ def train_to_the_end(directory: RunDirectory, launching: Launching) -> None:
     if is_finished(directory, plan.steps):
         console.say(f"run {plan.name} is finished; its model is in {directory.model}")
         return
-    step = supervise(directory, launching, console.say, asking=_asking(launching))
+    step = supervise(directory, launching, console.say)
     console.say(f"finished at step {step}; the model is in {directory.model}")
     console.say(f"next: launcher generate {directory.root}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +42,7 @@ def status(
     find_runs(folder)
 
     def look() -> list[Status]:
-        return [replace(read_status(each, time.time()), job=find_job(each)) for each in find_runs(folder)]
+        return [read_status(each, find_job(each), time.time()) for each in find_runs(folder)]
 
     if watch:
         _watch(look, as_json)
@@ -100,7 +100,7 @@ def stop(run_dir: RunFolder) -> None:
         ask_to_stop(directory, "person")
         console.answer(f"run {directory.root.name!r} is asked to stop: its text is being prepared")
         return
-    found = replace(read_status(directory, time.time()), job=find_job(directory))
+    found = read_status(directory, find_job(directory), time.time())
     if found.job is not None and found.job.state == "PENDING":
         cancel(found.job.job)
         console.answer(f"job {found.job.job} of run {found.name!r} waited in the queue, and is cancelled")
@@ -108,7 +108,6 @@ def stop(run_dir: RunFolder) -> None:
     if found.alive is None and (found.job is None or found.job.is_over):
         raise RunDirectoryError(
             f"run {found.name!r} is not running: it is {found.state}",
-            directory=directory.root,
             hint=f"`launcher status {run_dir}` tells more",
         )
     asked = "was asked before" if found.stop_requested else "is asked"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,7 +15,7 @@ from launcher.config.load import Loaded, dump
 from launcher.config.models import ModelSource, find_model
 from launcher.config.schema import ClusterConfig, GPUFigures, RunConfig, TokenizerFromCorpus
 from launcher.config.slurm import memory_bytes
-from launcher.errors import LauncherError, MachineError, RequestError, RunDirectoryError
+from launcher.errors import MachineError, RequestError, RunDirectoryError, placed
 from launcher.plan.batch import NOTHING_DONE, Done
 from launcher.plan.choose import Blocks, Place, Plan, make_plan
 from launcher.plan.hardware import GIGA, GPU, find_gpu, from_figures
@@ -37,6 +37,7 @@ from launcher.run.directory import (
     write_text,
 )
 from launcher.run.machine import Machine
+from launcher.run.saying import Say
 from launcher.run.stopping import need_of
 
 if TYPE_CHECKING:
@@ -100,30 +101,22 @@ def assemble(
     Without `text` the vocabulary is the tokenizer's announced size, and the length of a run
     measured in epochs stays open.
     """
-    try:
-        return _assemble(run, cluster, machine, text)
-    except LauncherError as error:
-        of_cluster = {f"cluster.{key}": where for key, where in cluster.origins.items()}
-        error.place({**run.origins, **of_cluster})
-        raise
-
-
-def _assemble(
-    run: Loaded[RunConfig], cluster: Loaded[ClusterConfig], machine: Machine, text: Text | None
-) -> Assembly:
-    model = find_model(run.config.model)
-    place = find_place(cluster.config, machine)
-    vocabulary = text.vocabulary if text else _announced_vocabulary(model)
-    shape = shape_of(with_vocabulary(model.config, vocabulary, scratch=run.config.model.init == "scratch"))
-    plan = make_plan(
-        run.config,
-        place,
-        shape=shape,
-        positions=shape.positions if shape else _positions(model.config),
-        attention=model.config.get("attn_implementation"),
-        blocks=text.blocks if text else None,
-        done=how_far(run_directory(run.config)),
-    )
+    of_cluster = {f"cluster.{key}": where for key, where in cluster.origins.items()}
+    with placed({**run.origins, **of_cluster}):
+        model = find_model(run.config.model)
+        place = find_place(cluster.config, machine)
+        vocabulary = text.vocabulary if text else _announced_vocabulary(model)
+        from_scratch = run.config.model.init == "scratch"
+        shape = shape_of(with_vocabulary(model.config, vocabulary, scratch=from_scratch))
+        plan = make_plan(
+            run.config,
+            place,
+            shape=shape,
+            positions=shape.positions if shape else _positions(model.config),
+            attention=model.config.get("attn_implementation"),
+            blocks=text.blocks if text else None,
+            done=how_far(run_directory(run.config)),
+        )
     return Assembly(run, cluster, machine, place, model, shape, plan)
 
 
@@ -243,11 +236,8 @@ def _job_script(assembly: Assembly, directory: RunDirectory, launcher: str) -> d
     if assembly.cluster.config.launch != "slurm":
         return {}
     job = job_of(assembly, directory, launcher)
-    try:
+    with placed(assembly.cluster.origins):
         return {directory.job: render_job(job, job_template(job.slurm.template))}
-    except RequestError as error:
-        error.place(assembly.cluster.origins)
-        raise
 
 
 def job_of(assembly: Assembly, directory: RunDirectory, launcher: str) -> Job:
@@ -314,15 +304,14 @@ def store_folder(given: Path) -> Path:
     if store is None:
         raise RunDirectoryError(
             f"{given} has no token store: its text is not prepared",
-            directory=directory.root,
             hint="run `launcher data prepare RUN`",
         )
     return Path(store)
 
 
-def going_on(draft: Assembly, say: Callable[[str], None]) -> Assembly:
+def going_on(draft: Assembly, say: Say) -> Assembly:
     """The draft, with the text of the run that it would go on with, where there is one. Says what `data.skip`
-    leaves out of that run, and raises what `check_skip` does."""
+    leaves out of that run, and raises what `say_skip` does."""
     run, directory = draft.run.config, run_directory(draft.run.config)
     before = earlier(directory, run)
     if before is None:
@@ -330,9 +319,9 @@ def going_on(draft: Assembly, say: Callable[[str], None]) -> Assembly:
     if draft.plan.steps is None:
         draft = assemble(draft.run, draft.cluster, draft.machine, before)
     if run.data.skip.steps or run.data.skip.documents:
-        from launcher.run.samples import check_skip
+        from launcher.run.samples import say_skip
 
-        say(check_skip(run, draft.plan, before.store, directory) or "")
+        say_skip(run, draft.plan, before.store, directory, say)
     return draft
 
 

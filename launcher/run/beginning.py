@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from launcher.config.load import load_cluster, load_run
 from launcher.data.prepare import Progress
 from launcher.errors import RequestError, RunDirectoryError
-from launcher.run.assemble import Assembly, assemble, rendered_files, write_run
+from launcher.run.assemble import Assembly, Text, assemble, rendered_files, write_run
 from launcher.run.directory import (
     RunDirectory,
     check_goes_on,
@@ -22,11 +21,10 @@ from launcher.run.environment import describe_environment
 from launcher.run.machine import find_machine
 from launcher.run.preflight import check_run
 from launcher.run.queue import find_job
-from launcher.run.samples import check_skip
+from launcher.run.samples import say_skip
+from launcher.run.saying import Say
 from launcher.run.supervise import is_finished
 from launcher.run.text import ready_text
-
-Say = Callable[[str], None]
 
 
 def may_begin(draft: Assembly) -> RunDirectory:
@@ -38,7 +36,6 @@ def may_begin(draft: Assembly) -> RunDirectory:
     if found is not None and not found.is_over:
         raise RunDirectoryError(
             f"job {found.job} of this run is {found.state}: {directory.root}",
-            directory=directory.root,
             hint=f"wait for it, or end it: launcher stop {directory.root}",
         )
     return directory
@@ -59,12 +56,9 @@ def begin(draft: Assembly, workers: int, progress: Progress, say: Say, launcher:
 def _begin(draft: Assembly, workers: int, progress: Progress, say: Say, launcher: str) -> RunDirectory:
     directory = run_directory(draft.run.config)
     text = ready_text(draft, workers, progress, say)
-    final = assemble(draft.run, draft.cluster, draft.machine, text)
+    final = planned_anew(draft, text, directory, say)
     directory.root.mkdir(parents=True, exist_ok=True)
     with hold(directory.lock, directory, "another command"):
-        check_goes_on(directory, final.plan, text.store)
-        if text.store and (said := check_skip(final.run.config, final.plan, text.store, directory)):
-            say(said)
         if is_finished(directory, final.plan.steps):
             raise RequestError(
                 f"run {final.plan.name} is finished; its model is in {directory.model}",
@@ -72,6 +66,18 @@ def _begin(draft: Assembly, workers: int, progress: Progress, say: Say, launcher
             )
         write_run(final, directory, text, describe_environment(final.machine, Path.cwd()), launcher)
     return directory
+
+
+def planned_anew(draft: Assembly, text: Text, directory: RunDirectory, say: Say) -> Assembly:
+    """The plan of the draft's run, now that its text is ready. Says what `data.skip` leaves out of it.
+
+    Raises RunDirectoryError for a run that has begun and may not go on so, and what `say_skip` raises.
+    """
+    final = assemble(draft.run, draft.cluster, draft.machine, text)
+    check_goes_on(directory, final.plan, text.store)
+    if text.store:
+        say_skip(final.run.config, final.plan, text.store, directory, say)
+    return final
 
 
 def write_draft(draft: Assembly, directory: RunDirectory, launcher: str) -> None:
@@ -82,7 +88,6 @@ def write_draft(draft: Assembly, directory: RunDirectory, launcher: str) -> None
     if has_begun(directory):
         raise RunDirectoryError(
             f"run {directory.root.name!r} has begun: its text is prepared",
-            directory=directory.root,
             hint="leave --prepare out",
         )
     write_files(rendered_files(draft, directory, None, launcher).items())

@@ -201,6 +201,11 @@ def committed(checkpoints: Path) -> list[Checkpoint]:
     return sorted((checkpoint for checkpoint in found if checkpoint), key=lambda each: each.step)
 
 
+def newest_step(checkpoints: Path) -> int:
+    """The step of the newest of them; 0 where there is none."""
+    return max((each.step for each in committed(checkpoints)), default=0)
+
+
 def latest_good(checkpoints: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None."""
     for left in checkpoints.glob(f".step-*{REPLACED}"):

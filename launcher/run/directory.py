@@ -193,7 +193,6 @@ class RunDirectory:
         if not file.is_file():
             raise RunDirectoryError(
                 f"{self.root} is not a run directory: it has no {file.name}",
-                directory=self.root,
                 hint="give the folder that `launcher train` made, such as runs/NAME",
             )
 
@@ -220,7 +219,6 @@ def find_model_folder(source: str) -> Path | str:
     if not directory.model.is_dir():
         raise RunDirectoryError(
             f"{source} has no model yet: the run is not finished",
-            directory=directory.root,
             hint="let `launcher train` finish, or give one of its checkpoints' folders",
         )
     return directory.model
@@ -239,7 +237,6 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
             return
         raise RunDirectoryError(
             f"{directory.root} exists and is not a run directory",
-            directory=directory.root,
             hint="choose another name or output_dir",
         )
     try:
@@ -247,7 +244,6 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
     except ConfigError as error:
         raise RunDirectoryError(
             f"{directory.config} cannot be read: {error.faults[0]}",
-            directory=directory.root,
             hint="choose another name, or mend that file",
         ) from error
     changed = changed_for_good(before, run)
@@ -256,7 +252,6 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
             f"run {run.name!r} exists in {directory.root} with another configuration; "
             f"{len(changed)} {'key differs' if len(changed) == 1 else 'keys differ'}: "
             + "; ".join(f"{key} was {_value(before, key)}, is now {_value(run, key)}" for key in changed),
-            directory=directory.root,
             hint="give the new run another name, or undo the change to resume the old one",
         )
 
@@ -269,10 +264,9 @@ def changed_for_good(before: RunConfig, run: RunConfig) -> list[str]:
 
 
 def _value(run: RunConfig, key: str) -> str:
-    value: object = run.model_dump(mode="json")
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return json.dumps(value, ensure_ascii=False)
+    from launcher.config.faults import at
+
+    return json.dumps(at(run.model_dump(mode="json"), tuple(key.split("."))), ensure_ascii=False)
 
 
 def check_goes_on(directory: RunDirectory, plan: Plan, store: Path | None) -> None:
@@ -289,7 +283,6 @@ def check_goes_on(directory: RunDirectory, plan: Plan, store: Path | None) -> No
         raise RunDirectoryError(
             f"the text or tokenizer of run {directory.root.name!r} has changed since it began: "
             f"its token store was {orders.store}, and is now {store}",
-            directory=directory.root,
             hint="put the files back as they were (times of change too), or give the new run another name",
         )
     before = orders.plan
@@ -299,7 +292,6 @@ def check_goes_on(directory: RunDirectory, plan: Plan, store: Path | None) -> No
         raise RunDirectoryError(
             f"run {directory.root.name!r} was planned for {before.steps:,} steps, "
             f"and {plan.steps:,} are asked for now",
-            directory=directory.root,
             hint="a run may grow but not shrink: give the shorter one another name",
         )
 
@@ -327,7 +319,6 @@ def hold(lock: Path, directory: RunDirectory, by: str) -> TextIO:
         stream.close()
         raise RunDirectoryError(
             f"{directory.root} is being trained by {by}",
-            directory=directory.root,
             hint="wait for it to end, or give this run another name",
         ) from error
     if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(stream.fileno())):

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from launcher.config.faults import at
+from launcher.config.keys import did_you_mean, nearest
 from launcher.errors import RequestError
 from launcher.render.carries import places
 from launcher.run.assemble import Assembly, rendered_files
@@ -27,37 +29,25 @@ def explain_key(assembly: Assembly, key: str) -> list[dict[str, Any]]:
     }
     keys = [name for name in origins if name == key or name.startswith(f"{key}.")]
     if not keys:
-        from difflib import get_close_matches
-
-        near = get_close_matches(key, origins, n=3)
+        near = [name for name in origins if name.endswith(f".{key}")] or nearest(key, origins)
         raise RequestError(
             f"{key} is not a key of run.yaml, nor (with `cluster.` before it) of cluster.yaml",
-            hint=f"did you mean {' or '.join(near)}?"
-            if near
-            else "`launcher explain RUN train` lists a section",
+            hint=did_you_mean(near) if near else "`launcher explain RUN train` lists a section",
         )
+    values = {
+        **assembly.run.config.model_dump(mode="json"),
+        "cluster": assembly.cluster.config.model_dump(mode="json"),
+    }
     return [
         {
             "key": name,
-            "value": json.dumps(_value(assembly, name), ensure_ascii=False),
+            "value": json.dumps(at(values, tuple(name.split("."))), ensure_ascii=False),
             "set_by": origins[name],
             "meaning": _meaning(assembly, name),
             "places": [asdict(place) for place in places(name, files)],
         }
         for name in keys
     ]
-
-
-def _value(assembly: Assembly, key: str) -> object:
-    found: object = {
-        **assembly.run.config.model_dump(mode="json"),
-        "cluster": assembly.cluster.config.model_dump(mode="json"),
-    }
-    for part in key.split("."):
-        if not isinstance(found, dict):
-            return None
-        found = found.get(part)
-    return found
 
 
 def _meaning(assembly: Assembly, key: str) -> str:

@@ -15,7 +15,8 @@ from typing import Final
 
 from launcher.run.directory import RunDirectory
 from launcher.run.launching import Launching
-from launcher.run.supervise import Say, end_without_ranks
+from launcher.run.saying import Say
+from launcher.run.supervise import end_without_ranks
 
 LEAD_SECONDS: Final = 10.0
 """What is kept of a job's time: nothing is to be saved, and slurmctld has to hear of the requeue."""
@@ -26,17 +27,14 @@ class OutOfTime(BaseException):
 
 
 @contextmanager
-def in_time(
-    directory: RunDirectory, launching: Launching, ends_at: float | None, doing: str, say: Say
-) -> Iterator[None]:
-    """End what is done inside, which is `doing` in words, when the job's time runs out: it `ends_at` so many
-    seconds since the epoch, None: never.
+def in_time(directory: RunDirectory, launching: Launching, doing: str, say: Say) -> Iterator[None]:
+    """End what is done inside, which is `doing` in words, when the job's time runs out.
 
     That is an attempt of the run like any other: its outcome is TIME_LIMIT, and the job is queued again.
     Raises Interrupted then, and TrainingError once a few in a row have brought no step.
     """
     try:
-        with alarm(ends_at):
+        with alarm(launching.ends_at()):
             yield
     except OutOfTime:
         reason = f"the job's time ran out while {doing}; slurm.time_limit may be too short"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -28,8 +29,23 @@ class Ranks(Protocol):
 
 
 class Launching(Protocol):
-    """One way to start ranks and to learn what became of them. No call takes longer than a second or so,
-    except `end`: the supervisor asks several times a second."""
+    """One way to start ranks and to learn what became of them. While there are ranks, no call takes longer
+    than a second or so, except `end`: the supervisor asks several times a second."""
+
+    @property
+    def asking(self) -> Sequence[signal.Signals]:
+        """The signals that ask for a safe stop."""
+
+    @property
+    def takes_over(self) -> bool:
+        """Whether who runs here is the only one that the scheduler means to train the run."""
+
+    def ends_at(self) -> float | None:
+        """When the machines are taken back, in seconds since the epoch; None: never, or nobody says."""
+
+    def check_nodes(self) -> None:
+        """Have every node answer for itself, before there are ranks. Raises Interrupted where the run is
+        queued again without those at fault, and MachineError where that would not help."""
 
     def start(self, attempt: int) -> Ranks:
         """Start every rank of every node, with LAUNCHER_ATTEMPT set to `attempt`."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from launcher.errors import MachineError
 from launcher.render.command import launch_command
@@ -23,10 +24,19 @@ PR_SET_PDEATHSIG = 1
 class Local:
     """Every rank on this machine (`run.launching.Launching`)."""
 
+    asking: ClassVar = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    takes_over: ClassVar = False
+
     def __init__(self, directory: RunDirectory, environment: Mapping[str, str]) -> None:
         self._directory = directory
         self._environment = environment
         self._oom_kills_before = 0
+
+    def ends_at(self) -> float | None:
+        return None
+
+    def check_nodes(self) -> None:
+        """The ranks find out themselves what this machine lacks."""
 
     def start(self, attempt: int) -> LocalRanks:
         """Start every rank of this node.

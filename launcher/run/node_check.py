@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -46,7 +45,6 @@ def findings(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stream,
-                env=dict(os.environ),
                 timeout=ANSWER_SECONDS,
                 check=False,
             )

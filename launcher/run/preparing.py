@@ -10,18 +10,19 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from launcher.errors import Interrupted, LauncherError, TrainingError
 from launcher.run import journal
-from launcher.run.checkpoints import committed
+from launcher.run.checkpoints import newest_step
 from launcher.run.directory import RunDirectory
 from launcher.run.launching import Launching
-from launcher.run.outcome import Evidence, Facts, Outcome, decide
+from launcher.run.outcome import End, Evidence, Facts, Outcome, decide
 from launcher.run.requests import asked_by, forget_all_but_persons
-from launcher.run.supervise import PATIENCE, SIGNALS
+from launcher.run.saying import Say
+from launcher.run.supervise import PATIENCE, record_run_end
 from launcher.run.text import count_finished
 
 POLL_SECONDS = 0.2
@@ -34,22 +35,17 @@ GOES_ON = "the same command goes on with it: what is finished is kept"
 
 @contextmanager
 def stoppable(
-    directory: RunDirectory,
-    launching: Launching,
-    say: Callable[[str], None],
-    asking: Sequence[signal.Signals] = SIGNALS,
-    *,
-    told_within: float = 0.0,
+    directory: RunDirectory, launching: Launching, say: Say, *, told_within: float = 0.0
 ) -> Iterator[None]:
-    """While inside, a wish to stop ends the run, which trains nothing yet: one of the signals `asking`, the
-    file of requests, or whoever lends the machines. A second Ctrl-C ends the process at once.
+    """While inside, a wish to stop ends the run, which trains nothing yet: a signal that asks for
+    it, the file of requests, or whoever lends the machines. A second Ctrl-C ends the process at once.
 
     `told_within`: seconds within which whoever lends the machines tells, after a signal, that it takes them.
     Raises Interrupted, and TrainingError where job after job has run out of time before more of the text was
     finished; how the run ended is then in its journal, where it has been written down.
     """
     stopping = _Stopping(directory, launching, say, told_within)
-    heard = [number for number in asking if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [number for number in launching.asking if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stopping.note) for number in heard}
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -78,9 +74,7 @@ def stoppable(
 class _Stopping:
     """Who asked for a stop, and what comes of it."""
 
-    def __init__(
-        self, directory: RunDirectory, launching: Launching, say: Callable[[str], None], told_within: float
-    ) -> None:
+    def __init__(self, directory: RunDirectory, launching: Launching, say: Say, told_within: float) -> None:
         self.is_over = threading.Event()
         self.is_asked = False
         self._directory = directory
@@ -116,7 +110,7 @@ class _Stopping:
                     error = self._ended(came)
                 except LauncherError as failure:  # the queue does not answer, say
                     error = failure
-                self._say(f"{error.message}\n  hint: {error.hint}")
+                self._say(error.told)
                 os._exit(error.exit_code)
 
     def end(self) -> LauncherError:
@@ -140,23 +134,20 @@ class _Stopping:
                 f"{Outcome.NO_PROGRESS}: {reason}",
                 hint="set a longer slurm.time_limit, or prepare the text first: launcher data prepare RUN",
             )
-            self._record(Outcome.NO_PROGRESS, reason, given_up.exit_code)
+            self._record(End(Outcome.NO_PROGRESS, reason), given_up)
             return given_up
         if is_written and self._launching.hands_over(verdict.outcome, verdict.reason):
             forget_all_but_persons(directory)
             return Interrupted(f"{why} while its text was prepared; queued again", hint=GOES_ON)
         error = Interrupted(f"{why} while its text was prepared", hint=GOES_ON)
         if is_written:
-            self._record(verdict.outcome, error.message, error.exit_code)
+            self._record(End(verdict.outcome, error.message), error)
         directory.stop_request.unlink(missing_ok=True)
         return error
 
-    def _record(self, outcome: Outcome, reason: str, exit_code: int) -> None:
-        """Write down how the run ended."""
-        step = max((each.step for each in committed(self._directory.checkpoints)), default=0)
-        journal.record(
-            self._directory.journal, "ended", outcome=outcome, reason=reason, step=step, exit_code=exit_code
-        )
+    def _record(self, end: End, error: LauncherError) -> None:
+        step = newest_step(self._directory.checkpoints)
+        record_run_end(self._directory, end, step, error.exit_code)
 
     def _is_in_vain(self) -> bool:
         """Write down that the time of a job has run out; whether it has too often with nothing to show."""

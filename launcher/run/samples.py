@@ -16,6 +16,7 @@ from launcher.errors import RequestError
 from launcher.plan.choose import Plan
 from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory
+from launcher.run.saying import Say
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +60,15 @@ def as_trained(directory: RunDirectory, store: Path) -> Samples:
     return Samples(samples.blocks, samples.order, Phases(trained_last, bans(samples.order, samples.blocks)))
 
 
-def check_skip(run: RunConfig, plan: Plan, store: Path, directory: RunDirectory) -> str | None:
-    """What `data.skip` leaves out of the run from here on, as a sentence; None where it is empty.
+def say_skip(run: RunConfig, plan: Plan, store: Path, directory: RunDirectory, say: Say) -> None:
+    """Say what `data.skip` leaves out of the run from here on, where it names anything.
 
     Raises RequestError for steps and documents that the run has not, and for steps that were trained before
     its newest checkpoint.
     """
     skip = run.data.skip
     if not skip.steps and not skip.documents:
-        return None
+        return
     assert plan.steps is not None
     beyond = [entry for entry in skip.steps if steps_in(entry)[-1] > plan.steps]
     if beyond:
@@ -84,7 +85,7 @@ def check_skip(run: RunConfig, plan: Plan, store: Path, directory: RunDirectory)
     _check_not_trained(phases, directory)
     taken = phases.consumed(plan.steps) - phases.consumed(begun.first_step)
     left_out = phases.position(plan.steps) - begun.first_sample - taken
-    return (
+    say(
         f"data.skip leaves out {left_out:,} samples from step {begun.first_step + 1:,} on; "
         "those that follow take their places"
     )

@@ -10,23 +10,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 from launcher.config.schema import ClusterConfig
 from launcher.errors import Interrupted, LauncherError, MachineError
 from launcher.plan.orders import Orders
 from launcher.render.srun import Step, check_command, srun_command, step_environment, step_name
 from launcher.run import excluding, journal, node_check, slurm
-from launcher.run.checkpoints import committed
+from launcher.run.attempt import REPLACED
+from launcher.run.checkpoints import newest_step
 from launcher.run.directory import RunDirectory
 from launcher.run.heartbeat import read_beat
-from launcher.run.outcome import UNLIMITED, Facts, Outcome
+from launcher.run.outcome import UNLIMITED, End, Facts, Outcome
 from launcher.run.slurm_facts import Seen, facts_of, is_requeued
 from launcher.run.stopping import need_of
-from launcher.run.supervise import REPLACED
+from launcher.run.supervise import record_run_end
 
 LOOK_SECONDS: Final = 15.0
 """How often slurmctld is asked about the job: it has many to answer. A signal has it asked at once."""
@@ -41,13 +42,14 @@ REQUEUE_SECONDS: Final = 600.0
 
 
 class Slurm:
-    """Every rank on the nodes of this job (`run.launching.Launching`)."""
+    """Every rank on the nodes of this job (`run.launching.Launching`), while it is `in_touch`."""
 
     asking: ClassVar = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     """Signals that ask for a stop. SIGUSR1 only warns: SLURM may send it a minute early, which may be before
     the first step, and the end of the job is known."""
+    takes_over: ClassVar = True
 
-    def __init__(self, directory: RunDirectory, cluster: ClusterConfig, orders: Orders) -> None:
+    def __init__(self, directory: RunDirectory, cluster: ClusterConfig) -> None:
         job = slurm.own_job()
         if job is None:
             raise MachineError(
@@ -57,7 +59,6 @@ class Slurm:
         self.job = job
         self._directory = directory
         self._cluster = cluster
-        self._orders = orders
         self._restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         self._hosts = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
         self._attempt = 0
@@ -65,8 +66,22 @@ class Slurm:
         self._look = Look(job)
         self._signals = 0
         self._warned = False
-        signal.signal(signal.SIGUSR1, self._note_warning)
         self._need = (-math.inf, 0.0)
+
+    @contextlib.contextmanager
+    def in_touch(self) -> Iterator[Self]:
+        """While inside, its warning is heard, and slurmctld is asked about the job now and then."""
+        before = signal.signal(signal.SIGUSR1, self._note_warning)
+        try:
+            with self._look.again_and_again():
+                yield self
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+    @property
+    def _orders(self) -> Orders:
+        """As they are now: a drafted run is planned while this is in touch."""
+        return self._directory.read_orders()
 
     def start(self, attempt: int) -> SlurmRanks:
         """Start every rank of every node.
@@ -206,14 +221,8 @@ class Slurm:
             return
         why = "; ".join(found.faults)
         if not found.culprits or node_check.failures(self._directory) >= node_check.PATIENCE:
-            journal.record(
-                self._directory.journal,
-                "ended",
-                outcome=Outcome.NO_PROGRESS,
-                reason=why,
-                step=max((each.step for each in committed(self._directory.checkpoints)), default=0),
-                exit_code=MachineError.exit_code,
-            )
+            step = newest_step(self._directory.checkpoints)
+            record_run_end(self._directory, End(Outcome.NO_PROGRESS, why), step, MachineError.exit_code)
             raise MachineError(f"the nodes of job {self.job} cannot train this run: {why}")
         excluding.avoid(self._directory, found.culprits, why, now)
         self.hands_over(Outcome.NODE_FAILED, why)
@@ -325,7 +334,17 @@ class Look:
         self.newest: slurm.JobState | None = None
         self._job = job
         self._wake = threading.Event()
+        self._is_over = False
+
+    @contextlib.contextmanager
+    def again_and_again(self) -> Iterator[None]:
+        """While inside, ask every LOOK_SECONDS. Whoever leaves does not wait for an answer."""
         threading.Thread(target=self._keep, daemon=True).start()
+        try:
+            yield
+        finally:
+            self._is_over = True
+            self._wake.set()
 
     def soon(self) -> None:
         """Ask at once, without waiting."""
@@ -338,7 +357,7 @@ class Look:
         return self.newest
 
     def _keep(self) -> None:
-        while True:
+        while not self._is_over:
             self.now()
             self._wake.wait(LOOK_SECONDS)
             self._wake.clear()

@@ -80,8 +80,8 @@ class Status:
     eval_loss: float | str | None
     eval_step: int | None
     checkpoint: Saved | None
-    job: QueuedJob | None = None
-    reason: str | None = None
+    job: QueuedJob | None
+    reason: str | None
 
     @property
     def state(self) -> str:
@@ -118,8 +118,8 @@ def find_runs(folder: Path) -> list[RunDirectory]:
     return [RunDirectory(each) for each in found]
 
 
-def read_status(directory: RunDirectory, now: float) -> Status:
-    """How the run in `directory` stands at `now`, in seconds since the epoch.
+def read_status(directory: RunDirectory, job: QueuedJob | None, now: float) -> Status:
+    """How the run in `directory`, whose newest job is `job`, stands at `now`, in seconds since the epoch.
 
     Raises RunDirectoryError if it is no run directory.
     """
@@ -159,6 +159,7 @@ def read_status(directory: RunDirectory, now: float) -> Status:
         eval_loss=evaluation.get("eval_loss"),
         eval_step=evaluation.get("step"),
         checkpoint=saved,
+        job=job,
         reason=events[-1].get("reason") if events and events[-1]["event"] == "ended" else None,
     )
 

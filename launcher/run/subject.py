@@ -29,7 +29,6 @@ class Subject:
         if self.run is None:
             raise RunDirectoryError(
                 f"{self.directory.root} is not a run directory, and a step belongs to a run",
-                directory=self.directory.root,
                 hint="give a run.yaml, or the folder that `launcher train` made, such as runs/NAME",
             )
         if self.trained:

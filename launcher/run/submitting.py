@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher.config.load import load_cluster
-from launcher.errors import MachineError, RequestError
+from launcher.config.slurm import time_limit_seconds
+from launcher.errors import MachineError, RequestError, placed
 from launcher.render.sbatch import prepare_command, render_job, sweep_command
 from launcher.run import journal, slurm
 from launcher.run.assemble import Assembly, check_prepared, job_of, job_template
 from launcher.run.cluster_checks import examine_cluster
 from launcher.run.directory import RunDirectory, run_directory, write_text
 from launcher.run.excluding import exclude_list, excluded_now, why_avoided
+from launcher.run.saying import Say
 from launcher.run.stopping import need_of
 
 PREPARE_CPUS = 8
@@ -27,7 +29,7 @@ WAIT_SECONDS = 10.0
 """How often slurmctld is asked about a job that is waited for; at first more often."""
 
 
-def check_submission(assembly: Assembly, say: Callable[[str], None]) -> None:
+def check_submission(assembly: Assembly, say: Say) -> None:
     """Raise RequestError or MachineError for a job that could never run; say what may surprise."""
     cluster, place = assembly.cluster.config, assembly.place
     if cluster.launch != "slurm":
@@ -38,32 +40,26 @@ def check_submission(assembly: Assembly, say: Callable[[str], None]) -> None:
         )
     directory = run_directory(assembly.run.config)
     need = need_of(directory, assembly.plan)
-    _check_time(assembly, need.seconds)
-    for check in examine_cluster(cluster, place, directory.root, need):
-        if check.state == "missing":
-            kind = MachineError if check.key is None else RequestError
-            error = kind(f"{check.name}: {check.found}", hint=check.remedy, key=check.key)
-            error.place(assembly.cluster.origins)
-            raise error
-        if check.state == "warning":
-            say(f"note: {check.name}: {check.found}\n  hint: {check.remedy}")
+    with placed(assembly.cluster.origins):
+        _check_time(cluster.slurm.time_limit, need.seconds)
+        for check in examine_cluster(cluster, place, directory.root, need):
+            if check.state == "missing":
+                kind = MachineError if check.key is None else RequestError
+                raise kind(f"{check.name}: {check.found}", hint=check.remedy, key=check.key)
+            if check.state == "warning":
+                say(f"note: {check.name}: {check.found}\n  hint: {check.remedy}")
 
 
-def _check_time(assembly: Assembly, need: float) -> None:
-    from launcher.config.slurm import time_limit_seconds
-
-    limit = assembly.cluster.config.slurm.time_limit
+def _check_time(limit: str | None, need: float) -> None:
     if limit is not None and time_limit_seconds(limit) < 2 * need:
-        error = RequestError(
+        raise RequestError(
             f"slurm.time_limit: {limit} is too short: a safe stop alone takes about {need:.0f} s",
             hint="set a longer one",
             key="slurm.time_limit",
         )
-        error.place(assembly.cluster.origins)
-        raise error
 
 
-def submit_run(directory: RunDirectory, after: str | None, say: Callable[[str], None]) -> str:
+def submit_run(directory: RunDirectory, after: str | None, say: Say) -> str:
     """Hand in the job of a written run, to start once job `after` has finished well; returns its id.
 
     It stays away from the nodes that did the run harm lately, as the run's last job did.
@@ -123,7 +119,7 @@ def check_preparation(sweep: Sequence[str] | None, assembly: Assembly) -> None:
 
 
 def submit_preparation(
-    assembly: Assembly, directory: RunDirectory, launcher: str, count: int, say: Callable[[str], None]
+    assembly: Assembly, directory: RunDirectory, launcher: str, count: int, say: Say
 ) -> str:
     """Hand in an array of `count` jobs without GPUs that prepare the text of a run, and the run's own job,
     which plans and trains once they have ended well; returns the latter's id.
@@ -198,7 +194,7 @@ def launcher_here() -> str:
     return str(beside) if beside.exists() else "launcher"
 
 
-def wait_for(job: str, say: Callable[[str], None]) -> slurm.JobState | None:
+def wait_for(job: str, say: Say) -> slurm.JobState | None:
     """Wait until a job is over, saying what it does; returns its last state, None where it was forgotten."""
     last: tuple[Any, ...] = ()
     pause = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from launcher.data.stream import list_stream, read_stream_text
 from launcher.data.tokenizers import Tokenizer, unfilled
 from launcher.data.units import SMALLEST, WHOLE, Slice
 from launcher.data.vocabulary import TOKENIZERS, find_tokenizer, resolve_tokenizer
-from launcher.errors import DataError, LauncherError, RunDirectoryError
+from launcher.errors import DataError, RunDirectoryError, placed
 from launcher.plan.choose import Blocks
 from launcher.run.assemble import Assembly, Prepared, Streamed, Text
 from launcher.run.directory import has_begun, run_directory
+from launcher.run.saying import Say
 
 
-def ready_text(draft: Assembly, workers: int, progress: Progress, say: Callable[[str], None]) -> Text:
+def ready_text(draft: Assembly, workers: int, progress: Progress, say: Say) -> Text:
     """The text of the draft's run, ready to be trained on. Raises what the two ways to it raise."""
     if draft.run.config.data.mode == "stream":
         return list_text(draft, say)
@@ -31,35 +32,28 @@ def ready_text(draft: Assembly, workers: int, progress: Progress, say: Callable[
     return prepared
 
 
-def list_text(draft: Assembly, say: Callable[[str], None]) -> Streamed:
+def list_text(draft: Assembly, say: Say) -> Streamed:
     """The files that the draft's run streams, as they were when it began, and the tokenizer.
 
     Raises DataError or RequestError for text or a tokenizer that cannot be used, and RunDirectoryError for
     text that has changed since the run began.
     """
     run, directory = draft.run.config, run_directory(draft.run.config)
-    try:
-        with _nothing_left_on_failure(store_cache(run)) as cache:
-            tokenizer = _tokenizer(draft, cache, say)
-            text = list_stream(run.data, run.train.batch_size, tokenizer, run.seed, say)
-    except LauncherError as error:
-        error.place(draft.run.origins)
-        raise
+    with placed(draft.run.origins), _nothing_left_on_failure(store_cache(run)) as cache:
+        tokenizer = _tokenizer(draft, cache, say)
+        text = list_stream(run.data, run.train.batch_size, tokenizer, run.seed, say)
     if not has_begun(directory):
         return Streamed(text, tokenizer)
     begun = read_stream_text(directory.stream)
     if change := begun.change(text):
         raise RunDirectoryError(
             f"the text of run {run.name!r} has changed since it began: {change}",
-            directory=directory.root,
             hint="put the files back as they were, times of change too, or name the new run otherwise",
         )
     return Streamed(begun.model_copy(update={"backend": text.backend}), tokenizer)
 
 
-def _tokenizer(
-    draft: Assembly, cache: Path, say: Callable[[str], None], *, skip_bad: bool = False
-) -> Tokenizer:
+def _tokenizer(draft: Assembly, cache: Path, say: Say, *, skip_bad: bool = False) -> Tokenizer:
     asked = draft.model.tokenizer
     tokenizer = resolve_tokenizer(asked, draft.run.config.data, cache, skip_bad=skip_bad)
     if isinstance(asked, TokenizerFromCorpus) and (sentence := unfilled(tokenizer, asked.train.vocab_size)):
@@ -71,7 +65,7 @@ def prepare_text(
     draft: Assembly,
     workers: int,
     progress: Progress,
-    say: Callable[[str], None],
+    say: Say,
     *,
     part: Slice = WHOLE,
     skip_bad: bool = False,
@@ -82,19 +76,13 @@ def prepare_text(
     was finished, a folder that this call made is then gone again.
     """
     run = draft.run.config
-    try:
-        with _nothing_left_on_failure(store_cache(run)) as cache:
-            tokenizer = _tokenizer(draft, cache, say, skip_bad=skip_bad)
-            folder = prepare(
-                run.data, tokenizer, cache, workers, progress, part=part, skip_bad=skip_bad, say=say
-            )
-            return _opened(folder, run, say) if is_store(folder) else None
-    except LauncherError as error:
-        error.place(draft.run.origins)
-        raise
+    with placed(draft.run.origins), _nothing_left_on_failure(store_cache(run)) as cache:
+        tokenizer = _tokenizer(draft, cache, say, skip_bad=skip_bad)
+        folder = prepare(run.data, tokenizer, cache, workers, progress, part=part, skip_bad=skip_bad, say=say)
+        return _opened(folder, run, say) if is_store(folder) else None
 
 
-def _opened(folder: Path, run: RunConfig, say: Callable[[str], None]) -> Prepared:
+def _opened(folder: Path, run: RunConfig, say: Say) -> Prepared:
     store = open_store(folder)
     try:
         check_blocks(store, run.data.block_size, run.data.packing)
@@ -123,12 +111,9 @@ def find_text(draft: Assembly) -> Prepared | None:
     """
     run = draft.run.config
     cache = store_cache(run)
-    try:
+    with placed(draft.run.origins):
         tokenizer = find_tokenizer(draft.model.tokenizer, run.data, cache)
         folder = None if tokenizer is None else store_of(run.data, tokenizer, cache)
-    except LauncherError as error:
-        error.place(draft.run.origins)
-        raise
     if folder is None or not is_store(folder):
         return None
     store = open_store(folder)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from launcher.errors import TrainingError
-from launcher.run.checkpoints import committed
+from launcher.run.checkpoints import newest_step
 from launcher.run.directory import RunDirectory
 from launcher.worker.engine import own_part
 
@@ -72,7 +72,7 @@ class Divergence:
     def error(self, what: str, step: int) -> Diverged:
         """What to raise at `step`. What came before the last sound report, or the last checkpoint, whose
         weights are finite, is not suspect."""
-        newest = max((each.step for each in committed(self._directory.checkpoints)), default=0)
+        newest = newest_step(self._directory.checkpoints)
         first = self._sound + 1 if self.has_exploded else max(self._sound, newest) + 1
         first = min(first, step)
         steps, span = (

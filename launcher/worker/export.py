@@ -40,9 +40,7 @@ def main(arguments: list[str]) -> int:
     try:
         export(RunDirectory(run), checkpoint, target)
     except LauncherError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"  hint: {error.hint}", file=sys.stderr)
+        print(f"error: {error.told}", file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -160,12 +160,7 @@ def main(arguments: list[str]) -> int:
         orders, run = directory.read_orders(), directory.read_config()
         rank = join(directory, run, orders.plan, os.environ)
     except LauncherError as error:
-        print(
-            f"error: {error.message}",
-            *([f"  hint: {error.hint}"] if error.hint else []),
-            sep="\n",
-            file=sys.stderr,
-        )
+        print(f"error: {error.told}", file=sys.stderr)
         return error.exit_code
     disable_progress_bar()  # of transformers: the log is a file
     read_as_data(os.environ)

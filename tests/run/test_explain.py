@@ -84,7 +84,11 @@ def test_every_key_has_a_meaning_and_a_place(assembly: Assembly) -> None:
 
 @pytest.mark.parametrize(
     ("key", "near"),
-    [("train.batchsize", "train.batch_size"), ("cluster.gpu_per_node", "cluster.gpus_per_node")],
+    [
+        ("train.batchsize", "train.batch_size"),
+        ("cluster.gpu_per_node", "cluster.gpus_per_node"),
+        ("every", "checkpoint.every"),
+    ],
 )
 def test_a_key_that_does_not_exist(assembly: Assembly, key: str, near: str) -> None:
     with pytest.raises(RequestError, match=f"{key} is not a key") as refused:

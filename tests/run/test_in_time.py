@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
 
 import pytest
 
@@ -12,28 +11,8 @@ from launcher.errors import Interrupted, TrainingError
 from launcher.run import journal
 from launcher.run.directory import RunDirectory
 from launcher.run.in_time import LEAD_SECONDS, OutOfTime, alarm, in_time
-from launcher.run.launching import Ranks
-from launcher.run.outcome import Facts, Outcome
-
-
-class Requeued:
-    """A job that is queued again whenever that is asked for; it has no ranks."""
-
-    def __init__(self) -> None:
-        self.asked: list[Outcome] = []
-
-    def start(self, attempt: int) -> Ranks:
-        raise AssertionError
-
-    def facts(self, signals: Sequence[int]) -> Facts:
-        return Facts()
-
-    def past(self, attempt: int) -> Facts:
-        return Facts()
-
-    def hands_over(self, outcome: Outcome, why: str) -> bool:
-        self.asked.append(outcome)
-        return True
+from launcher.run.outcome import Outcome
+from tests.run.machines import Machines
 
 
 def soon() -> float:
@@ -41,9 +20,16 @@ def soon() -> float:
     return time.time() + LEAD_SECONDS + 0.05
 
 
-def spend(directory: RunDirectory, job: Requeued) -> None:
+class Short(Machines):
+    """Those of a job whose time is over soon."""
+
+    def ends_at(self) -> float | None:
+        return soon()
+
+
+def spend(directory: RunDirectory, job: Short) -> None:
     """The end of the job's time comes while nodes are tried."""
-    with in_time(directory, job, soon(), "its nodes were tried", lambda _: None):
+    with in_time(directory, job, "its nodes were tried", lambda _: None):
         time.sleep(20)
 
 
@@ -60,13 +46,13 @@ def test_what_takes_too_long_is_ended_before_the_end_of_the_jobs_time() -> None:
 
 
 def test_the_job_is_queued_again_until_that_has_come_to_nothing_too_often(directory: RunDirectory) -> None:
-    job = Requeued()
+    job = Short(requeues=True)
     for _ in range(2):
         with pytest.raises(Interrupted, match=r"its nodes were tried.*queued again"):
             spend(directory, job)
     with pytest.raises(TrainingError, match=r"NO_PROGRESS: 3 attempts in a row.*time_limit may be too short"):
         spend(directory, job)
-    assert job.asked == [Outcome.TIME_LIMIT] * 2
+    assert job.handed == [Outcome.TIME_LIMIT] * 2
     events = journal.read(directory.journal)
     ended = [each for each in events if each["event"] == "attempt_ended"]
     assert [(each["attempt"], each["outcome"], each["step"]) for each in ended] == [

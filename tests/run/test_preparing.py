@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,38 +21,15 @@ from launcher.errors import Interrupted, LauncherError, MachineError, RunDirecto
 from launcher.run import journal
 from launcher.run.directory import RunDirectory, hold, write_text
 from launcher.run.holding import only_supervisor
-from launcher.run.launching import Ranks
 from launcher.run.outcome import Facts, Outcome
 from launcher.run.preparing import stoppable
 from launcher.run.requests import ask_to_stop
-from launcher.run.supervise import SIGNALS
 from tests.conftest import small_run, write_json
-
-
-class Lender:
-    """Machines of which this is known; a queue that takes a run back where it `requeues`."""
-
-    def __init__(self, *, requeues: bool = False) -> None:
-        self.known = Facts()
-        self.requeues = requeues
-        self.handed: list[Outcome] = []
-
-    def start(self, attempt: int) -> Ranks:
-        raise AssertionError("nothing is started while text is prepared")
-
-    def facts(self, signals: Sequence[int]) -> Facts:
-        return self.known
-
-    def past(self, attempt: int) -> Facts:
-        return Facts()
-
-    def hands_over(self, outcome: Outcome, why: str) -> bool:
-        self.handed.append(outcome)
-        return self.requeues and outcome is not Outcome.STOPPED
+from tests.run.machines import Machines
 
 
 def prepare(
-    directory: RunDirectory, lender: Lender, ask: Callable[[], object], told_within: float = 0.0
+    directory: RunDirectory, lender: Machines, ask: Callable[[], object], told_within: float = 0.0
 ) -> None:
     """Something long, in the middle of which somebody asks for a stop."""
     asking = threading.Timer(0.3, ask)
@@ -61,12 +38,12 @@ def prepare(
         time.sleep(60)
 
 
-def stopped(directory: RunDirectory, lender: Lender, ask: Callable[[], object]) -> Interrupted:
+def stopped(directory: RunDirectory, lender: Machines, ask: Callable[[], object]) -> Interrupted:
     """What preparing ends with where somebody asks for a stop in the middle of it."""
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in lender.asking]
     with pytest.raises(Interrupted) as caught:
         prepare(directory, lender, ask)
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in lender.asking] == before
     assert caught.value.exit_code == 130
     assert not directory.stop_request.exists()
     return caught.value
@@ -76,13 +53,13 @@ def ends(directory: RunDirectory) -> list[tuple[str, int]]:
     return [(each["outcome"], each["exit_code"]) for each in journal.events(directory.journal, "ended")]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", Machines.asking)
 def test_each_signal_ends_preparing_and_the_run_with_it(
     directory: RunDirectory, number: signal.Signals
 ) -> None:
     before = signal.signal(number, signal.SIG_DFL)  # a shell may have had it ignored
     try:
-        error = stopped(directory, Lender(), lambda: os.kill(os.getpid(), number))
+        error = stopped(directory, Machines(), lambda: os.kill(os.getpid(), number))
     finally:
         signal.signal(number, before)
     assert error.message == "stopped while its text was prepared"
@@ -93,12 +70,12 @@ def test_each_signal_ends_preparing_and_the_run_with_it(
 @pytest.mark.parametrize("by", ["person", "signal"])
 def test_a_request_is_heard_while_text_is_prepared(directory: RunDirectory, by: str) -> None:
     asked = by == "person"
-    stopped(directory, Lender(), lambda: ask_to_stop(directory, "person" if asked else "signal"))
+    stopped(directory, Machines(), lambda: ask_to_stop(directory, "person" if asked else "signal"))
     assert ends(directory) == [("STOPPED", 130)]
 
 
 def test_what_a_scheduler_takes_is_queued_again_and_else_told(directory: RunDirectory) -> None:
-    lender = Lender(requeues=True)
+    lender = Machines(requeues=True)
 
     def take() -> None:
         lender.known = Facts(preempted=True)
@@ -116,7 +93,7 @@ def test_a_job_whose_time_never_suffices_for_more_of_the_text_is_given_up(direct
     cache = directory.root / "stores"
     run = small_run()
     write_json(directory.config, {**run, "data": {**run["data"], "cache_dir": str(cache)}})
-    lender = Lender(requeues=True)
+    lender = Machines(requeues=True)
 
     def end() -> LauncherError:
         lender.known = Facts()
@@ -135,7 +112,7 @@ def test_a_job_whose_time_never_suffices_for_more_of_the_text_is_given_up(direct
 
 
 def test_who_takes_the_machines_may_tell_of_it_after_the_signal(directory: RunDirectory) -> None:
-    lender = Lender(requeues=True)
+    lender = Machines(requeues=True)
 
     def take() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -147,7 +124,7 @@ def test_who_takes_the_machines_may_tell_of_it_after_the_signal(directory: RunDi
 
 
 def test_nothing_is_written_for_a_run_that_is_not_there_yet(tmp_path: Path) -> None:
-    directory, lender = RunDirectory(tmp_path / "runs" / "new"), Lender()
+    directory, lender = RunDirectory(tmp_path / "runs" / "new"), Machines()
     with only_supervisor(directory, lender, print):
         with pytest.raises(RunDirectoryError, match="is being trained by another command"):
             hold(directory.lock, directory, "another command")
@@ -175,7 +152,7 @@ def test_a_lock_that_was_taken_away_meanwhile_keeps_nobody_out(directory: RunDir
 
 def test_a_wish_that_what_prepares_takes_for_a_fault_of_its_own_is_heard(directory: RunDirectory) -> None:
     def deny() -> None:
-        with stoppable(directory, Lender(), print), contextlib.suppress(Exception):
+        with stoppable(directory, Machines(), print), contextlib.suppress(Exception):
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
             time.sleep(60)
 

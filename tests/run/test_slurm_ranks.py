@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from launcher.run.slurm_facts import Seen, facts_of
-from launcher.run.slurm_ranks import outlive_own_requeue, words_of_slurmstepd
+from launcher.run.slurm_ranks import Look, outlive_own_requeue, words_of_slurmstepd
 
 
 def test_slurmstepd_speaks_where_the_ranks_of_its_node_write(tmp_path: Path) -> None:
@@ -23,6 +26,18 @@ def test_slurmstepd_speaks_where_the_ranks_of_its_node_write(tmp_path: Path) -> 
 def test_srun_says_that_a_task_had_no_memory() -> None:
     words = "srun: error: n2: task 0: Out Of Memory\n"
     assert facts_of(Seen(None, 0, words), now=0.0, need=0.0).out_of_memory
+
+
+def test_slurmctld_is_asked_about_the_job_for_as_long_as_somebody_wants_to_know(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, before = threading.Event(), set(threading.enumerate())
+    monkeypatch.setattr("launcher.run.slurm.job_state", lambda *_: asked.set())
+    with Look("1").again_and_again():
+        assert asked.wait(10)
+        (looking,) = set(threading.enumerate()) - before
+    looking.join(10)
+    assert not looking.is_alive()
 
 
 def test_a_requeue_may_be_asked_for_in_any_thread() -> None:

@@ -72,7 +72,7 @@ def test_a_run_that_trains(directory: RunDirectory) -> None:
     beat = Beat(0, "here", 1, "evaluating", 11, NOW - 2, NOW - 1, quiet=1.0, limit=600.0)
     write_beat(directory.heartbeat(2, 0), beat)
     with hold(directory.lock, directory, "us"):
-        found = read_status(directory, NOW)
+        found = read_status(directory, None, NOW)
     assert (found.state, found.alive, found.phase) == ("running", "supervisor", "evaluating")
     assert (found.step, found.steps, found.loss, found.tokens) == (11, 20, 4.25, 640)
     assert {name: getattr(found, name) for name in numbers} == numbers
@@ -90,7 +90,7 @@ def test_a_run_that_trains(directory: RunDirectory) -> None:
 
 def test_the_state_follows_the_locks_and_the_journal(directory: RunDirectory) -> None:
     def state() -> str:
-        return read_status(directory, NOW).state
+        return read_status(directory, None, NOW).state
 
     assert state() == "not started"
     with hold(directory.lock, directory, "us"):
@@ -132,7 +132,7 @@ def test_only_the_end_of_a_long_record_is_read(directory: RunDirectory) -> None:
     with directory.metrics.open("a") as stream:
         stream.write('{"step": 13, "ti')
     begun = time.process_time()
-    found = read_status(directory, NOW)
+    found = read_status(directory, None, NOW)
     assert time.process_time() - begun < 0.5
     assert (found.step, found.loss) == (12, "nan")
     assert found.eval_loss is None, "it is further back than is read"
@@ -155,13 +155,13 @@ def test_runs_are_found_by_their_plans(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="there is no run in"):
         find_runs(tmp_path)
     with pytest.raises(RunDirectoryError, match="not a run directory"):
-        read_status(RunDirectory(tmp_path), NOW)
+        read_status(RunDirectory(tmp_path), None, NOW)
 
 
 def test_the_journal_is_read_as_it_is_written(directory: RunDirectory) -> None:
     journal.record(directory.journal, "attempt_started", attempt=1, world_size=2)
     journal.record(directory.journal, "attempt_ended", attempt=1, outcome="FINISHED", step=20)
-    (attempt,) = read_status(directory, time.time()).attempts
+    (attempt,) = read_status(directory, None, time.time()).attempts
     assert (attempt.outcome, attempt.step, attempt.reason) == ("FINISHED", 20, None)
 
 
@@ -184,6 +184,6 @@ def test_speed_is_shown_with_what_it_is_counted_by(directory: RunDirectory) -> N
 def test_a_run_that_ended_before_its_first_attempt_is_told_by_its_end(directory: RunDirectory) -> None:
     """Stopped while its text was prepared, or given up because its nodes cannot train it."""
     event(directory, NOW - 5, "ended", outcome="NO_PROGRESS", reason="n1 has no GPU", step=0, exit_code=1)
-    assert read_status(directory, NOW).state == "no progress"
+    assert read_status(directory, None, NOW).state == "no progress"
     shown = CliRunner().invoke(app, ["status", str(directory.root)])
     assert "n1 has no GPU" in shown.output

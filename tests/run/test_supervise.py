@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ import pytest
 from launcher.errors import Interrupted, LauncherError, RunDirectoryError, TrainingError
 from launcher.run import checkpoints as ledger
 from launcher.run import journal
+from launcher.run.attempt import LAST_SECONDS
 from launcher.run.directory import RunDirectory, hold, write_text
 from launcher.run.heartbeat import read_beat
 from launcher.run.holding import only_supervisor
 from launcher.run.outcome import Facts, Outcome, Patience, read_end
 from launcher.run.processes import lives
 from launcher.run.requests import ask_to_stop, asked_by
-from launcher.run.supervise import LAST_SECONDS, is_finished, supervise
+from launcher.run.supervise import is_finished, supervise
+from tests.run.machines import Machines
 
 F, S, C, M = Outcome.FINISHED, Outcome.STOPPED, Outcome.CRASHED, Outcome.OUT_OF_MEMORY
 QUICK = Patience(attempts=2, shortest=0.01, factor=2)
@@ -63,16 +65,23 @@ def outlive_starter(*ranks):
 """
 
 
-class Scripted:
+class Scripted(Machines):
     """Ranks that do what a script says, one script for each attempt, the last one again and again."""
 
-    def __init__(self, directory: RunDirectory, *scripts: str, leave_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        *scripts: str,
+        leave_seconds: float = 0.0,
+        requeues: bool = False,
+        takes_over: bool = False,
+    ) -> None:
+        super().__init__(requeues=requeues)
         self._directory = directory
         self._scripts = scripts
         self._leave_seconds = leave_seconds
+        self.takes_over = takes_over
         self.attempts = 0
-        self.known = Facts()
-        self.takes_over = False
 
     def start(self, attempt: int) -> ScriptedRanks:
         script = self._scripts[min(self.attempts, len(self._scripts) - 1)]
@@ -80,15 +89,6 @@ class Scripted:
         command = [sys.executable, "-c", PRELUDE + script, str(self._directory.root), str(attempt)]
         command.append("launcher.worker")  # by which a rank is told from any other process
         return ScriptedRanks(subprocess.Popen(command), self._leave_seconds)
-
-    def facts(self, signals: Sequence[int]) -> Facts:
-        return self.known
-
-    def past(self, attempt: int) -> Facts:
-        return self.known
-
-    def hands_over(self, outcome: Outcome, why: str) -> bool:
-        return self.takes_over
 
 
 class ScriptedRanks:
@@ -323,7 +323,7 @@ def test_what_the_scheduler_takes_goes_on_without_limit(directory: RunDirectory)
     launching.known = Facts(preempted=True)
 
     def say(text: str) -> None:
-        launching.takes_over = launching.attempts == 3
+        launching.requeues = launching.attempts == 3
 
     with pytest.raises(Interrupted) as caught:
         supervise(directory, launching, say, QUICK)
@@ -335,9 +335,8 @@ def test_what_the_scheduler_takes_goes_on_without_limit(directory: RunDirectory)
 
 def test_ranks_that_do_not_stop_before_the_jobs_end_are_ended(directory: RunDirectory) -> None:
     """While there is time to have the job requeued."""
-    launching = Scripted(directory, "beat(0, 5); beat(1, 5); time.sleep(60)")
+    launching = Scripted(directory, "beat(0, 5); beat(1, 5); time.sleep(60)", requeues=True)
     launching.known = Facts(time_limit=True, ends_at=time.time() + LAST_SECONDS + 1)
-    launching.takes_over = True
     with pytest.raises(Interrupted):
         supervise(directory, launching, lambda text: None, QUICK)
     (ended,) = events(directory, "attempt_ended")
@@ -377,11 +376,11 @@ def test_who_is_replaced_ends_its_ranks_and_leaves_the_rest_to_its_successor(
     """The job was started again elsewhere: its node is cut off, and the ranks there agree with nobody."""
     monkeypatch.setattr("launcher.run.stopping.MARGIN", 1.0)
     launching = Scripted(directory, script)
-    begun, successor = threading.Event(), Scripted(directory)
+    begun, successor = threading.Event(), Scripted(directory, takes_over=True)
     successor.known = Facts(failed_nodes=("n1",))
 
     def take_over() -> None:
-        with only_supervisor(directory, successor, lambda text: None, takes_over=True):
+        with only_supervisor(directory, successor, lambda text: None):
             assert asked_by(directory) == "scheduler"
             begun.set()
 
@@ -534,7 +533,8 @@ say(0, "STOPPED", 6), say(1, "STOPPED", 6)
         pass
     assert asked_by(directory) is None, "a person on another machine knows nothing of it"
     assert not directory.handover.exists()
-    with only_supervisor(directory, launching, said.append, takes_over=True):
+    launching.takes_over = True
+    with only_supervisor(directory, launching, said.append):
         assert not directory.handover.exists()
         (ended,) = events(directory, "attempt_ended")
         assert ended["step"] == 6
@@ -548,7 +548,7 @@ def test_who_waits_in_vain_wants_the_run_no_longer(
     other = hold(directory.lock, directory, "us")
     with (
         pytest.raises(RunDirectoryError),
-        only_supervisor(directory, Scripted(directory), print, takes_over=True),
+        only_supervisor(directory, Scripted(directory, takes_over=True), print),
     ):
         pass
     other.close()
