@@ -32,7 +32,7 @@ from launcher.run.directory import RunDirectory, write_text
 from launcher.run.outcome import FAILURES, Outcome, RankEnd
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
-from launcher.worker.checkpoint import CheckpointWriter, barrier, newest_good
+from launcher.worker.checkpoint import CheckpointWriter, newest_good
 from launcher.worker.chunked_loss import prove_chunked_loss
 from launcher.worker.dataset import (
     Collate,
@@ -58,6 +58,7 @@ from launcher.worker.resume import check_length, go_on
 from launcher.worker.step_times import StepTimes
 from launcher.worker.stop import Agreement, StopSignals
 from launcher.worker.stream import open_stream
+from launcher.worker.together import barrier
 from launcher.worker.tracing import compiled_so_far
 from launcher.worker.trainer import LauncherTrainer, Rows, training_arguments
 from launcher.worker.verify import verify
@@ -208,7 +209,7 @@ def train(
     """Build, verify, train, save; returns how it ended."""
     plan = orders.plan
     tokenizer, rows = open_rows(directory, orders, run)
-    checkpoint = newest_good(directory.checkpoints, rank=rank.number, world_size=rank.world_size)
+    checkpoint = newest_good(directory.checkpoints, rank=rank.number)
     start_step = 0 if checkpoint is None else checkpoint.step
     best = BestEvaluation()
     if checkpoint is not None:

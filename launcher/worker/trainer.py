@@ -51,6 +51,7 @@ from launcher.worker.resume import data_state
 from launcher.worker.schedule import follow_samples
 from launcher.worker.step_times import StepTimes, Timed
 from launcher.worker.stop import Agreement
+from launcher.worker.together import as_rank_0_has_it
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,12 +367,10 @@ class LauncherTrainer(ReportingTrainer):
         stage, world = zero_stage(self._plan.strategy), self._plan.batch.world_size
         if stage is None or checkpoint.world_size == world:
             return checkpoint.folder
-        folder = [reshard(checkpoint)] if self.rank == 0 else [checkpoint.folder]
-        if world > 1:
-            torch.distributed.broadcast_object_list(folder)
+        folder = as_rank_0_has_it(reshard(checkpoint) if self.rank == 0 else checkpoint.folder)
         self.args.hf_deepspeed_config.config["checkpoint"]["load_universal"] = True
-        self.add_callback(Remove(folder[0]))
-        return folder[0]
+        self.add_callback(Remove(folder))
+        return folder
 
     def take_final(self, checkpoint: Checkpoint) -> None:
         """Be where training ended before: `checkpoint` is its last, and only the model is to be made."""

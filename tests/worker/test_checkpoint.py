@@ -247,7 +247,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: 
     quarantine = writing.folder / "quarantine"
     for _ in ("as they are found", "once they are set aside"):
         with pytest.raises(RequestError) as caught:
-            newest_good(writing.folder, rank=0, world_size=1)
+            newest_good(writing.folder, rank=0)
         for step in (5, 10):
             assert f"step-{step:08d}: weights has 3 bytes, 1000 were written" in caught.value.message
         assert str(quarantine) in caught.value.message
@@ -258,12 +258,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: 
         ended = Attempt(verdict.outcome, began=10, step=0, retry=verdict.retry, reason=verdict.reason)
         assert isinstance(what_next([ended], Patience()), End), "the supervisor does not try again"
     quarantine.rename(tmp_path / "away")
-    assert newest_good(writing.folder, rank=0, world_size=1) is None, "as the hint says"
+    assert newest_good(writing.folder, rank=0) is None, "as the hint says"
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_was_committed_begins_again(tmp_path: Path) -> None:
     (ledger.begin(tmp_path, 5) / "weights").write_bytes(b"half")
-    assert newest_good(tmp_path, rank=0, world_size=1) is None
+    assert newest_good(tmp_path, rank=0) is None
     assert not (tmp_path / ledger.QUARANTINE).exists()
 
 
@@ -273,7 +273,7 @@ def test_one_good_checkpoint_is_enough_whatever_was_set_aside(tmp_path: Path) ->
         writing.save_and_wait(step, small, copied=False)
     os.truncate(writing.folder / "step-00000010" / "weights", 3)
     ledger.set_aside_damaged(writing.folder, newer_than=5)
-    found = newest_good(writing.folder, rank=0, world_size=1)
+    found = newest_good(writing.folder, rank=0)
     assert found is not None
     assert found.step == 5
 
