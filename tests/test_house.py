@@ -21,15 +21,16 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "__init__": frozenset(),
     "errors": frozenset(),
     "console": frozenset({"errors"}),
+    "durable": frozenset(),
     "config": frozenset({"errors"}),
-    "data": frozenset({"errors", "config"}),
+    "data": frozenset({"errors", "config", "durable"}),
     "plan": frozenset({"errors", "config"}),
     "render": frozenset({"errors", "config", "plan"}),
-    "run": frozenset({"errors", "config", "plan", "render", "data"}),
+    "run": frozenset({"errors", "config", "plan", "render", "data", "durable"}),
     "report": frozenset({"errors", "run"}),
     "worker": frozenset(
         {
-            *("errors", "config", "plan", "data"),
+            *("errors", "config", "plan", "data", "durable"),
             *("run.directory", "run.checkpoints", "run.outcome", "run.environment", "run.machine"),
             *("run.heartbeat", "run.nodes"),
         }

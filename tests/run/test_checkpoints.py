@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.durable import Mark, mark_of
 from launcher.errors import RequestError
 from launcher.run import checkpoints as ledger
 
@@ -198,13 +199,13 @@ def test_one_that_a_run_removes_while_it_is_verified_is_not_damaged(
 ) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
-    hashed = ledger._sha256
+    read = mark_of
 
-    def prune(file: Path) -> str:
+    def prune(file: Path) -> Mark:
         ledger.prune(tmp_path, keep=1, protect=())
-        return hashed(file)
+        return read(file)
 
-    monkeypatch.setattr(ledger, "_sha256", prune)
+    monkeypatch.setattr(ledger, "mark_of", prune)
     assert ledger.damages(tmp_path, None) == {
         "step-00000001": None,
         "step-00000002": None,
@@ -219,14 +220,14 @@ def test_one_that_a_run_replaces_while_it_is_verified_is_not_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 5, b"before")
-    hashed = ledger._sha256
+    read = mark_of
 
-    def replace(file: Path) -> str:
-        monkeypatch.setattr(ledger, "_sha256", hashed)
+    def replace(file: Path) -> Mark:
+        monkeypatch.setattr(ledger, "mark_of", read)
         save(tmp_path, 5, b"after")
-        return hashed(file)
+        return read(file)
 
-    monkeypatch.setattr(ledger, "_sha256", replace)
+    monkeypatch.setattr(ledger, "mark_of", replace)
     assert ledger.damages(tmp_path, 5) == {"step-00000005": None}
     assert ledger.damages(tmp_path, 5) == {"step-00000005": []}
 
