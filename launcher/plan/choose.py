@@ -9,7 +9,7 @@ from typing import Any, Literal
 from launcher.config.schema import RunConfig, seconds
 from launcher.errors import MachineError, RequestError
 from launcher.plan.batch import NOTHING_DONE, Batch, Done, count_steps, splits, warmup_steps
-from launcher.plan.fast import NOTHING_FAST, Fast, fast_paths
+from launcher.plan.fast import Fast, fast_paths
 from launcher.plan.hardware import GPU
 from launcher.plan.search import (
     FILL,
@@ -84,10 +84,9 @@ class Plan:
     `samples` are those in the whole run. They, `steps` and `warmup_steps` are None only where training is
     measured in epochs and the text is not prepared yet. `parameters` and `memory` (bytes per rank, by
     category) are None for a model whose architecture the memory model does not know. `forecast` is None
-    there too, on a CPU, and in a plan of an earlier version. `host_memory` is what offload takes of a node's
-    own memory, in bytes. `peak_flops` is the GPU's in FLOP/s under `precision`, None where it is not known.
-    `gradient_checkpointing`: of every layer, of none, or of so many, the first ones. `fast` is all off in a
-    plan of an earlier version.
+    there too, and on a CPU. `host_memory` is what offload takes of a node's own memory, in bytes.
+    `peak_flops` is the GPU's in FLOP/s under `precision`, None where it is not known.
+    `gradient_checkpointing`: of every layer, of none, or of so many, the first ones.
     """
 
     name: str
@@ -113,10 +112,10 @@ class Plan:
     parameters: int | None
     memory: dict[str, int] | None
     memory_available: int | None
-    forecast: Forecast | None = None
-    host_memory: int = 0
-    peak_flops: float | None = None
-    fast: Fast = NOTHING_FAST
+    forecast: Forecast | None
+    host_memory: int
+    peak_flops: float | None
+    fast: Fast
 
     @property
     def tokens(self) -> int | None:
@@ -143,7 +142,7 @@ class Plan:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Plan:
         """The plan that `as_dict` wrote. Raises TypeError or KeyError on anything else."""
-        blocks, predicted = fields["blocks"], fields.get("forecast")
+        blocks, predicted = fields["blocks"], fields["forecast"]
         return cls(
             **{
                 **fields,
@@ -152,7 +151,7 @@ class Plan:
                 "checkpoint_every": Every(**fields["checkpoint_every"]),
                 "blocks": None if blocks is None else Blocks(**blocks),
                 "forecast": None if predicted is None else _forecast_from(predicted),
-                "fast": Fast(**fields.get("fast", {})),
+                "fast": Fast(**fields["fast"]),
             }
         )
 

@@ -95,8 +95,8 @@ class RunnerUp:
     micro_batch: int
     gradient_checkpointing: bool | int
     why: str
-    strategy: str = "ddp"
-    offload: str = "none"
+    strategy: str
+    offload: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ MANIFEST = "MANIFEST.json"
 STATE = "launcher.json"
 """In a checkpoint: what launcher itself must know to go on."""
 VERSION = 2
-"""Of the manifest. It holds its own hash too since version 2."""
+"""Of the manifest."""
 FOLDERS = "step-" + 8 * "[0-9]"
 """What a committed checkpoint's folder is called."""
 REASON = "WHY.txt"
@@ -308,7 +308,7 @@ def _read(folder: Path) -> Checkpoint | None:
         files = {name: Mark(entry["bytes"], entry["sha256"]) for name, entry in fields["files"].items()}
         if not all(_stays_inside(name) for name in files):
             return None
-        if fields["version"] != 1 and fields.pop("sha256") != _own_hash(fields):
+        if fields["version"] != VERSION or fields.pop("sha256") != _own_hash(fields):
             return None
         return Checkpoint(
             folder, fields["step"], fields["samples"], fields["world_size"], fields["created"], files
