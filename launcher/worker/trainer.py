@@ -285,9 +285,9 @@ class LauncherTrainer(ReportingTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         with self._heart.during("saving"):
-            self._write_checkpoint(model)
+            self._write_checkpoint()
 
-    def _write_checkpoint(self, model: torch.nn.Module) -> None:
+    def _write_checkpoint(self) -> None:
         step = self.state.global_step
         flaw = self._divergence.flaw(self.bare_model.parameters())
         if self._agreement.any(flaw is not None):

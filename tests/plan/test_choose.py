@@ -141,6 +141,7 @@ def test_nothing_better_would_have_fitted(
             gradient_checkpointing=checkpointing,
             chunked_loss=chunks and strategy != "zero3",
             compiled=strategy == "ddp",
+            on_cpu=False,
         )
         return needed.total <= FILL * (place.gpu.memory or 0)
 
