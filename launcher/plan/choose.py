@@ -26,6 +26,7 @@ from launcher.plan.search import (
 )
 from launcher.plan.shape import Shape, parameters
 from launcher.plan.states import Sharding, checkpoint_bytes
+from launcher.sizes import size_in_words
 
 CPU_TOKENS = 8192
 """Tokens in a forward pass on a CPU beyond which a larger micro-batch only costs memory."""
@@ -57,7 +58,7 @@ class Place:
 
     @property
     def is_cpu(self) -> bool:
-        return self.gpu.name == "cpu"
+        return self.gpu.is_cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +304,7 @@ def _fit(run: RunConfig, job: Job, done: Done) -> tuple[Candidate, list[Candidat
     """
     train = run.train
     fixed = None if train.micro_batch == "auto" else train.micro_batch
-    largest = max(1, (CPU_TOKENS if job.gpu.name == "cpu" else GPU_TOKENS) // job.block_size)
+    largest = max(1, (CPU_TOKENS if job.gpu.is_cpu else GPU_TOKENS) // job.block_size)
     checkpointing = _checkpointing(train.gradient_checkpointing, job.shape)
     batches = splits(train.batch_size, job.world_size, fixed, largest)
     shardings = _shardings(run, job, done)
@@ -315,8 +316,8 @@ def _fit(run: RunConfig, job: Job, done: Done) -> tuple[Candidate, list[Candidat
         return chosen, found
     least = min(one.memory.total for one in found if one.memory is not None)
     raise RequestError(
-        f"{run.model.name} does not fit on {job.gpu.name}: about {least / 2**30:.1f} GiB at micro-batch 1, "
-        f"and of {(job.available or 0) / 2**30:.1f} GiB {FILL:.0%} is to be used",
+        f"{run.model.name} does not fit on {job.gpu.name}: about {size_in_words(least)} at micro-batch 1, "
+        f"and of {size_in_words(job.available or 0)} {FILL:.0%} is to be used",
         hint=", or ".join([*remedies(job, found), "set train.micro_batch=1 to try all the same"]),
     )
 
@@ -341,7 +342,7 @@ def _shardings(run: RunConfig, job: Job, done: Done) -> list[Sharding]:
     model nobody knows what would fit. Raises MachineError for what a CPU cannot do.
     """
     strategy, offload = run.train.strategy, run.train.offload
-    if strategy == "fsdp" and offload == "parameters" and job.gpu.name == "cpu":
+    if strategy == "fsdp" and offload == "parameters" and job.gpu.is_cpu:
         raise MachineError(
             "with train.strategy=fsdp parameters are offloaded from a GPU, and this run is planned on a CPU",
             hint="set train.offload: none, or train.strategy: zero3",
@@ -352,7 +353,7 @@ def _shardings(run: RunConfig, job: Job, done: Done) -> list[Sharding]:
         names: tuple[str, ...] = (done.strategy or strategy,)
     elif offload != "none":
         names = ("zero3",) if offload == "parameters" else ("zero1", "zero2", "zero3")
-    elif job.world_size == 1 or job.gpu.name == "cpu" or job.shape is None:
+    elif job.world_size == 1 or job.gpu.is_cpu or job.shape is None:
         names = ("ddp",)
     else:
         names = STRATEGIES

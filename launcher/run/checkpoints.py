@@ -20,6 +20,7 @@ from typing import Any
 
 from launcher.durable import Mark, mark_of, sync, write_whole
 from launcher.errors import RequestError, TrainingError
+from launcher.sizes import size_in_words
 
 MANIFEST = "MANIFEST.json"
 STATE = "launcher.json"
@@ -120,8 +121,8 @@ def check_room(folder: Path, *, size: int, files: int) -> None:
     hint = "make room and run the same command again, or set checkpoint.keep lower"
     if (free := found.f_bavail * found.f_frsize) < size:
         raise TrainingError(
-            f"a checkpoint needs about {size / 2**30:.2f} GiB in {folder.parent}, "
-            f"and {free / 2**30:.2f} GiB are free",
+            f"a checkpoint needs about {size_in_words(size)} in {folder.parent}, "
+            f"and {size_in_words(free)} are free",
             hint=hint,
         )
     # File systems that make inodes as they need them say that they have none at all.

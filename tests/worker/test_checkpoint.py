@@ -153,7 +153,7 @@ def test_a_disk_that_fills_up_leaves_the_good_one_and_says_so(disk: Path, copied
 def test_a_disk_without_room_is_told_before_anything_is_written(disk: Path) -> None:
     writing = Writing(disk)
     wrote: list[Path] = []
-    with pytest.raises(TrainingError, match=r"needs about 0\.01 GiB in .*, and 0\.01 GiB are free"):
+    with pytest.raises(TrainingError, match=r"needs about 9\.0 MiB in .*, and [78]\.\d MiB are free"):
         writing.save(1, wrote.append, size=9 * MEBIBYTE)
     writing.save(1, small, size=7 * MEBIBYTE)
     for number in range(os.statvfs(disk).f_favail - 2):
