@@ -14,7 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -146,9 +153,15 @@ class Reached(TrainerCallback):
 
     def end_saving(self) -> None:
         """After a failure: let a checkpoint that is being written still be committed, if it can be."""
-        if self.trainer is not None:
-            with self._heart.during("saving"), contextlib.suppress(Exception):
+        if self.trainer is None:
+            return
+        with self._heart.during("saving"):
+            try:
                 self.trainer.writer.finish()
+            except Exception as error:  # noqa: BLE001 - the failure before it is the one that is told
+                with contextlib.suppress(OSError):  # a full disk has no room for the log either
+                    told = f"{type(error).__name__}: {error}"
+                    print(f"the last checkpoint may not be committed: {told}", flush=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -311,7 +324,9 @@ def upload(directory: RunDirectory, run: RunConfig, rank: Rank) -> None:
         print(f"uploaded to {where}", file=rank.terminal, flush=True)
 
 
-def open_rows(directory: RunDirectory, orders: Orders, run: RunConfig) -> tuple[Any, Rows]:
+def open_rows(
+    directory: RunDirectory, orders: Orders, run: RunConfig
+) -> tuple[PreTrainedTokenizerBase, Rows]:
     """The tokenizer of the text, and the rows to train and evaluate on."""
     if run.data.mode == "stream":
         folder, training, validation = directory.tokenizer, *open_stream(directory, orders, run)

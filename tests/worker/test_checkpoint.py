@@ -20,6 +20,7 @@ from launcher.run import checkpoints as ledger
 from launcher.run.outcome import Attempt, End, Evidence, Outcome, Patience, decide, what_next
 from launcher.worker.checkpoint import CheckpointWriter, Saved, host_copy, newest_good
 from launcher.worker.heart import Heart
+from launcher.worker.main import Reached
 from launcher.worker.rank import last_word
 from launcher.worker.saving import save_model
 
@@ -136,6 +137,25 @@ def test_what_fails_in_the_background_fails_the_run_at_the_next_step(tmp_path: P
     assert writing.steps() == [1]
 
 
+def test_after_a_failure_the_log_says_why_the_last_checkpoint_was_not_committed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    may_fail = threading.Event()
+
+    def fails(_folder: Path) -> None:
+        may_fail.wait(10)
+        raise ArithmeticError("went wrong")
+
+    writing = Writing(tmp_path)
+    writing.save(1, fails, copied=True)
+    may_fail.set()
+    reached = Reached(Heart(tmp_path / "heartbeat", tmp_path / "stacks", 0, {}))
+    reached.trainer = SimpleNamespace(writer=writing.writer)  # type: ignore[assignment]
+    reached.end_saving()
+    said = capsys.readouterr().out
+    assert said == "the last checkpoint may not be committed: ArithmeticError: went wrong\n"
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_disk_that_fills_up_leaves_the_good_one_and_says_so(disk: Path, copied: bool) -> None:
     writing = Writing(disk)
@@ -204,7 +224,7 @@ def test_every_file_and_folder_is_on_disk_before_the_name_is(
 
     Writing(tmp_path).save(5, nested)
     named = happened.index(".step-00000005.writing -> step-00000005")
-    manifest = happened.index(ledger.MANIFEST)
+    manifest = happened.index(f".{ledger.MANIFEST}.{os.getpid()}")
     content = {"weights", ledger.STATE, "zero_pp_rank_0_mp_rank_00_optim_states.pt"}
     assert content <= set(happened[:manifest]), "the manifest comes last"
     assert {"global_step5", "deep", ".step-00000005.writing"} <= set(happened[manifest:named])
