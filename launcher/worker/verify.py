@@ -25,7 +25,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.environment import versions
 from launcher.worker.engine import DTYPES, fsdp_policy, innermost
 from launcher.worker.fast import CAUSAL, taken_by
-from launcher.worker.recomputing import in_words, layers_of, recomputed
+from launcher.worker.recomputing import as_compared, layers_of, recomputed
 from launcher.worker.together import of_all_ranks, world_size
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def planned(orders: Orders, train: TrainSection, fell_back: Mapping[str, str], l
         "gradient clipping": train.max_grad_norm,
         "weight decay": [train.weight_decay, 0.0],
         "steps": plan.steps,
-        "gradient checkpointing": in_words(plan.gradient_checkpointing, of=layers),
+        "gradient checkpointing": as_compared(plan.gradient_checkpointing, of=layers),
         "compile": plan.compile,
         "attention": CAUSAL
         if "causal_attention" in fast
