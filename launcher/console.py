@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from launcher.errors import ConfigError, Interrupted, LauncherError
+from launcher.sizes import size_in_words
 
-BOLD, DIM, RED, RESET = "\033[1m", "\033[2m", "\033[31m", "\033[0m"
+BOLD, RED, RESET = "\033[1m", "\033[31m", "\033[0m"
 
 
 def colour(stream: TextIO) -> bool:
@@ -83,15 +84,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def gibibytes(size: float) -> str:
-    """A size in bytes as a person reads it."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 def count(number: float) -> str:
     """A number as a person reads it: 124,439,808 is `124.4 M`."""
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
@@ -108,11 +100,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-def bars(parts: Mapping[str, int], available: int | None, width: int = 40) -> list[tuple[str, str]]:
+def bars(parts: Mapping[str, int], available: int | None) -> list[tuple[str, str]]:
     """Sizes in bytes as bars, all to one scale: the memory available, or else their sum. Without zeros."""
     whole = max(available or 0, sum(parts.values()), 1)
     return [
-        (name, f"{'#' * round(width * size / whole):<{width}} {gibibytes(size):>10}")
+        (name, f"{'#' * round(40 * size / whole):<40} {size_in_words(size):>10}")
         for name, size in parts.items()
         if size
     ]

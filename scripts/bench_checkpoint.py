@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from launcher.durable import sync
 from launcher.run import checkpoints as ledger
 from launcher.worker.checkpoint import CheckpointWriter, Saved, host_copy
 from launcher.worker.heart import Heart
@@ -55,9 +56,9 @@ def measure(folder: Path, model: Any, state: dict[str, Any]) -> None:
         model.save_pretrained(target, state_dict=dict(state["weights"]))  # which it empties
         torch.save(state["optimizer"], target / "optimizer.pt")
 
-    def sync(target: Path) -> None:
+    def sync_all(target: Path) -> None:
         for name in ledger.names_in(target):
-            ledger._fsync(target / name)
+            sync(target / name)
 
     def hash_alone(target: Path) -> None:
         for name in ledger.names_in(target):
@@ -69,7 +70,7 @@ def measure(folder: Path, model: Any, state: dict[str, Any]) -> None:
         target = folder / f"plain-{number}"
         target.mkdir()
         rows["written"].append(timed(lambda: write(target, state)))  # noqa: B023
-        rows["synced"].append(timed(lambda: sync(target)))  # noqa: B023
+        rows["synced"].append(timed(lambda: sync_all(target)))  # noqa: B023
         rows["hashed"].append(timed(lambda: hash_alone(target)))  # noqa: B023
         shutil.rmtree(target)
         target.mkdir()

@@ -19,6 +19,7 @@ import pytest
 
 from launcher.plan.batch import Batch
 from launcher.plan.choose import Blocks, Every, Plan
+from launcher.plan.fast import Fast
 
 WORDS = (
     *("the", "of", "and", "to", "in", "that", "he", "was", "it", "his", "is", "with"),
@@ -137,6 +138,10 @@ def small_plan() -> Plan:
         parameters=12345,
         memory={"parameters": 49380},
         memory_available=None,
+        forecast=None,
+        host_memory=0,
+        peak_flops=None,
+        fast=Fast(),
     )
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from launcher import console
 from launcher.errors import ConfigError, DataError, Fault, Interrupted, LauncherError, RequestError
+from launcher.sizes import size_in_words
 
 ESCAPE = "\033"
 
@@ -128,11 +129,11 @@ def test_answers_and_talk_are_kept_apart(capsys: Captured) -> None:
 @pytest.mark.parametrize(
     ("say", "value", "said"),
     [
-        (console.gibibytes, 0, "0 B"),
-        (console.gibibytes, 1023, "1023 B"),
-        (console.gibibytes, 1024, "1.0 KiB"),
-        (console.gibibytes, 1536 * 2**20, "1.5 GiB"),
-        (console.gibibytes, 2048 * 2**40, "2048.0 TiB"),
+        (size_in_words, 0, "0 B"),
+        (size_in_words, 1023, "1023 B"),
+        (size_in_words, 1024, "1.0 KiB"),
+        (size_in_words, 1536 * 2**20, "1.5 GiB"),
+        (size_in_words, 2048 * 2**40, "2048.0 TiB"),
         (console.count, 0, "0"),
         (console.count, 9999, "9,999"),
         (console.count, 10_000, "10.0 k"),
@@ -152,11 +153,11 @@ def test_numbers_as_a_person_reads_them(say: Callable[[float], str], value: floa
 def test_bars_are_to_one_scale_and_never_longer_than_it(parts: dict[str, int], available: int | None) -> None:
     whole = max(available or 0, sum(parts.values()), 1)
     there = {name: size for name, size in parts.items() if size}
-    for (name, drawn), size in zip(console.bars(parts, available, width=40), there.values(), strict=True):
+    for (name, drawn), size in zip(console.bars(parts, available), there.values(), strict=True):
         assert parts[name] == size
         assert abs(drawn.count("#") - 40 * size / whole) <= 0.5
-        assert drawn.rstrip().endswith(console.gibibytes(size))
-        assert len(drawn) == 40 + 1 + max(10, len(console.gibibytes(size)))
+        assert drawn.rstrip().endswith(size_in_words(size))
+        assert len(drawn) == 40 + 1 + max(10, len(size_in_words(size)))
 
 
 def test_a_bar_says_nothing_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:

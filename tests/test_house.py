@@ -20,21 +20,23 @@ MODULES: Final = tuple(sorted(PACKAGE.rglob("*.py")))
 MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "__init__": frozenset(),
     "errors": frozenset(),
-    "console": frozenset({"errors"}),
+    "sizes": frozenset(),
+    "console": frozenset({"errors", "sizes"}),
+    "durable": frozenset(),
     "config": frozenset({"errors"}),
-    "data": frozenset({"errors", "config"}),
-    "plan": frozenset({"errors", "config"}),
-    "render": frozenset({"errors", "config", "plan"}),
-    "run": frozenset({"errors", "config", "plan", "render", "data"}),
+    "data": frozenset({"errors", "config", "durable"}),
+    "plan": frozenset({"errors", "config", "sizes"}),
+    "render": frozenset({"errors", "config", "plan", "sizes"}),
+    "run": frozenset({"errors", "config", "plan", "render", "data", "durable", "sizes"}),
     "report": frozenset({"errors", "run"}),
     "worker": frozenset(
         {
-            *("errors", "config", "plan", "data"),
+            *("errors", "config", "plan", "data", "durable", "sizes"),
             *("run.directory", "run.checkpoints", "run.outcome", "run.environment", "run.machine"),
             *("run.heartbeat", "run.nodes"),
         }
     ),
-    "cli": frozenset({"errors", "console", "config", "data", "plan", "render", "run", "report"}),
+    "cli": frozenset({"errors", "console", "config", "data", "plan", "render", "run", "report", "sizes"}),
     "__main__": frozenset({"cli"}),
 }
 ENGINES: Final = frozenset({"torch", "transformers", "accelerate", "deepspeed", "datasets"})

@@ -287,7 +287,7 @@ def test_out_of_memory_is_told_with_what_held_it_and_what_to_change(workplace: W
     assert "optimizer" in done.stderr
     assert "were planned" in done.stderr
     assert "the most effective first: train." in done.stderr
-    assert "train.micro_batch=128 (about 0.04 GiB less)" in done.stderr
+    assert "train.micro_batch=128 (about 44.8 MiB less)" in done.stderr
     last = journal.read(workplace.folder / "runs" / "small" / "journal.jsonl")[-1]
     assert last["outcome"] == "OUT_OF_MEMORY"
     # And with what it said, under the same name, it goes on.

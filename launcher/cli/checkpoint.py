@@ -10,6 +10,7 @@ import typer
 from launcher import console
 from launcher.cli.arguments import AsJson, RunFolder
 from launcher.errors import RequestError
+from launcher.sizes import size_in_words
 
 if TYPE_CHECKING:
     from launcher.run.directory import RunDirectory
@@ -43,7 +44,7 @@ def checkpoint_list(run_dir: RunFolder, as_json: AsJson = False) -> None:
         (
             f"{each.step}",
             f"{each.samples}",
-            console.gibibytes(each.bytes),
+            size_in_words(each.bytes),
             datetime.fromtimestamp(each.created).isoformat(" ", "seconds"),
         )
         for each in found

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from launcher import console
 from launcher.cli.arguments import AsJson, ClusterFile, Overrides, RunFile, Workers, assembled
 from launcher.errors import RequestError
-
-if TYPE_CHECKING:
-    from launcher.data.units import Slice
-    from launcher.run.assemble import Assembly, Prepared
 
 app = typer.Typer(
     help="The token store: prepare it, verify it, look into it.", no_args_is_help=True, rich_markup_mode=None
@@ -45,12 +41,14 @@ def data_prepare(
     from launcher.data.units import parse_slice
     from launcher.run.assemble import check_prepared
     from launcher.run.preflight import check_folders
+    from launcher.run.text import prepare_text
 
     part = parse_slice(units)
     draft = assembled(run, overrides, cluster)
     check_prepared(draft.run.config)
     check_folders(draft.run.config)
-    prepared = _prepare(draft, workers, part, skip_bad)
+    cores, bar = workers or draft.machine.cores, console.Bar("preparing")
+    prepared = prepare_text(draft, cores, bar, console.say, part=part, skip_bad=skip_bad)
     if as_json:
         console.answer_json(
             {"store": str(prepared.store), "vocabulary": prepared.vocabulary} if prepared else None
@@ -122,19 +120,3 @@ def data_show(
         console.answer_json(shown.as_json)
     else:
         console.answer(shown.text)
-
-
-def _prepare(
-    draft: Assembly, workers: int | None, part: Slice | None = None, skip_bad: bool = False
-) -> Prepared | None:
-    from launcher.data.units import WHOLE
-    from launcher.run.text import prepare_text
-
-    return prepare_text(
-        draft,
-        workers or draft.machine.cores,
-        console.Bar("preparing"),
-        console.say,
-        part=part or WHOLE,
-        skip_bad=skip_bad,
-    )

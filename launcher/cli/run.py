@@ -11,6 +11,7 @@ import typer
 from launcher import console
 from launcher.cli.arguments import AsJson, ClusterFile, Overrides, RunFile, Workers, assembled
 from launcher.errors import RequestError
+from launcher.sizes import size_in_words
 
 if TYPE_CHECKING:
     from launcher.run.assemble import Assembly
@@ -261,11 +262,9 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
     if planned.memory is not None:
         held = {name: size for name, size in planned.memory.items() if size}
         total = sum(held.values())
-        room = (
-            "" if planned.memory_available is None else f" of {console.gibibytes(planned.memory_available)}"
-        )
+        room = "" if planned.memory_available is None else f" of {size_in_words(planned.memory_available)}"
         worth = _held_against(planned.gpu, "memory")
-        title = f"memory per rank: about {console.gibibytes(total)}{room} ({worth})"
+        title = f"memory per rank: about {size_in_words(total)}{room} ({worth})"
         bars = console.bars(held, planned.memory_available)
         blocks.append(console.section(title, [*bars, *fit_rows(planned)]))
     blocks.append(console.section(f"speed: {_held_against(planned.gpu, 'speed')}", speed_rows(planned)))

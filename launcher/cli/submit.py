@@ -89,7 +89,7 @@ def submit(
     elif sweep:
         directories = [_written(draft, workers) for draft in drafts]
         folder = _sweep_folder(run, overrides, cluster, drafts)
-        array = submit_sweep(drafts, folder, _launcher(), None)
+        array = submit_sweep(drafts, folder, _launcher())
         jobs += [(f"{array}_{index}", each.root) for index, each in enumerate(directories)]
     else:
         directory = _written(drafts[0], workers)

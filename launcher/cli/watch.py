@@ -15,6 +15,7 @@ import typer
 from launcher import console
 from launcher.cli.arguments import AsJson, RunFolder
 from launcher.errors import RunDirectoryError
+from launcher.sizes import size_in_words
 
 if TYPE_CHECKING:
     from launcher.run.queue import QueuedJob
@@ -194,14 +195,14 @@ def _rows(found: Status) -> list[tuple[str, str]]:
         ("slowest rank", _slowest(found)),
         (
             "GPU memory, peak",
-            "-" if found.peak_memory_bytes is None else console.gibibytes(found.peak_memory_bytes),
+            "-" if found.peak_memory_bytes is None else size_in_words(found.peak_memory_bytes),
         ),
         ("time left", _left(found)),
         (
             "last good checkpoint",
             "none yet"
             if saved is None
-            else f"step {saved.step}, {console.duration(saved.age)} ago, {console.gibibytes(saved.bytes)}",
+            else f"step {saved.step}, {console.duration(saved.age)} ago, {size_in_words(saved.bytes)}",
         ),
     ]
     rows += _job_rows(found.job) if found.job else []

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.data.layout import find_damaged
-from launcher.data.shards import Mark, mark_of
 from launcher.data.store import TOKENIZER_FOLDER, Manifest, read_manifest, size_problem
+from launcher.durable import Mark, mark_of
 from launcher.errors import MachineError
 
 DAMAGED = ".damaged"  # ends the name of a file that was set aside

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from launcher.data.packing import ByDocument, ShardLayout, lay_out
-from launcher.data.shards import Mark, mark_of, sync_folder, write_whole
+from launcher.durable import Mark, mark_of, sync, write_whole
 from launcher.errors import MachineError, StoreError
 
 VERSION = 1  # to be raised whenever the same lengths would be laid out otherwise
@@ -90,7 +90,7 @@ def _keep(folder: Path, names: Sequence[str], make: Callable[[str], ShardLayout]
             marks[f"{name}.layout"] = write_whole(unfinished / f"{name}.layout", content)
         marks[COUNTS] = write_whole(unfinished / COUNTS, (json.dumps(blocks).encode(),))
         write_whole(unfinished / MARKS, (_Marks.dump_json(marks),))
-        sync_folder(unfinished)
+        sync(unfinished)
         try:
             unfinished.rename(folder)
         except OSError:

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from launcher.data.shards import Mark, sync_folder, write_whole
 from launcher.data.store import TOKENIZER_FOLDER, BadRecord, Record, Shard
 from launcher.data.tokenizers import Tokenizer
 from launcher.data.units import Slice, Unit
+from launcher.durable import Mark, sync, write_whole
 from launcher.errors import MachineError, StoreError
 
 UNITS = "units"
@@ -102,7 +102,7 @@ def keep_tokenizer(
         return
     tokenizer.save(made)
     marks = {path.name: write_whole(path, (path.read_bytes(),)) for path in sorted(made.iterdir())}
-    sync_folder(made)
+    sync(made)
     if promised is None:
         made.replace(kept)
         return

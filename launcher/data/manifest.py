@@ -8,7 +8,6 @@ from pathlib import Path
 from launcher.config.schema import DataSection
 from launcher.data.corpus import Corpus
 from launcher.data.making import UnitRecord
-from launcher.data.shards import mark_of
 from launcher.data.store import (
     FORMAT_VERSION,
     TOKENIZER_FOLDER,
@@ -22,6 +21,7 @@ from launcher.data.store import (
 )
 from launcher.data.tokenizers import Tokenizer
 from launcher.data.units import unit_bytes
+from launcher.durable import mark_of
 from launcher.errors import DataError
 
 

@@ -9,21 +9,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import mmap
-import os
 import struct
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
+from launcher.durable import Mark, Output
 from launcher.errors import StoreError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -33,82 +30,9 @@ SMALL_VOCABULARY = 65_500  # below it ids are stored as uint16, as Megatron choo
 CHUNK = 1 << 20
 
 
-class Mark(BaseModel):
-    """What a file must be: its size in bytes and the sha256 of its content."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    size: int
-    sha256: str
-
-
 def token_type(vocabulary: int) -> np.dtype[Any]:
     """How ids of a vocabulary of this size are stored."""
     return TYPE_CODES[8 if vocabulary < SMALL_VOCABULARY else 4]
-
-
-def mark_of(path: Path) -> Mark:
-    """Reads the whole file."""
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return Mark(size=size, sha256=digest.hexdigest())
-
-
-class Output:
-    """A file being written, marked as it grows."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stream = path.open("wb")
-        self._digest = hashlib.sha256()
-        self._size = 0
-
-    def write(self, part: bytes | memoryview) -> None:
-        """Append; raises OSError."""
-        self._stream.write(part)
-        self._digest.update(part)
-        self._size += len(part)
-
-    def finish(self) -> Mark:
-        """Have it on disk, whole. Raises OSError."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        return Mark(size=self._size, sha256=self._digest.hexdigest())
-
-    def discard(self) -> None:
-        """Remove it."""
-        # Closing writes what is buffered, and fails where writing did: there is nothing to save.
-        with contextlib.suppress(OSError):
-            self._stream.close()
-        self.path.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, parts: Iterable[bytes]) -> Mark:
-    """Write a file that is either not there or whole: a temporary name, fsync, rename. Raises OSError."""
-    output = Output(path.with_name(path.name + ".tmp"))
-    try:
-        for part in parts:
-            output.write(part)
-        mark = output.finish()
-    except BaseException:
-        output.discard()
-        raise
-    output.path.replace(path)
-    return mark
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ShardWriter:

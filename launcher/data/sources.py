@@ -41,8 +41,8 @@ from launcher.data.tables import Table
 from launcher.errors import DataError, RequestError
 
 __all__ = [
-    "Batch", "Cuts", "Document", "OnBad", "Reading", "SourceFile", "batches", "changed", "documents",
-    "file_format", "list_files", "splittable",
+    "Batch", "Cuts", "Document", "OnBad", "Reading", "SourceFile", "batches", "changed", "file_format",
+    "list_files", "splittable",
 ]  # fmt: skip
 
 JSON_LINES = frozenset({".jsonl", ".json", ".ndjson"})
@@ -84,20 +84,6 @@ def splittable(file: SourceFile, reading: Reading) -> bool:
     kind = file_format(file, reading)
     whole = kind == "arrow" or (kind == "text" and reading.sample_by == "document")
     return file.ranges and file.compression is None and not whole
-
-
-def documents(
-    file: SourceFile,
-    reading: Reading,
-    start: int = 0,
-    end: int | None = None,
-    *,
-    cuts: Cuts | None = None,
-    on_bad: OnBad | None = None,
-) -> Iterator[Document]:
-    """The documents of `batches`, one by one."""
-    for batch in batches(file, reading, start, end, cuts=cuts, on_bad=on_bad):
-        yield from batch.documents()
 
 
 def batches(

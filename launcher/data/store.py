@@ -23,16 +23,9 @@ from pydantic_core import from_json
 
 from launcher.data.layout import Layout, layout_of
 from launcher.data.packing import ByDocument, ConcatPlan, LaidOutPlan, Packing, Plan
-from launcher.data.shards import (
-    Mark,
-    read_index,
-    read_places,
-    read_tokens,
-    sync_folder,
-    token_type,
-    write_whole,
-)
+from launcher.data.shards import read_index, read_places, read_tokens, token_type
 from launcher.data.tokenizers import Tokenizer, load_tokenizer
+from launcher.durable import Mark, sync, write_whole
 from launcher.errors import Counted, StoreError
 
 FORMAT_VERSION = 2
@@ -311,9 +304,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Make the folder a store: everything it names is on disk before the manifest appears."""
     text = manifest.model_copy(update={"checksum": ""}).model_dump_json(indent=1).encode() + b"\n"
     before, after = _around_checksum(text)
-    sync_folder(folder)
+    sync(folder)
     write_whole(folder / MANIFEST, (bytes(before), _checksum(before, after).encode(), bytes(after)))
-    sync_folder(folder)
+    sync(folder)
 
 
 def is_store(folder: Path) -> bool:

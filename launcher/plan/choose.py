@@ -9,7 +9,7 @@ from typing import Any, Literal
 from launcher.config.schema import RunConfig, seconds
 from launcher.errors import MachineError, RequestError
 from launcher.plan.batch import NOTHING_DONE, Batch, Done, count_steps, splits, warmup_steps
-from launcher.plan.fast import NOTHING_FAST, Fast, fast_paths
+from launcher.plan.fast import Fast, fast_paths
 from launcher.plan.hardware import GPU
 from launcher.plan.search import (
     FILL,
@@ -26,6 +26,7 @@ from launcher.plan.search import (
 )
 from launcher.plan.shape import Shape, parameters
 from launcher.plan.states import Sharding, checkpoint_bytes
+from launcher.sizes import size_in_words
 
 CPU_TOKENS = 8192
 """Tokens in a forward pass on a CPU beyond which a larger micro-batch only costs memory."""
@@ -57,7 +58,7 @@ class Place:
 
     @property
     def is_cpu(self) -> bool:
-        return self.gpu.name == "cpu"
+        return self.gpu.is_cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +85,9 @@ class Plan:
     `samples` are those in the whole run. They, `steps` and `warmup_steps` are None only where training is
     measured in epochs and the text is not prepared yet. `parameters` and `memory` (bytes per rank, by
     category) are None for a model whose architecture the memory model does not know. `forecast` is None
-    there too, on a CPU, and in a plan of an earlier version. `host_memory` is what offload takes of a node's
-    own memory, in bytes. `peak_flops` is the GPU's in FLOP/s under `precision`, None where it is not known.
-    `gradient_checkpointing`: of every layer, of none, or of so many, the first ones. `fast` is all off in a
-    plan of an earlier version.
+    there too, and on a CPU. `host_memory` is what offload takes of a node's own memory, in bytes.
+    `peak_flops` is the GPU's in FLOP/s under `precision`, None where it is not known.
+    `gradient_checkpointing`: of every layer, of none, or of so many, the first ones.
     """
 
     name: str
@@ -113,10 +113,10 @@ class Plan:
     parameters: int | None
     memory: dict[str, int] | None
     memory_available: int | None
-    forecast: Forecast | None = None
-    host_memory: int = 0
-    peak_flops: float | None = None
-    fast: Fast = NOTHING_FAST
+    forecast: Forecast | None
+    host_memory: int
+    peak_flops: float | None
+    fast: Fast
 
     @property
     def tokens(self) -> int | None:
@@ -143,7 +143,7 @@ class Plan:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Plan:
         """The plan that `as_dict` wrote. Raises TypeError or KeyError on anything else."""
-        blocks, predicted = fields["blocks"], fields.get("forecast")
+        blocks, predicted = fields["blocks"], fields["forecast"]
         return cls(
             **{
                 **fields,
@@ -152,7 +152,7 @@ class Plan:
                 "checkpoint_every": Every(**fields["checkpoint_every"]),
                 "blocks": None if blocks is None else Blocks(**blocks),
                 "forecast": None if predicted is None else _forecast_from(predicted),
-                "fast": Fast(**fields.get("fast", {})),
+                "fast": Fast(**fields["fast"]),
             }
         )
 
@@ -304,7 +304,7 @@ def _fit(run: RunConfig, job: Job, done: Done) -> tuple[Candidate, list[Candidat
     """
     train = run.train
     fixed = None if train.micro_batch == "auto" else train.micro_batch
-    largest = max(1, (CPU_TOKENS if job.gpu.name == "cpu" else GPU_TOKENS) // job.block_size)
+    largest = max(1, (CPU_TOKENS if job.gpu.is_cpu else GPU_TOKENS) // job.block_size)
     checkpointing = _checkpointing(train.gradient_checkpointing, job.shape)
     batches = splits(train.batch_size, job.world_size, fixed, largest)
     shardings = _shardings(run, job, done)
@@ -316,8 +316,8 @@ def _fit(run: RunConfig, job: Job, done: Done) -> tuple[Candidate, list[Candidat
         return chosen, found
     least = min(one.memory.total for one in found if one.memory is not None)
     raise RequestError(
-        f"{run.model.name} does not fit on {job.gpu.name}: about {least / 2**30:.1f} GiB at micro-batch 1, "
-        f"and of {(job.available or 0) / 2**30:.1f} GiB {FILL:.0%} is to be used",
+        f"{run.model.name} does not fit on {job.gpu.name}: about {size_in_words(least)} at micro-batch 1, "
+        f"and of {size_in_words(job.available or 0)} {FILL:.0%} is to be used",
         hint=", or ".join([*remedies(job, found), "set train.micro_batch=1 to try all the same"]),
     )
 
@@ -342,7 +342,7 @@ def _shardings(run: RunConfig, job: Job, done: Done) -> list[Sharding]:
     model nobody knows what would fit. Raises MachineError for what a CPU cannot do.
     """
     strategy, offload = run.train.strategy, run.train.offload
-    if strategy == "fsdp" and offload == "parameters" and job.gpu.name == "cpu":
+    if strategy == "fsdp" and offload == "parameters" and job.gpu.is_cpu:
         raise MachineError(
             "with train.strategy=fsdp parameters are offloaded from a GPU, and this run is planned on a CPU",
             hint="set train.offload: none, or train.strategy: zero3",
@@ -353,7 +353,7 @@ def _shardings(run: RunConfig, job: Job, done: Done) -> list[Sharding]:
         names: tuple[str, ...] = (done.strategy or strategy,)
     elif offload != "none":
         names = ("zero3",) if offload == "parameters" else ("zero1", "zero2", "zero3")
-    elif job.world_size == 1 or job.gpu.name == "cpu" or job.shape is None:
+    elif job.world_size == 1 or job.gpu.is_cpu or job.shape is None:
         names = ("ddp",)
     else:
         names = STRATEGIES

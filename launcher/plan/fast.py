@@ -99,7 +99,7 @@ def fast_paths(
         found = found.without("causal_attention", "padded or isolated documents need a mask")
     if precision == "fp16":
         found = found.without("chunked_loss", "fp16 gradients are scaled before they are made")
-    if gpu.name == "cpu":
+    if gpu.is_cpu:
         found = found.without("padded_vocabulary", "a CPU gains nothing")
         found = found.without("tf32", "a CPU has none")
     elif not gpu.supports_bf16:  # both came with the same generation

@@ -51,6 +51,10 @@ class GPU:
     source: str
 
     @property
+    def is_cpu(self) -> bool:
+        return self.name == "cpu"
+
+    @property
     def supports_bf16(self) -> bool:
         """Ampere (8.0) brought bf16 to the tensor cores; on a CPU PyTorch computes it."""
         return self.capability is None or self.capability >= (8, 0)
@@ -223,7 +227,7 @@ def from_figures(
 
     `link_gbs` is what one GPU sends to others of its node. Memory alone is enough to plan what fits; speed
     needs the others too. It is taken for Ampere, as every generation is that no measurement was fitted on.
-    Raises RequestError for a name that the catalogue has, or a figure that is not above zero.
+    Raises RequestError for a name that the catalogue has.
     """
     if name in CATALOGUE:
         raise RequestError(
@@ -231,19 +235,6 @@ def from_figures(
             hint=f"write gpu: {name}, or describe yours under another name",
             key="cluster.gpu.name",
         )
-    figures = {
-        "memory_gb": memory_gb,
-        "bf16_tflops": bf16_tflops,
-        "bandwidth_gbs": bandwidth_gbs,
-        "link_gbs": link_gbs,
-    }
-    for figure, value in figures.items():
-        if value is not None and value <= 0:
-            raise RequestError(
-                f"gpu.{figure}: expected a number above zero, got {value:g}",
-                hint="write the datasheet's figure" + ("" if figure == "memory_gb" else ", or leave it out"),
-                key=f"cluster.gpu.{figure}",
-            )
     peak = None if bf16_tflops is None else bf16_tflops * TERA
     return GPU(
         name,

@@ -60,9 +60,9 @@ def estimate(
     block_size: int,
     precision: str,
     gradient_checkpointing: bool | int,
-    chunked_loss: bool = False,
-    compiled: bool = False,
-    on_cpu: bool = False,
+    chunked_loss: bool,
+    compiled: bool,
+    on_cpu: bool,
 ) -> Memory:
     """The peak of one rank with AdamW, for `micro_batch` sequences of `block_size` tokens.
 

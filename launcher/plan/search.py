@@ -16,6 +16,7 @@ from launcher.plan.shape import Shape
 from launcher.plan.speed import Speed, own_pace, step_speed, utilisation
 from launcher.plan.states import Sharding, states
 from launcher.plan.traffic import stack_of
+from launcher.sizes import size_in_words
 
 FILL = 0.9
 """The share of a GPU's memory that is planned for; the rest is left to fragmentation and the unmeasured."""
@@ -95,8 +96,8 @@ class RunnerUp:
     micro_batch: int
     gradient_checkpointing: bool | int
     why: str
-    strategy: str = "ddp"
-    offload: str = "none"
+    strategy: str
+    offload: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ def _memory(job: Job, model: Shape, batch: Batch, checkpointing: bool | int, sha
         gradient_checkpointing=checkpointing,
         chunked_loss=fast.chunked_loss,
         compiled=job.compiles(sharding.strategy),
-        on_cpu=job.gpu.name == "cpu",
+        on_cpu=job.gpu.is_cpu,
     )
 
 
@@ -294,15 +295,11 @@ def _why(job: Job, chosen: Candidate, one: Candidate) -> str:
     change = one.seconds / chosen.seconds - 1
     if not one.fits:
         assert one.memory is not None
-        room = FILL * (job.available or 0)
-        return f"{-change:.1%} faster, but needs {_gib(one.memory.total)} and {_gib(room)} is to be used"
+        needs, room = (size_in_words(size) for size in (one.memory.total, FILL * (job.available or 0)))
+        return f"{-change:.1%} faster, but needs {needs} and {room} is to be used"
     if change < 0:
         return f"only {-change:.1%} faster, and less simple"
     return f"{change:.1%} slower"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
 
 
 def remedies(job: Job, found: Sequence[Candidate]) -> Iterator[str]:
@@ -332,7 +329,7 @@ def _changes(job: Job, least: Candidate, *, checkpointing: bool | int) -> list[s
         return _fits(asked, least.batch, checkpointing, sharding)
 
     changes: list[str] = []
-    if job.gpu.name != "cpu":
+    if not job.gpu.is_cpu:
         changes += _more_sharing(job, least.sharding, fits)
     elif job.available and job.ranks_per_node > 1:
         alone = replace(job, world_size=1, available=job.available * job.ranks_per_node)
@@ -376,7 +373,7 @@ def _more_sharing(job: Job, used: Sharding, fits: Callable[[Job, Sharding], bool
             host = states_on_host(job, sharding)
             yield (
                 f"set train.strategy: {strategy} and train.offload: {offload} "
-                f"(slow, and {_gib(host)} of a node's own memory)"
+                f"(slow, and {size_in_words(host)} of a node's own memory)"
             )
             return
 
@@ -386,7 +383,7 @@ def states_on_host(job: Job, sharding: Sharding) -> int:
 
     0 on a CPU, where they are in the estimate of each rank already.
     """
-    if job.shape is None or job.gpu.name == "cpu":
+    if job.shape is None or job.gpu.is_cpu:
         return 0
     shape = trained_shape(job.shape, job.fast)
     return job.ranks_per_node * states(shape, sharding, job.precision).host

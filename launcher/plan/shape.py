@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from launcher.config.presets import GPT2_FIELDS
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -41,18 +43,6 @@ class Shape:
         return self.kv_heads * self.head_size
 
 
-_GPT2: Final[Mapping[str, Any]] = {
-    "n_layer": 12,
-    "n_embd": 768,
-    "n_head": 12,
-    "n_inner": None,
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "tie_word_embeddings": True,
-    "resid_pdrop": 0.1,
-    "attn_pdrop": 0.1,
-    "add_cross_attention": False,
-}
 _LLAMA: Final[Mapping[str, Any]] = {
     "num_hidden_layers": 32,
     "hidden_size": 4096,
@@ -69,7 +59,7 @@ _LLAMA: Final[Mapping[str, Any]] = {
 }
 
 DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "gpt2": _GPT2,
+    "gpt2": GPT2_FIELDS,
     "llama": _LLAMA,
     "mistral": {
         **_LLAMA,

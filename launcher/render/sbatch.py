@@ -13,9 +13,6 @@ from launcher.errors import RequestError
 CPUS_PER_GPU: Final = 8
 """CPUs asked for with each GPU where nothing is said: the rank, its data loading and NCCL's threads."""
 
-LEAD_SECONDS: Final = 120
-"""Seconds before the time limit at which SLURM tells the supervisor, where no stop has been measured yet."""
-
 _OPTIONS: Final = ("partition", "account", "qos", "constraint", "reservation")
 
 
@@ -35,7 +32,7 @@ class Job:
     cpus_per_node: int | None
     slurm: SlurmSection
     env: Mapping[str, str]
-    lead: int | None = LEAD_SECONDS
+    lead: int | None
     array: str | None = None
     file: str = "job.sbatch"
 

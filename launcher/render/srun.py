@@ -31,8 +31,8 @@ class Step:
     job_id: int
     hosts: tuple[str, ...]
     logs: str
-    accelerate: str = "accelerate"
-    python: str = "python"
+    accelerate: str
+    python: str
     container: Container | None = None
     shown: tuple[str, ...] = ()
 

@@ -8,6 +8,7 @@ from launcher.config.schema import RunConfig
 from launcher.plan.choose import Every, Plan
 from launcher.plan.fast import Fast
 from launcher.plan.search import FILL
+from launcher.sizes import size_in_words
 
 Rows = list[tuple[str, str]]
 
@@ -58,9 +59,7 @@ def becomes_rows(plan: Plan) -> Rows:
         ("fast paths", _fast(plan.fast)),
     ]
     if plan.host_memory:
-        rows.append(
-            ("host memory", f"{plan.host_memory / 2**30:,.1f} GiB of each node, for what is offloaded")
-        )
+        rows.append(("host memory", f"{size_in_words(plan.host_memory)} of each node, for what is offloaded"))
     if plan.parameters is not None:
         rows.append(("parameters", f"{plan.parameters:,}"))
     else:
@@ -87,7 +86,7 @@ def fit_rows(plan: Plan) -> Rows:
     total, room = sum(plan.memory.values()), FILL * plan.memory_available
     if total <= room:
         return []
-    over = f"it takes {(total - room) / 2**30:,.1f} GiB more than the {FILL:.0%} that is planned for"
+    over = f"it takes {size_in_words(total - room)} more than the {FILL:.0%} that is planned for"
     return [("does not fit", f"{over}; train.micro_batch: auto finds what does, or says what would")]
 
 

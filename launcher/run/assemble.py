@@ -162,7 +162,7 @@ def find_place(cluster: ClusterConfig, machine: Machine) -> Place:
     gpu = _gpu(cluster.gpu, machine)
     if cluster.gpus_per_node != "auto":
         ranks = cluster.gpus_per_node
-    elif gpu.name == "cpu":
+    elif gpu.is_cpu:
         ranks = 1
     elif machine.gpus:
         ranks = len(machine.gpus)
@@ -178,7 +178,7 @@ def find_place(cluster: ClusterConfig, machine: Machine) -> Place:
         cluster.nodes,
         ranks,
         gpu,
-        cpus_per_node(cluster.slurm, ranks, on_cpu=gpu.name == "cpu") if lent else machine.cores,
+        cpus_per_node(cluster.slurm, ranks, on_cpu=gpu.is_cpu) if lent else machine.cores,
         memory_bytes(cluster.slurm.memory) if lent else machine.memory,
         network=None if cluster.network_gbps is None else cluster.network_gbps * GIGA / 8,
         price_per_gpu_hour=cluster.price_per_gpu_hour,

@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from launcher.durable import Mark, mark_of, sync, write_whole
 from launcher.errors import RequestError, TrainingError
+from launcher.sizes import size_in_words
 
 MANIFEST = "MANIFEST.json"
 STATE = "launcher.json"
 """In a checkpoint: what launcher itself must know to go on."""
 VERSION = 2
-"""Of the manifest. It holds its own hash too since version 2."""
+"""Of the manifest."""
 FOLDERS = "step-" + 8 * "[0-9]"
 """What a committed checkpoint's folder is called."""
 REASON = "WHY.txt"
@@ -36,8 +38,8 @@ REPLACED = ".replaced"
 THREADS = 4
 """Files hashed, and seen to disk, at a time."""
 
-Files = dict[str, tuple[int, str]]
-"""Name to size in bytes and sha256."""
+Files = dict[str, Mark]
+"""What each file must be, by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        return sum(size for size, _ in self.files.values())
+        return sum(mark.size for mark in self.files.values())
 
     def state(self) -> dict[str, Any]:
         """What launcher itself noted in it."""
@@ -64,15 +66,15 @@ class Checkpoint:
         """What is wrong with each file that is missing or of another size; nothing is read."""
         found = {}
         here = self.folder.resolve()
-        for name, (size, _) in self.files.items():
+        for name, mark in self.files.items():
             file = self.folder / name
             try:
                 now = file.stat().st_size
             except OSError:
                 found[name] = f"{name} is missing"
                 continue
-            if now != size:
-                found[name] = f"{name} has {now} bytes, {size} were written"
+            if now != mark.size:
+                found[name] = f"{name} has {now} bytes, {mark.size} were written"
             elif not file.resolve().is_relative_to(here):
                 found[name] = f"{name} leads out of the checkpoint's folder"
         return found
@@ -88,14 +90,14 @@ class Checkpoint:
             for name, digest in zip(whole, threads.map(self._hash_now, whole), strict=True):
                 if digest is None:
                     found[name] = f"{name} is missing"
-                elif digest != self.files[name][1]:
+                elif digest != self.files[name].sha256:
                     found[name] = f"{name} does not have the hash it was written with"
         return [found[name] for name in self.files if name in found]
 
     def _hash_now(self, name: str) -> str | None:
         """The sha256 of a file; None for one that is gone: a run that prunes may be at work."""
         try:
-            return _sha256(self.folder / name)
+            return mark_of(self.folder / name).sha256
         except FileNotFoundError:
             return None
 
@@ -104,7 +106,7 @@ def begin(checkpoints: Path, step: int) -> Path:
     """An empty folder to write the checkpoint of `step` into; what crashes have left is removed."""
     if not checkpoints.exists():
         checkpoints.mkdir(parents=True)
-        _fsync(checkpoints.parent)
+        sync(checkpoints.parent)
     for left in checkpoints.glob(".step-*"):
         if not _restored(left):
             _delete(left)
@@ -119,8 +121,8 @@ def check_room(folder: Path, *, size: int, files: int) -> None:
     hint = "make room and run the same command again, or set checkpoint.keep lower"
     if (free := found.f_bavail * found.f_frsize) < size:
         raise TrainingError(
-            f"a checkpoint needs about {size / 2**30:.2f} GiB in {folder.parent}, "
-            f"and {free / 2**30:.2f} GiB are free",
+            f"a checkpoint needs about {size_in_words(size)} in {folder.parent}, "
+            f"and {size_in_words(free)} are free",
             hint=hint,
         )
     # File systems that make inodes as they need them say that they have none at all.
@@ -140,7 +142,7 @@ def seal(folder: Path, names: Iterable[str]) -> Files:
     """
     names = list(names)
     with ThreadPoolExecutor(THREADS) as threads:
-        synced = threads.map(lambda name: _fsync(folder / name), names)
+        synced = threads.map(lambda name: sync(folder / name), names)
         found = _sealed(folder, names)
         list(synced)
     return dict(zip(names, found, strict=True))
@@ -164,19 +166,17 @@ def commit(
         "samples": samples,
         "world_size": world_size,
         "created": created,
-        "files": {name: {"bytes": files[name][0], "sha256": files[name][1]} for name in names},
+        "files": {name: {"bytes": files[name].size, "sha256": files[name].sha256} for name in names},
     }
-    with (temporary / MANIFEST).open("w", encoding="utf-8") as stream:
-        json.dump({**manifest, "sha256": _own_hash(manifest)}, stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
+    text = json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=2)
+    write_whole(temporary / MANIFEST, (text.encode(),))
     for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
-        _fsync(folder)
+        sync(folder)
     replaced = final.with_name(f".{final.name}{REPLACED}")
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
-    _fsync(final.parent)
+    sync(final.parent)
     if replaced.exists():
         _delete(replaced)
     return Checkpoint(final, step, samples, world_size, created, {name: files[name] for name in names})
@@ -185,9 +185,9 @@ def commit(
 def publish(temporary: Path, target: Path) -> None:
     """Give the folder `temporary` its name, once all in it is on disk."""
     for path in (*temporary.rglob("*"), temporary):
-        _fsync(path)
+        sync(path)
     temporary.rename(target)
-    _fsync(target.parent)
+    sync(target.parent)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -311,10 +311,10 @@ def prune(checkpoints: Path, *, keep: int, protect: Collection[int]) -> None:
 def _read(folder: Path) -> Checkpoint | None:
     try:
         fields: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in fields["files"].items()}
+        files = {name: Mark(entry["bytes"], entry["sha256"]) for name, entry in fields["files"].items()}
         if not all(_stays_inside(name) for name in files):
             return None
-        if fields["version"] != 1 and fields.pop("sha256") != _own_hash(fields):
+        if fields["version"] != VERSION or fields.pop("sha256") != _own_hash(fields):
             return None
         return Checkpoint(
             folder, fields["step"], fields["samples"], fields["world_size"], fields["created"], files
@@ -371,20 +371,7 @@ def _free_name(path: Path) -> Path:
     return free
 
 
-def _sealed(folder: Path, names: Sequence[str]) -> list[tuple[int, str]]:
-    """Size and sha256 of each file, several at a time: hashing lets other threads run."""
+def _sealed(folder: Path, names: Sequence[str]) -> list[Mark]:
+    """What each file is, several at a time: hashing lets other threads run."""
     with ThreadPoolExecutor(THREADS) as threads:
-        return list(threads.map(lambda name: ((folder / name).stat().st_size, _sha256(folder / name)), names))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return list(threads.map(lambda name: mark_of(folder / name), names))

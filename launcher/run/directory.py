@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from launcher.durable import write_whole
 from launcher.errors import ConfigError, MachineError, RequestError, RunDirectoryError
 
 if TYPE_CHECKING:  # typed configurations take 0.2 s to import, and watching a run needs none
@@ -388,14 +389,9 @@ def check_writable(folder: Path, key: str) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a whole file or none: to a temporary name, fsynced, then renamed over the old."""
+    """Write a whole file or none, and the folders above it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    write_whole(file, (text.encode(),))
 
 
 def write_files(files: Iterable[tuple[Path, str]]) -> None:

@@ -18,6 +18,7 @@ from launcher.run.cluster_checks import examine_cluster
 from launcher.run.environment import versions
 from launcher.run.machine import Machine
 from launcher.run.preflight import check_gpus
+from launcher.sizes import size_in_words
 
 ROOM = 20 << 30
 """Bytes of free disk under which a run of the smaller presets may not end."""
@@ -41,7 +42,7 @@ def examine(machine: Machine, cluster: ClusterConfig) -> list[Check]:
         *_bytecode(),
         _accelerator(machine),
         _cluster(machine, cluster),
-        Check("cpu", "ok", f"{machine.cores} cores, {machine.memory / 2**30:.0f} GiB of memory"),
+        Check("cpu", "ok", f"{machine.cores} cores, {size_in_words(machine.memory)} of memory"),
         _disk(),
         *_shared_memory(machine),
     ]
@@ -106,7 +107,7 @@ def _cluster(machine: Machine, cluster: ClusterConfig) -> Check:
 
 def _disk() -> Check:
     free = shutil.disk_usage(Path.cwd()).free
-    found = f"{free / 2**30:.0f} GiB free here"
+    found = f"{size_in_words(free)} free here"
     if free < ROOM:
         return Check(
             "disk", "warning", found, "checkpoints and token stores go to output_dir: set it to a larger disk"
@@ -119,7 +120,7 @@ def _shared_memory(machine: Machine) -> list[Check]:
     if not machine.gpus or not folder.is_dir():
         return []
     size = shutil.disk_usage(folder).total
-    found = f"{size / 2**30:.1f} GiB in /dev/shm"
+    found = f"{size_in_words(size)} in /dev/shm"
     if size < SHARED_MEMORY:
         return [
             Check("shared memory", "warning", found, "start the container with --shm-size=8g or --ipc=host")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from launcher.errors import MachineError
 from launcher.plan.hardware import GIGA, GPU, find_gpu, from_nvml
+from launcher.sizes import size_in_words
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 NVML = "libnvidia-ml.so.1"
@@ -59,7 +60,7 @@ class Machine:
         smallest = min(self.gpus, key=lambda gpu: gpu.memory)
         if smallest.catalogue is None:
             raise MachineError(
-                f"the catalogue does not have {smallest.nvml_name} with {smallest.memory / 2**30:.1f} GiB",
+                f"the catalogue does not have {smallest.nvml_name} with {size_in_words(smallest.memory)}",
                 hint="describe it in a cluster file: --cluster FILE with gpu: {name: ..., memory_gb: "
                 f"{smallest.memory / GIGA:.0f}, bf16_tflops: ...}}",
             )

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from launcher.sizes import size_in_words
+
 SLOW: Final = 5.0
 """A pair of nodes is slow if it takes so many times as long as the fastest quarter: of three nodes, one that
 is bad is in two pairs of the three."""
@@ -115,8 +117,8 @@ def _room(reports: Sequence[NodeReport], room: int) -> list[str]:
     least = min((report.free for report in seeing), default=room)
     if least >= room:
         return []
-    left, needed = least / 2**30, room / 2**30
-    return [f"there are {left:.1f} GiB left for the run directory, and a checkpoint takes {needed:.1f}"]
+    left, needed = size_in_words(least), size_in_words(room)
+    return [f"there are {left} left for the run directory, and a checkpoint takes {needed}"]
 
 
 def _other_versions(

@@ -58,7 +58,7 @@ class JobState:
     """A job as slurmctld knows it. Times are in seconds since the epoch.
 
     `restarts` counts how often it was requeued, in the moment that it is. `preempted`: SLURM has told its
-    steps to end. `eligible`: when it may start; `start`: when it did, or is expected to.
+    steps to end. `start`: when it did, or is expected to.
     """
 
     job: str
@@ -66,12 +66,10 @@ class JobState:
     reason: str
     restarts: int
     nodes: str
-    batch_host: str | None
     partition: str
     preempted: bool
     start: float | None
     end: float | None
-    eligible: float | None
 
     @property
     def is_over(self) -> bool:
@@ -148,12 +146,10 @@ def read_job(line: str) -> JobState:
         reason=found["Reason"],
         restarts=int(found["Restarts"]),
         nodes=_given(found.get("NodeList")) or "",
-        batch_host=_given(found.get("BatchHost")),
         partition=found["Partition"],
         preempted=_time(found.get("PreemptTime")) is not None,
         start=_time(found.get("StartTime")),
         end=_time(found.get("EndTime")),
-        eligible=_time(found.get("EligibleTime")),
     )
 
 

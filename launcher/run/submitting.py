@@ -82,16 +82,16 @@ def _dependency(after: str | None) -> list[str]:
     return [] if after is None else [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
 
 
-def submit_sweep(drafts: Sequence[Assembly], folder: Path, launcher: str, after: str | None) -> str:
+def submit_sweep(drafts: Sequence[Assembly], folder: Path, launcher: str) -> str:
     """Hand in the written runs of a sweep as one array, its script in `folder`; returns the array's id."""
     directories = [run_directory(draft.run.config) for draft in drafts]
     script = RunDirectory(folder).job
     write_text(script, sweep_script(drafts, folder, launcher))
     (folder / "logs").mkdir(exist_ok=True)
-    array = slurm.submit(script, *_dependency(after))
+    array = slurm.submit(script)
     for index, directory in enumerate(directories):
         directory.logs(1).parent.mkdir(parents=True, exist_ok=True)
-        journal.record(directory.journal, "submitted", job=f"{array}_{index}", after=after)
+        journal.record(directory.journal, "submitted", job=f"{array}_{index}", after=None)
     return array
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -29,6 +28,7 @@ from launcher.errors import RequestError, TrainingError
 from launcher.run import checkpoints as ledger
 from launcher.run.machine import memory_left
 from launcher.worker.heart import Heart
+from launcher.worker.together import as_rank_0_has_it, barrier, of_all_ranks
 
 UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 OF_A_RANK: Final = re.compile(r"rank_(\d+)_mp_|^__(\d+)_|^rng_state_(\d+)\.")
@@ -49,12 +49,7 @@ class Saved:
     stall_seconds: float
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def newest_good(checkpoints: Path, *, rank: int, world_size: int) -> ledger.Checkpoint | None:
+def newest_good(checkpoints: Path, *, rank: int) -> ledger.Checkpoint | None:
     """The newest checkpoint that verifies, the same on every rank: rank 0 alone reads every byte of it. None
     where there never was one.
 
@@ -62,13 +57,11 @@ def newest_good(checkpoints: Path, *, rank: int, world_size: int) -> ledger.Chec
     not see the one that is good.
     """
     good = ledger.latest_good(checkpoints) if rank == 0 else None
-    chosen: list[Any] = [None if good is None else good.step, {}]
+    damaged: dict[str, str] = {}
     if rank == 0 and good is None:
         ledger.set_aside_damaged(checkpoints, newer_than=-1)
-        chosen[1] = ledger.quarantined(checkpoints)
-    if world_size > 1:
-        dist.broadcast_object_list(chosen, src=0)
-    step, damaged = chosen
+        damaged = ledger.quarantined(checkpoints)
+    step, damaged = as_rank_0_has_it((None if good is None else good.step, damaged))
     if damaged:
         raise _none_is_good(checkpoints, damaged)
     if rank == 0 or step is None:
@@ -271,10 +264,7 @@ def _sealed_by_all(folder: Path, rank: int, world_size: int) -> ledger.Files:
     """Every file's size and hash, each seen to disk by the rank that wrote it, as far as names tell."""
     barrier()
     mine = [name for name in ledger.names_in(folder) if _writer(name, world_size) == rank]
-    if world_size == 1:
-        return ledger.seal(folder, mine)
-    parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, ledger.seal(folder, mine))
+    parts = of_all_ranks(ledger.seal(folder, mine))
     return {name: found for part in parts for name, found in part.items()}
 
 

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from launcher.errors import TrainingError
 from launcher.plan.fast import chunk_rows, one_kernel
 from launcher.worker.dataset import IGNORED
+from launcher.worker.model import in_mode
 from launcher.worker.vocabulary import plain_head, real_columns
 
 if find_spec("triton") is not None:
@@ -91,14 +92,11 @@ def prove_chunked_loss(
     were. Returns the one line that says they agree; raises TrainingError, with both, where they do not.
     """
     ids = (torch.arange(min(PROVED, block_size), device=device)[None] * 31) % vocabulary
-    training = model.training
-    model.eval()
     seeds = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     # DeepSpeed has the model itself compiled: two more graphs, which nothing would use again.
-    with seeds, torch.compiler.set_stance("force_eager"):
+    with in_mode(model, training=False), seeds, torch.compiler.set_stance("force_eager"):
         found = model(input_ids=ids, labels=ids)
         logits = model(input_ids=ids).logits.float()
-    model.train(training)
     whole = functional.cross_entropy(logits[0, :-1], ids[0, 1:])
     told = f"{float(found.loss):.6g} by itself, {float(whole):.6g} from all logits"
     if found.logits is not None or not abs(float(found.loss - whole)) <= NOISE[precision] * float(whole):
@@ -277,16 +275,14 @@ def _other_than_plain(model: PreTrainedModel) -> str | None:
         return "the model has no plain linear head"
     if body is model or model.loss_function is not ForCausalLMLoss:
         return "the model's loss is its own"
-    training = model.training
-    try:
-        whys = [_passes_on(model.train(mode), head, body) for mode in (True, False)]
-    finally:
-        model.train(training)
+    whys = [_passes_on(model, head, body, training=training) for training in (True, False)]
     return whys[0] or whys[1]
 
 
 @torch.no_grad()
-def _passes_on(model: PreTrainedModel, head: torch.nn.Linear, body: torch.nn.Module) -> str | None:
+def _passes_on(
+    model: PreTrainedModel, head: torch.nn.Linear, body: torch.nn.Module, *, training: bool
+) -> str | None:
     """Why one pass hands on something else than the stock one does; None if it does not."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -304,7 +300,7 @@ def _passes_on(model: PreTrainedModel, head: torch.nn.Linear, body: torch.nn.Mod
     ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
     model.loss_function = loss_function
     try:
-        with torch.random.fork_rng(devices=[]):
+        with in_mode(model, training=training), torch.random.fork_rng(devices=[]):
             found = model(input_ids=ids, labels=ids).loss
     except Exception as error:  # noqa: BLE001 - a model of any kind, which is then left alone
         return f"the model does not run with input_ids and labels alone: {error}"

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import EvalPrediction
 
 from launcher.worker.dataset import IGNORED, Collate, ValidationRows, to_device
+from launcher.worker.together import as_rank_0_has_it, of_all_ranks
 
 Metric = Callable[[EvalPrediction], Mapping[str, float]]
 
@@ -72,7 +73,7 @@ def evaluate(
         "eval_tokens": int(sums[1]),
     }
     if metrics:
-        found |= _custom(metrics, predicted, expected, rank, world_size)
+        found |= _custom(metrics, predicted, expected, rank)
     return found
 
 
@@ -85,21 +86,15 @@ def _custom(
     predicted: list[np.ndarray[Any, Any]],
     expected: list[np.ndarray[Any, Any]],
     rank: int,
-    world_size: int,
 ) -> dict[str, float]:
     """Gather on rank 0, ask each metric there, and let every rank know: all must log and decide alike."""
-    parts: list[Any] = [(predicted, expected)]
-    if world_size > 1:
-        parts = [None] * world_size
-        dist.all_gather_object(parts, (predicted, expected))
-    answer: list[dict[str, float]] = [{}]
+    parts = of_all_ranks((predicted, expected))
+    answer: dict[str, float] = {}
     if rank == 0:
         prediction = EvalPrediction(
             predictions=np.concatenate([array for ids, _ in parts for array in ids]),
             label_ids=np.concatenate([array for _, ids in parts for array in ids]),
         )
         for metric in metrics:
-            answer[0] |= {f"eval_{name}": float(value) for name, value in metric(prediction).items()}
-    if world_size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+            answer |= {f"eval_{name}": float(value) for name, value in metric(prediction).items()}
+    return as_rank_0_has_it(answer)

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from launcher.plan.fast import Fast
 from launcher.worker.chunked_loss import replace_forward, replaced_forward, use_chunked_loss
+from launcher.worker.model import in_mode
 from launcher.worker.vocabulary import is_padded, pad_vocabulary
 
 M_TRIM_THRESHOLD: Final = -1
@@ -189,7 +190,7 @@ def use_causal_attention(model: PreTrainedModel, block_size: int) -> str | None:
                 return stock(*args, **inputs)
         return stock(*args, **inputs)
 
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), in_mode(model, training=False):
         ids = torch.arange(min(PROBE, block_size), device=model.device)[None].expand(2, -1)
         ids = ids % model.config.get_text_config().vocab_size
         expected = model(input_ids=ids, use_cache=False).logits
@@ -225,16 +226,6 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = before
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def ask_nothing_of_the_host(model: PreTrainedModel) -> None:

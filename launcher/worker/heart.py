@@ -52,7 +52,6 @@ class Heart:
         rank: int,
         environment: Mapping[str, str],
         *,
-        step: int = 0,
         checkpoint: int | None = None,
         later: Path | None = None,
         handover: Path | None = None,
@@ -68,7 +67,7 @@ class Heart:
         self._environment = environment
         self._limits = limits(checkpoint)
         self._phase: Phase = "starting"
-        self._step = step
+        self._step = 0
         self._beats = 0
         self._beaten = time.time()
         self._steps: deque[float] = deque(maxlen=STEPS_REMEMBERED)

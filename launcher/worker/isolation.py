@@ -17,6 +17,7 @@ import torch
 
 from launcher.errors import TrainingError
 from launcher.worker.dataset import IGNORED, Row, Tensors, padded, to_device
+from launcher.worker.model import in_mode
 
 SHORT = 8  # tokens of the probe's two documents: attention is spread over few, so a leak is large
 FEWEST = 4  # tokens in a row that holds two documents
@@ -97,17 +98,14 @@ def prove_isolation(
 
     first, second = document(0, length), document(length, 2 * length)
     rest = document(2 * length, width - 2)
-    training = model.training
-    model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    seeds = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with in_mode(model, training=False), seeds:
         try:
             beside = logits(first, second, rest)
             changed = _apart(beside, logits(document(0, length, other=1), second, rest), length + 1, width)
             alone = logits(second, first, rest)[:, : length + 1]
         except TypeError as error:
             raise TrainingError(f"data.isolate_documents: this model cannot: {error}", hint=_HINT) from error
-        finally:
-            model.train(training)
     moved = _apart(beside[:, length + 1 :], alone, 0, length + 1)
     largest = float(beside.abs().max())
     told = f"by {max(changed, moved):.3g}, where logits reach {largest:.3g}"

@@ -14,7 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,7 +39,7 @@ from launcher.run.directory import RunDirectory, write_text
 from launcher.run.outcome import FAILURES, Outcome, RankEnd
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
-from launcher.worker.checkpoint import CheckpointWriter, barrier, newest_good
+from launcher.worker.checkpoint import CheckpointWriter, newest_good
 from launcher.worker.chunked_loss import prove_chunked_loss
 from launcher.worker.dataset import (
     Collate,
@@ -58,6 +65,7 @@ from launcher.worker.resume import check_length, go_on
 from launcher.worker.step_times import StepTimes
 from launcher.worker.stop import Agreement, StopSignals
 from launcher.worker.stream import open_stream
+from launcher.worker.together import barrier
 from launcher.worker.tracing import compiled_so_far
 from launcher.worker.trainer import LauncherTrainer, Rows, training_arguments
 from launcher.worker.verify import verify
@@ -145,9 +153,15 @@ class Reached(TrainerCallback):
 
     def end_saving(self) -> None:
         """After a failure: let a checkpoint that is being written still be committed, if it can be."""
-        if self.trainer is not None:
-            with self._heart.during("saving"), contextlib.suppress(Exception):
+        if self.trainer is None:
+            return
+        with self._heart.during("saving"):
+            try:
                 self.trainer.writer.finish()
+            except Exception as error:  # noqa: BLE001 - the failure before it is the one that is told
+                with contextlib.suppress(OSError):  # a full disk has no room for the log either
+                    told = f"{type(error).__name__}: {error}"
+                    print(f"the last checkpoint may not be committed: {told}", flush=True)
 
 
 def main(arguments: list[str]) -> int:
@@ -203,7 +217,7 @@ def train(
     """Build, verify, train, save; returns how it ended."""
     plan = orders.plan
     tokenizer, rows = open_rows(directory, orders, run)
-    checkpoint = newest_good(directory.checkpoints, rank=rank.number, world_size=rank.world_size)
+    checkpoint = newest_good(directory.checkpoints, rank=rank.number)
     start_step = 0 if checkpoint is None else checkpoint.step
     best = BestEvaluation()
     if checkpoint is not None:
@@ -305,7 +319,9 @@ def upload(directory: RunDirectory, run: RunConfig, rank: Rank) -> None:
         print(f"uploaded to {where}", file=rank.terminal, flush=True)
 
 
-def open_rows(directory: RunDirectory, orders: Orders, run: RunConfig) -> tuple[Any, Rows]:
+def open_rows(
+    directory: RunDirectory, orders: Orders, run: RunConfig
+) -> tuple[PreTrainedTokenizerBase, Rows]:
     """The tokenizer of the text, and the rows to train and evaluate on."""
     if run.data.mode == "stream":
         folder, training, validation = directory.tokenizer, *open_stream(directory, orders, run)

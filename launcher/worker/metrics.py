@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
+
+from launcher.durable import write_whole
 
 
 class MetricsFile:
@@ -33,9 +34,7 @@ class MetricsFile:
 def _keep_until(file: Path, step: int) -> None:
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(file)
+    write_whole(file, (line.encode() for line in kept))
 
 
 class Progress:

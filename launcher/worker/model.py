@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,14 @@ def build_model(
     # transformers does not recognise some heads (GPT2LMHeadModel) and would warn at every step.
     model.loss_type = "ForCausalLM"
     return model
+
+
+@contextmanager
+def in_mode(model: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    """While inside, `model` trains or evaluates; then it does what it did before."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)

@@ -10,6 +10,7 @@ import torch
 
 from launcher.plan.orders import Orders
 from launcher.plan.relief import reliefs
+from launcher.sizes import size_in_words
 from launcher.worker.engine import innermost, own_part
 
 if TYPE_CHECKING:
@@ -50,15 +51,15 @@ def explain(
     `held` is from `held_memory`, taken before anything was let go; `begun`: the run has checkpoints.
     """
     plan, shape = orders.plan, orders.shape
-    there = ", ".join(f"{name} {_gib(size)}" for name, size in held.items())
-    planned = "" if plan.memory is None else f"; {_gib(sum(plan.memory.values()))} were planned"
+    there = ", ".join(f"{name} {size_in_words(size)}" for name, size in held.items())
+    planned = "" if plan.memory is None else f"; {size_in_words(sum(plan.memory.values()))} were planned"
     message = f"out of memory in step {step + 1}: this rank held {there}{planned} ({_first_line(error)})"
     if shape is None:
         answers = ["train.micro_batch=1"] if plan.batch.micro_batch > 1 else []
         answers += ["train.gradient_checkpointing=true"] if plan.gradient_checkpointing is not True else []
     else:
         found = reliefs(plan, shape, begun=begun)[:MOST_ANSWERS]
-        answers = [f"{each.overrides} (about {_gib(each.spared)} less)" for each in found]
+        answers = [f"{each.overrides} (about {size_in_words(each.spared)} less)" for each in found]
     if not answers:
         return message, "nothing is left to change on this GPU: use more of them, or a smaller model"
     said = ", or ".join(answers)
@@ -67,10 +68,6 @@ def explain(
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200]
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def _optimizer_tensors(trainer: LauncherTrainer) -> Iterable[torch.Tensor]:

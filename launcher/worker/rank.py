@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-import torch.distributed as dist
 
 from launcher.config.schema import RunConfig
 from launcher.errors import LauncherError
@@ -25,6 +24,7 @@ from launcher.run.outcome import Outcome, RankEnd
 from launcher.worker.engine import meet
 from launcher.worker.fast import keep_freed_memory
 from launcher.worker.heart import Heart
+from launcher.worker.together import as_rank_0_has_it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,24 +54,22 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mutab
     number, world_size = int(state.process_index), int(state.num_processes)
     # For as long as this process lives: ranks that outlived their supervisor still train.
     lock = hold(directory.ranks_lock, directory, "other ranks") if number == 0 else None
-    attempt = [int(environment.get("LAUNCHER_ATTEMPT", 0)) or directory.next_attempt()]
-    if world_size > 1:
-        dist.broadcast_object_list(attempt, src=0)
-    log = directory.log(attempt[0], number)
+    attempt = as_rank_0_has_it(int(environment.get("LAUNCHER_ATTEMPT", 0)) or directory.next_attempt())
+    log = directory.log(attempt, number)
     log.parent.mkdir(parents=True, exist_ok=True)
     terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     _redirect(log)
     heart = Heart(
-        directory.heartbeat(attempt[0], number),
+        directory.heartbeat(attempt, number),
         directory.stacks_request,
         number,
         environment,
         checkpoint=plan.checkpoint_bytes,
-        later=directory.logs(attempt[0] + 1),
+        later=directory.logs(attempt + 1),
         handover=directory.handover,
     )
     heart.start()
-    return Rank(number, world_size, attempt[0], terminal, lock, heart)
+    return Rank(number, world_size, attempt, terminal, lock, heart)
 
 
 def _redirect(log: os.PathLike[str]) -> None:

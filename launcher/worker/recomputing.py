@@ -38,7 +38,7 @@ def recompute(model: PreTrainedModel, layers: bool | int) -> None:
 
 
 def recomputed(model: torch.nn.Module) -> bool | str:
-    """Which layers really do: each goes by its own flag, and only in training. In `in_words`' words."""
+    """Which layers really do: each goes by its own flag, and only in training. See `as_compared`."""
     flagged = layers_of(model) or [
         each for each in model.modules() if hasattr(each, "gradient_checkpointing")
     ]
@@ -46,11 +46,12 @@ def recomputed(model: torch.nn.Module) -> bool | str:
     count = sum(again)
     if count in (0, len(again)):
         return count > 0
-    return in_words(count, of=len(again)) if all(again[:count]) else "in some layers"
+    return as_compared(count, of=len(again)) if all(again[:count]) else "in some layers"
 
 
-def in_words(layers: bool | int, *, of: int) -> bool | str:
-    """Which `of` so many layers. 1 is equal to True, and one layer is not all unless there is no other."""
+def as_compared(layers: bool | int, *, of: int) -> bool | str:
+    """Which `of` so many layers, so that two answers differ where they should: 1 is equal to True, and one
+    layer is not all unless there is no other."""
     return layers if isinstance(layers, bool) else layers == of or f"of the first {layers}"
 
 

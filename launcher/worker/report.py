@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from launcher.data.phases import Phases
 from launcher.plan.choose import Plan
+from launcher.sizes import size_in_words
 from launcher.worker.ceiling import matmul_flops
 from launcher.worker.checkpoint import Saved
 from launcher.worker.dataset import TrainingRows
@@ -85,7 +86,7 @@ class Report(TrainerCallback):
         about = {"save_seconds": saved.seconds, "save_stall_seconds": saved.stall_seconds}
         self._file.write({"step": saved.step, "time": time.time(), **about, "save_bytes": saved.bytes})
         print(
-            f"saved step {saved.step}: {saved.bytes / 2**20:.1f} MiB in {saved.seconds:.2f} s, "
+            f"saved step {saved.step}: {size_in_words(saved.bytes)} in {saved.seconds:.2f} s, "
             f"for {saved.stall_seconds:.2f} s of which training stood still",
             flush=True,
         )

@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from launcher.errors import TrainingError
 from launcher.run.checkpoints import Checkpoint
 from launcher.worker.pickles import allow_deepspeed, read_as_data
+from launcher.worker.together import barrier
 
 WEIGHT = "fp32.pt"
 """In a universal checkpoint's folder of one parameter: the parameter itself."""
@@ -101,7 +102,7 @@ class Remove(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        torch.distributed.barrier()
+        barrier()
         if args.process_index == 0:
             shutil.rmtree(self._folder)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -89,7 +89,7 @@ class Moment(ABC):
     """When whatever trains gets to where this is made."""
 
     @abstractmethod
-    def since(self, earlier: Any) -> float:
+    def since(self, earlier: Self) -> float:
         """Seconds from an `earlier` moment of the same kind."""
 
 
@@ -224,8 +224,7 @@ class StepTimes(TrainerCallback):
         self._steps = 0
         self._step_began = time.perf_counter()
         self._began = self._now()
-        self._left: Moment | None = self._began
-        """Training has not begun with its first step."""
+        self._left: Moment | None = self._began  # until its first step training pauses
         self._aside: list[tuple[Moment, Moment]] = []
         self.spent = Spent(0.0, 0.0, [OwnTime(0.0, 0.0)])
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
 
 from launcher.config.schema import DataSection, RunConfig
 from launcher.data.cursor import SourceText
@@ -27,6 +26,7 @@ from launcher.plan.choose import Every
 from launcher.plan.orders import Orders
 from launcher.run.directory import RunDirectory
 from launcher.worker.dataset import Row, TrainingRows, ValidationRows
+from launcher.worker.together import of_all_ranks
 
 
 class StreamRows(TrainingRows):
@@ -62,12 +62,7 @@ class StreamRows(TrainingRows):
         return dealt
 
     def cursors(self) -> Cursors:
-        mine = self._blocks.cursors()
-        parts = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            parts = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(parts, mine)
-        return latest(parts)
+        return latest(of_all_ranks(self._blocks.cursors()))
 
     def take_up(self, cursors: Cursors) -> None:
         self._blocks = StreamBlocks(self._sources, self._data, cursors)

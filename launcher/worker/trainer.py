@@ -51,6 +51,7 @@ from launcher.worker.resume import data_state
 from launcher.worker.schedule import follow_samples, take_up
 from launcher.worker.step_times import StepTimes, Timed
 from launcher.worker.stop import Agreement
+from launcher.worker.together import as_rank_0_has_it
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,9 +286,9 @@ class LauncherTrainer(ReportingTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         with self._heart.during("saving"):
-            self._write_checkpoint(model)
+            self._write_checkpoint()
 
-    def _write_checkpoint(self, model: torch.nn.Module) -> None:
+    def _write_checkpoint(self) -> None:
         step = self.state.global_step
         flaw = self._divergence.flaw(self.bare_model.parameters())
         if self._agreement.any(flaw is not None):
@@ -373,12 +374,10 @@ class LauncherTrainer(ReportingTrainer):
         stage, world = zero_stage(self._plan.strategy), self._plan.batch.world_size
         if stage is None or checkpoint.world_size == world:
             return checkpoint.folder
-        folder = [reshard(checkpoint)] if self.rank == 0 else [checkpoint.folder]
-        if world > 1:
-            torch.distributed.broadcast_object_list(folder)
+        folder = as_rank_0_has_it(reshard(checkpoint) if self.rank == 0 else checkpoint.folder)
         self.args.hf_deepspeed_config.config["checkpoint"]["load_universal"] = True
-        self.add_callback(Remove(folder[0]))
-        return folder[0]
+        self.add_callback(Remove(folder))
+        return folder
 
     def take_final(self, checkpoint: Checkpoint) -> None:
         """Be where training ended before: `checkpoint` is its last, and only the model is to be made."""

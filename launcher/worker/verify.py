@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +25,8 @@ from launcher.run.directory import RunDirectory
 from launcher.run.environment import versions
 from launcher.worker.engine import DTYPES, fsdp_policy, innermost
 from launcher.worker.fast import CAUSAL, taken_by
-from launcher.worker.recomputing import in_words, layers_of, recomputed
+from launcher.worker.recomputing import as_compared, layers_of, recomputed
+from launcher.worker.together import of_all_ranks, world_size
 
 if TYPE_CHECKING:
     from launcher.worker.trainer import LauncherTrainer
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 MIXED: Mapping[str, str] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 Facts = dict[str, object]
-T = TypeVar("T")
 
 
 def verify(
@@ -98,7 +97,7 @@ def planned(orders: Orders, train: TrainSection, fell_back: Mapping[str, str], l
         "gradient clipping": train.max_grad_norm,
         "weight decay": [train.weight_decay, 0.0],
         "steps": plan.steps,
-        "gradient checkpointing": in_words(plan.gradient_checkpointing, of=layers),
+        "gradient checkpointing": as_compared(plan.gradient_checkpointing, of=layers),
         "compile": plan.compile,
         "attention": CAUSAL
         if "causal_attention" in fast
@@ -133,7 +132,7 @@ def found(trainer: LauncherTrainer) -> Facts:
     engine: Any = wrapped._orig_mod if hasattr(wrapped, "_orig_mod") else wrapped
     facts: Facts = {
         "engine": _engine(engine),
-        "world size": _world_size(),
+        "world size": world_size(),
         "device": accelerator.device.type,
         "weights": {parameter.dtype for parameter in model.parameters()},
         "optimizer's weights": {parameter.dtype for parameter in _optimized(trainer)},
@@ -253,19 +252,7 @@ def _live_samples(trainer: LauncherTrainer, plan: Plan) -> list[int]:
     loader = trainer.callback_handler.train_dataloader
     assert loader is not None
     mine = [sample for batch in islice(loader.batch_sampler, plan.batch.accumulation) for sample in batch]
-    return sorted(sample for part in _of_all_ranks(mine) for sample in part)
-
-
-def _of_all_ranks(mine: T) -> list[T]:
-    """What every rank gives, by rank; as many as there really are."""
-    parts = [mine] * _world_size()
-    if len(parts) > 1:
-        dist.all_gather_object(parts, mine)
-    return parts
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return sorted(sample for part in of_all_ranks(mine) for sample in part)
 
 
 def identity(directory: RunDirectory, orders: Orders) -> dict[str, str | None]:
@@ -281,7 +268,7 @@ def identity(directory: RunDirectory, orders: Orders) -> dict[str, str | None]:
 
 def compare_ranks(mine: Mapping[str, str | None]) -> None:
     """Raise TrainingError, on every rank, naming each rank that differs from rank 0 and in what."""
-    first, *others = _of_all_ranks(dict(mine))
+    first, *others = of_all_ranks(dict(mine))
     wrong = [
         f"{name}: rank 0 has {first.get(name)}, rank {rank} has {theirs.get(name)}"
         for rank, theirs in enumerate(others, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import pytest
 from launcher.config.schema import DataSection, Source
 from launcher.data import units
 from launcher.data.prepare import prepare
+from launcher.data.sources import Document, Reading, SourceFile, batches
 from launcher.data.store import Store, open_store
 from launcher.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -35,6 +37,14 @@ def hashes(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def documents(
+    file: SourceFile, reading: Reading, start: int = 0, end: int | None = None, **asked: Any
+) -> Iterator[Document]:
+    """The documents of `batches`, one by one."""
+    for batch in batches(file, reading, start, end, **asked):
+        yield from batch.documents()
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from launcher.data.sources import Reading, documents, list_files
+from launcher.data.sources import Reading, list_files
 from launcher.errors import DataError
+from tests.data.conftest import documents
 
 TEXTS = [f"text {i}" for i in range(2500)]
 
@@ -179,14 +180,14 @@ def hub() -> Iterator[str]:
 ASK = """
 import json, sys
 from launcher.data import remote
-from launcher.data.sources import Reading, documents, list_files
+from launcher.data.sources import Reading, batches, list_files
 from launcher.errors import LauncherError
 remote.LISTING_SECONDS = 1.0
 answers = []
 for url in sys.argv[1:]:
     try:
         files = list_files([url])
-        texts = [document.text for file in files for document in documents(file, Reading())]
+        texts = [text for file in files for batch in batches(file, Reading()) for text in batch.texts]
         answers.append([[file.path for file in files], texts])
     except LauncherError as error:
         answers.append([type(error).__name__, str(error), error.hint])

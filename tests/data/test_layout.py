@@ -162,7 +162,7 @@ def test_an_unfinished_one_is_not_there(store: Store, monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("launcher.data.layout.sync_folder", full)
+    monkeypatch.setattr("launcher.data.layout.sync", full)
     with pytest.raises(MachineError, match="cannot be written: No space left"):
         rows(store.path, "pad")
     assert list((store.path / FOLDER).iterdir()) == []

@@ -20,10 +20,11 @@ from launcher.config.schema import DataSection
 from launcher.data import batches as batching
 from launcher.data import records, sources
 from launcher.data.corpus import list_corpora, reading_of
-from launcher.data.sources import Batch, Document, Reading, batches, documents
+from launcher.data.sources import Batch, Document, Reading, batches
 from launcher.data.units import cut, unit_bytes
 from launcher.data.vocabulary import spread_texts
 from launcher.errors import DataError
+from tests.data.conftest import documents
 from tests.data.test_sources import COMPRESSORS, TEXT, written
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.data.shards import Mark
 from launcher.data.store import (
     FORMAT_VERSION,
     Content,
@@ -24,6 +23,7 @@ from launcher.data.store import (
     TokenizerRecord,
     write_manifest,
 )
+from launcher.durable import Mark
 
 SHARDS, TOKENS, BLOCK = 4096, 250_000_000, 1024
 FIRST_BATCH = """

@@ -26,8 +26,9 @@ from moto.server import ThreadedMotoServer
 
 from launcher.data import readahead, remote
 from launcher.data.files import opened
-from launcher.data.sources import Reading, SourceFile, changed, documents, list_files, splittable
+from launcher.data.sources import Reading, SourceFile, changed, list_files, splittable
 from launcher.errors import DataError, LauncherError, MachineError, RequestError
+from tests.data.conftest import documents
 from tests.data.faulty import Fault, Site, serving
 
 LINES = [f"line {i} of a file that is far away \u20ac" for i in range(60_000)]
@@ -129,9 +130,9 @@ def test_over_tls(tmp_path: Path) -> None:
         served.faults.extend(PASSING[1:3])
         # Which certificates are trusted is read once, when the first library asks.
         program = (
-            "import sys; from launcher.data.sources import Reading, documents, list_files\n"
+            "import sys; from launcher.data.sources import Reading, batches, list_files\n"
             "(file,) = list_files([sys.argv[1]])\n"
-            "print(sum(document.length + 1 for document in documents(file, Reading())))"
+            "print(sum(int((batch.lengths + 1).sum()) for batch in batches(file, Reading())))"
         )
         done = subprocess.run(
             [sys.executable, "-c", program, url],

@@ -22,12 +22,12 @@ from launcher.data.sources import (
     Reading,
     SourceFile,
     changed,
-    documents,
     file_format,
     list_files,
     splittable,
 )
 from launcher.errors import DataError
+from tests.data.conftest import documents
 
 
 def _zstd(content: bytes) -> bytes:

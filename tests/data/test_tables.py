@@ -19,12 +19,12 @@ from launcher.data.sources import (
     Reading,
     SourceFile,
     batches,
-    documents,
     file_format,
     list_files,
     splittable,
 )
 from launcher.errors import DataError, RequestError
+from tests.data.conftest import documents
 from tests.data.faulty import Fault, Site, serving
 from tests.data.test_long_documents import AfterSpace, joined, small
 from tests.data.test_remote import PASSING, _hurry  # noqa: F401 - a fixture

@@ -66,13 +66,14 @@ def planned(
     world_size: int = 1,
     **how: Any,
 ) -> Memory:
-    asked = {"micro_batch": MICRO_BATCH, "accumulation": 2, "block_size": BLOCK_SIZE} | how
+    asked = {"micro_batch": MICRO_BATCH, "accumulation": 2, "block_size": BLOCK_SIZE}
+    plain = {"chunked_loss": False, "compiled": False, "on_cpu": False}
     return estimate(
         shape(fields),
         Sharding(strategy, world_size),
         precision=precision,
         gradient_checkpointing=checkpointing,
-        **asked,
+        **asked | plain | how,
     )
 
 

@@ -101,6 +101,8 @@ def test_a_step_s_peak_is_near_what_the_engines_reach() -> None:
             block_size=WIDE["n_positions"],
             precision=precision,
             gradient_checkpointing=False,
+            chunked_loss=False,
+            compiled=False,
             on_cpu=True,
         )
         reached = bytes_at["peak"]

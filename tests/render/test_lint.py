@@ -158,5 +158,5 @@ def test_options_after_the_first_command_are_not_options() -> None:
 
 @pytest.mark.parametrize("slurm", [SlurmSection(), SlurmSection(exclusive=True, partition="a b")])
 def test_our_own_script_has_none(slurm: SlurmSection) -> None:
-    job = Job("run", "runs/run", supervise_command("launcher", "runs/run"), 4, 8, 64, slurm, {"A": "b"})
+    job = Job("run", "runs/run", supervise_command("launcher", "runs/run"), 4, 8, 64, slurm, {"A": "b"}, 120)
     assert rules(render_job(job, TEMPLATE.read_text(encoding="utf-8"))) == []

@@ -25,7 +25,7 @@ TEMPLATE = job_template(None)
 
 def job(name: str = "run", directory: str = "runs/run", **slurm: object) -> Job:
     command = supervise_command("launcher", directory)
-    return Job(name, directory, command, 2, 4, 32, SlurmSection.model_validate(slurm), {})
+    return Job(name, directory, command, 2, 4, 32, SlurmSection.model_validate(slurm), {}, 120)
 
 
 def lines(job: Job) -> list[str]:

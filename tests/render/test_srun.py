@@ -9,7 +9,9 @@ import pytest
 from launcher.config.schema import Container
 from launcher.render.srun import Step, meeting_port, srun_command, step_environment
 
-STEP = Step("/runs/a b", 3, 123456, ("n1", "n2"), "/runs/a b/logs/attempt-003", accelerate="/env/accelerate")
+STEP = Step(
+    "/runs/a b", 3, 123456, ("n1", "n2"), "/runs/a b/logs/attempt-003", "/env/accelerate", "/env/python"
+)
 
 
 def test_one_launcher_on_each_node_meets_on_the_first() -> None:

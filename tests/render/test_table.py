@@ -11,6 +11,7 @@ from launcher.plan.choose import Blocks, Every, Place, Plan, make_plan
 from launcher.plan.hardware import find_gpu
 from launcher.plan.shape import shape_of
 from launcher.render.table import asked_rows, becomes_rows, fit_rows, speed_rows
+from launcher.sizes import size_in_words
 
 
 def asked(**length: Any) -> RunConfig:
@@ -111,7 +112,7 @@ def test_what_is_offloaded_is_said_with_what_it_takes_of_the_node() -> None:
     plan = make_plan(run, place, shape=shape_of(PRESETS["gpt2-xl"].config()), positions=None, blocks=None)
     rows = dict(becomes_rows(plan))
     assert rows["strategy"] == "zero3, optimizer and parameters offloaded to the host, bf16"
-    assert rows["host memory"] == f"{plan.host_memory / 2**30:,.1f} GiB of each node, for what is offloaded"
+    assert rows["host memory"] == f"{size_in_words(plan.host_memory)} of each node, for what is offloaded"
     moved = becomes_rows(replace(plan, offload="optimizer"))
     assert dict(moved)["strategy"] == "zero3, optimizer offloaded to the host, bf16"
     assert "host memory" not in dict(becomes_rows(replace(plan, host_memory=0)))
@@ -124,7 +125,7 @@ def test_a_micro_batch_that_is_taken_as_given_and_does_not_fit_is_said_not_to() 
     ((name, said),) = fit_rows(plan)
     assert name == "does not fit"
     assert plan.memory is not None
-    assert f"{sum(plan.memory.values()) / 2**30 - 0.9 * 24e9 / 2**30:,.1f} GiB more" in said
+    assert f"{size_in_words(sum(plan.memory.values()) - 0.9 * 24e9)} more" in said
     assert fit_rows(make_plan(asked(steps=1), place, shape=shape, positions=None, blocks=None)) == []
 
 

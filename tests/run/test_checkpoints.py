@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.durable import Mark, mark_of
 from launcher.errors import RequestError
 from launcher.run import checkpoints as ledger
 
@@ -99,22 +100,22 @@ def test_a_manifest_that_names_a_file_elsewhere_is_none(tmp_path: Path, name: st
     newest = save(tmp_path, 5).folder
     manifest = json.loads((newest / ledger.MANIFEST).read_text())
     manifest["files"][name] = manifest["files"]["model.safetensors"]
-    manifest["version"] = 1
-    (newest / ledger.MANIFEST).write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    (newest / ledger.MANIFEST).write_text(json.dumps({**manifest, "sha256": ledger._own_hash(manifest)}))
     assert ledger.committed(tmp_path) == []
     (reasons,) = ledger.damages(tmp_path, None).values()
     assert reasons is not None
     assert reasons == ["no readable MANIFEST.json"]
 
 
-def test_manifests_of_the_first_version_are_read(tmp_path: Path) -> None:
+def test_a_manifest_of_another_version_or_without_its_own_hash_is_none(tmp_path: Path) -> None:
     newest = save(tmp_path, 5).folder
     manifest = json.loads((newest / ledger.MANIFEST).read_text())
     del manifest["sha256"]
-    (newest / ledger.MANIFEST).write_text(json.dumps({**manifest, "version": 1}))
-    assert [each.damage() for each in ledger.committed(tmp_path)] == [[]]
-    (newest / ledger.MANIFEST).write_text(json.dumps(manifest))
-    assert ledger.committed(tmp_path) == []
+    older = {**manifest, "version": 1}
+    for other in (manifest, older, {**older, "sha256": ledger._own_hash(older)}):
+        (newest / ledger.MANIFEST).write_text(json.dumps(other))
+        assert ledger.committed(tmp_path) == []
 
 
 def test_a_crash_while_one_is_replaced_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,13 +199,13 @@ def test_one_that_a_run_removes_while_it_is_verified_is_not_damaged(
 ) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
-    hashed = ledger._sha256
+    read = mark_of
 
-    def prune(file: Path) -> str:
+    def prune(file: Path) -> Mark:
         ledger.prune(tmp_path, keep=1, protect=())
-        return hashed(file)
+        return read(file)
 
-    monkeypatch.setattr(ledger, "_sha256", prune)
+    monkeypatch.setattr(ledger, "mark_of", prune)
     assert ledger.damages(tmp_path, None) == {
         "step-00000001": None,
         "step-00000002": None,
@@ -219,14 +220,14 @@ def test_one_that_a_run_replaces_while_it_is_verified_is_not_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 5, b"before")
-    hashed = ledger._sha256
+    read = mark_of
 
-    def replace(file: Path) -> str:
-        monkeypatch.setattr(ledger, "_sha256", hashed)
+    def replace(file: Path) -> Mark:
+        monkeypatch.setattr(ledger, "mark_of", read)
         save(tmp_path, 5, b"after")
-        return hashed(file)
+        return read(file)
 
-    monkeypatch.setattr(ledger, "_sha256", replace)
+    monkeypatch.setattr(ledger, "mark_of", replace)
     assert ledger.damages(tmp_path, 5) == {"step-00000005": None}
     assert ledger.damages(tmp_path, 5) == {"step-00000005": []}
 

@@ -95,7 +95,9 @@ def test_a_node_that_does_not_answer() -> None:
 def test_no_room_is_no_nodes_fault() -> None:
     found = judge(timed({}), HOSTS, 200 * GIB)
     assert found.culprits == ()
-    assert found.faults == ("there are 100.0 GiB left for the run directory, and a checkpoint takes 200.0",)
+    assert found.faults == (
+        "there are 100.0 GiB left for the run directory, and a checkpoint takes 200.0 GiB",
+    )
 
 
 @pytest.mark.parametrize(("seconds", "word"), [(None, "cannot reach"), (9.0, "take 9.0 s, others 0.10 s")])

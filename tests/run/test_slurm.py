@@ -23,13 +23,7 @@ JOB = (
 
 def test_a_job() -> None:
     job = read_job(JOB)
-    assert (job.job, job.state, job.restarts, job.nodes, job.batch_host) == (
-        "9",
-        "RUNNING",
-        2,
-        "n[1-2]",
-        "n1",
-    )
+    assert (job.job, job.state, job.restarts, job.nodes) == ("9", "RUNNING", 2, "n[1-2]")
     assert job.preempted
     assert job.end == datetime(2026, 11, 26, 3, 32, 14, tzinfo=UTC).timestamp()
     assert not job.is_over
@@ -39,7 +33,7 @@ def test_a_job_that_waits() -> None:
     line = "JobId=9 JobName=x JobState=PENDING Reason=BeginTime Restarts=1 StartTime=Unknown EndTime=Unknown "
     line += "EligibleTime=Unknown Partition=batch NodeList=(null)"
     job = read_job(line)
-    assert (job.nodes, job.batch_host, job.start, job.preempted) == ("", None, None, False)
+    assert (job.nodes, job.start, job.preempted) == ("", None, False)
 
 
 def test_a_value_may_hold_spaces() -> None:

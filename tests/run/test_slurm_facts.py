@@ -10,7 +10,7 @@ from launcher.run.outcome import Facts
 from launcher.run.slurm import JobState
 from launcher.run.slurm_facts import Seen, facts_of, is_requeued
 
-RUNNING = JobState("7", "RUNNING", "None", 0, "n[1-2]", "n1", "batch", False, 1000.0, 4600.0, 1000.0)
+RUNNING = JobState("7", "RUNNING", "None", 0, "n[1-2]", "batch", False, 1000.0, 4600.0)
 ENDING = replace(RUNNING, state="COMPLETING")
 REQUEUED = replace(ENDING, restarts=1)
 CANCELLED = "0: slurmstepd-n1: error: *** STEP 9.0 ON n1 CANCELLED AT 2026-11-26T03:34:41{why} ***\n"

@@ -253,8 +253,8 @@ def test_times_are_read_in_every_time_zone(slurm: Cluster, monkeypatch: pytest.M
     found = job_state(job)
     slurm.run("scancel", job)
     assert found is not None
-    assert found.eligible is not None
-    assert 3500 < found.eligible - time.time() < 3700
+    assert found.start is not None
+    assert 3500 < found.start - time.time() < 3700
 
 
 def test_a_job_submitted_from_a_job_is_another(

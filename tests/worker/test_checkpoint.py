@@ -20,6 +20,7 @@ from launcher.run import checkpoints as ledger
 from launcher.run.outcome import Attempt, End, Evidence, Outcome, Patience, decide, what_next
 from launcher.worker.checkpoint import CheckpointWriter, Saved, host_copy, newest_good
 from launcher.worker.heart import Heart
+from launcher.worker.main import Reached
 from launcher.worker.rank import last_word
 from launcher.worker.saving import save_model
 
@@ -136,6 +137,25 @@ def test_what_fails_in_the_background_fails_the_run_at_the_next_step(tmp_path: P
     assert writing.steps() == [1]
 
 
+def test_after_a_failure_the_log_says_why_the_last_checkpoint_was_not_committed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    may_fail = threading.Event()
+
+    def fails(_folder: Path) -> None:
+        may_fail.wait(10)
+        raise ArithmeticError("went wrong")
+
+    writing = Writing(tmp_path)
+    writing.save(1, fails, copied=True)
+    may_fail.set()
+    reached = Reached(Heart(tmp_path / "heartbeat", tmp_path / "stacks", 0, {}))
+    reached.trainer = SimpleNamespace(writer=writing.writer)  # type: ignore[assignment]
+    reached.end_saving()
+    said = capsys.readouterr().out
+    assert said == "the last checkpoint may not be committed: ArithmeticError: went wrong\n"
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_disk_that_fills_up_leaves_the_good_one_and_says_so(disk: Path, copied: bool) -> None:
     writing = Writing(disk)
@@ -153,7 +173,7 @@ def test_a_disk_that_fills_up_leaves_the_good_one_and_says_so(disk: Path, copied
 def test_a_disk_without_room_is_told_before_anything_is_written(disk: Path) -> None:
     writing = Writing(disk)
     wrote: list[Path] = []
-    with pytest.raises(TrainingError, match=r"needs about 0\.01 GiB in .*, and 0\.01 GiB are free"):
+    with pytest.raises(TrainingError, match=r"needs about 9\.0 MiB in .*, and [78]\.\d MiB are free"):
         writing.save(1, wrote.append, size=9 * MEBIBYTE)
     writing.save(1, small, size=7 * MEBIBYTE)
     for number in range(os.statvfs(disk).f_favail - 2):
@@ -204,7 +224,7 @@ def test_every_file_and_folder_is_on_disk_before_the_name_is(
 
     Writing(tmp_path).save(5, nested)
     named = happened.index(".step-00000005.writing -> step-00000005")
-    manifest = happened.index(ledger.MANIFEST)
+    manifest = happened.index(f".{ledger.MANIFEST}.{os.getpid()}")
     content = {"weights", ledger.STATE, "zero_pp_rank_0_mp_rank_00_optim_states.pt"}
     assert content <= set(happened[:manifest]), "the manifest comes last"
     assert {"global_step5", "deep", ".step-00000005.writing"} <= set(happened[manifest:named])
@@ -247,7 +267,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: 
     quarantine = writing.folder / "quarantine"
     for _ in ("as they are found", "once they are set aside"):
         with pytest.raises(RequestError) as caught:
-            newest_good(writing.folder, rank=0, world_size=1)
+            newest_good(writing.folder, rank=0)
         for step in (5, 10):
             assert f"step-{step:08d}: weights has 3 bytes, 1000 were written" in caught.value.message
         assert str(quarantine) in caught.value.message
@@ -258,12 +278,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path: 
         ended = Attempt(verdict.outcome, began=10, step=0, retry=verdict.retry, reason=verdict.reason)
         assert isinstance(what_next([ended], Patience()), End), "the supervisor does not try again"
     quarantine.rename(tmp_path / "away")
-    assert newest_good(writing.folder, rank=0, world_size=1) is None, "as the hint says"
+    assert newest_good(writing.folder, rank=0) is None, "as the hint says"
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_was_committed_begins_again(tmp_path: Path) -> None:
     (ledger.begin(tmp_path, 5) / "weights").write_bytes(b"half")
-    assert newest_good(tmp_path, rank=0, world_size=1) is None
+    assert newest_good(tmp_path, rank=0) is None
     assert not (tmp_path / ledger.QUARANTINE).exists()
 
 
@@ -273,7 +293,7 @@ def test_one_good_checkpoint_is_enough_whatever_was_set_aside(tmp_path: Path) ->
         writing.save_and_wait(step, small, copied=False)
     os.truncate(writing.folder / "step-00000010" / "weights", 3)
     ledger.set_aside_damaged(writing.folder, newer_than=5)
-    found = newest_good(writing.folder, rank=0, world_size=1)
+    found = newest_good(writing.folder, rank=0)
     assert found is not None
     assert found.step == 5
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from launcher.errors import RequestError
-from launcher.worker.recomputing import in_words, layers_of, recompute, recomputed
+from launcher.worker.recomputing import as_compared, layers_of, recompute, recomputed
 from tests.worker.parity import ALL, NOTHING, batches, gpt2, llama, made, phi, run
 
 each_model = pytest.mark.parametrize("build", [gpt2, llama])
@@ -69,7 +69,7 @@ def test_a_layer_that_is_not_among_the_first_is_seen() -> None:
     first, second = model.transformer.h
     first.gradient_checkpointing, second.gradient_checkpointing = False, True
     assert recomputed(model) == "in some layers"
-    assert in_words(True, of=2) != in_words(1, of=2), "all of the layers are not one of them"
+    assert as_compared(True, of=2) != as_compared(1, of=2), "all of the layers are not one of them"
 
 
 @pytest.mark.parametrize(("build", "layers"), [(phi, 1), (gpt2, 1), (gpt2, 2)])
@@ -79,7 +79,7 @@ def test_so_many_as_were_asked_for_is_what_verification_finds(
     """In a model whose architecture the plan does not know, as many as there are may be asked for."""
     model = build().train()
     recompute(model, layers)
-    assert recomputed(model) == in_words(layers, of=len(layers_of(model)))
+    assert recomputed(model) == as_compared(layers, of=len(layers_of(model)))
 
 
 def test_what_a_model_cannot_do_is_refused_by_the_key_s_name() -> None:
