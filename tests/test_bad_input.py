@@ -195,6 +195,28 @@ def test_a_metric_that_cannot_be_imported(workplace: Workplace) -> None:
     assert "train.metrics: nowhere:accuracy cannot be imported" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "train.callbacks=[pathlib:Path]",
+            "train.callbacks: pathlib:Path is not a TrainerCallback",
+        ),
+        (
+            "train.extra={lr_scheduler_kwargs: {num_cycles: abc}}",
+            "train.extra: the schedule cosine refuses it",
+        ),
+    ],
+)
+def test_what_only_the_ranks_can_refuse_is_not_tried_again(
+    workplace: Workplace, override: str, says: str
+) -> None:
+    done = workplace.run("train", "run.yaml", override)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "attempt 2" not in done.stderr
+
+
 def test_a_package_to_report_to_that_is_not_installed(workplace: Workplace) -> None:
     refused(workplace, "report_to=[wandb]", code=3, says=("wandb is not installed", "pip install wandb"))
 
