@@ -136,6 +136,15 @@ def warmup_in_steps(warmup: float, steps: int | None) -> Iterator[Fault]:
         )
 
 
+def cache_of_isolated_documents(isolate: bool, packing: str, extra: Mapping[str, object]) -> Iterator[Fault]:
+    if isolate and packing != "pad" and extra.get("use_cache"):
+        yield Fault(
+            "train.extra.use_cache",
+            "with a cache the documents of a row see each other, and data.isolate_documents keeps them apart",
+            hint="take it out of train.extra: training has no use for a cache",
+        )
+
+
 def validation_fraction(validation: float | list[str]) -> Iterator[Fault]:
     if isinstance(validation, list):
         if not validation:
@@ -326,6 +335,7 @@ RUN_RULES = (
     Rule(("model.init", "model.overrides"), overrides_from_scratch),
     Rule(("model.init", "model.tokenizer"), tokenizer_of_pretrained),
     Rule(("data.train",), source_names_differ),
+    Rule(("data.isolate_documents", "data.packing", "train.extra"), cache_of_isolated_documents),
     Rule(("data.validation",), validation_fraction),
     Rule(("data.train",), paths_say_something("data.train")),
     Rule(("data.validation",), paths_say_something("data.validation")),
