@@ -214,10 +214,18 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
 
 def test_the_model_of_a_run_of_a_folder_and_of_the_hub(tmp_path: Path) -> None:
     directory = made(tmp_path / "small", asked())
-    with pytest.raises(RunDirectoryError, match="no model yet"):
+    with pytest.raises(RunDirectoryError, match="no model yet") as caught:
         find_model_folder(str(directory.root))
+    assert f"`launcher checkpoint export {directory.root}`" in (caught.value.hint or "")
     directory.model.mkdir()
     assert find_model_folder(str(directory.root)) == directory.model
+    with pytest.raises(RequestError, match=r"it has no config\.json; it holds nothing"):
+        find_model_folder(str(directory.model))
+    (directory.model / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(RequestError, match=r"no tokenizer in .*: it has no tokenizer\.json") as refused:
+        find_model_folder(str(directory.model))
+    assert "launcher checkpoint export RUN_DIR" in (refused.value.hint or "")
+    (directory.model / "tokenizer.json").write_text("{}")
     assert find_model_folder(str(directory.model)) == str(directory.model)
     assert find_model_folder("openai-community/gpt2") == "openai-community/gpt2"
 
