@@ -71,6 +71,14 @@ def test_no_matching_files(workplace: Workplace) -> None:
     refused(workplace, "data.train=[nothing/*.txt]", says=("nothing/*.txt",))
 
 
+def test_no_matching_files_to_validate_on(workplace: Workplace) -> None:
+    refused(
+        workplace,
+        "data.validation=[nosuch.txt]",
+        says=("no file matches nosuch.txt (override data.validation=[nosuch.txt])",),
+    )
+
+
 def test_an_empty_corpus(workplace: Workplace) -> None:
     (workplace.folder / "corpus.txt").write_text("\n \n")
     refused(workplace, "model.tokenizer={train: {vocab_size: 300}}", says=("no document to train on",))
