@@ -173,6 +173,14 @@ def test_init_writes_a_cluster_file_that_plan_takes(workplace: Workplace) -> Non
     )
 
 
+def test_lint_reads_job_scripts_and_nothing_else(workplace: Workplace) -> None:
+    other = workplace.run("lint", "run.yaml")
+    assert (other.returncode, "run.yaml is no job script" in other.stderr) == (2, True)
+    for text, code in (("#!/bin/bash\nhostname\n", 0), ("#SBATCH --output=$HOME/log\nhostname\n", 1)):
+        (workplace.folder / "job").write_text(text)
+        assert workplace.run("lint", "job").returncode == code
+
+
 def test_the_version_alone_on_stdout(workplace: Workplace) -> None:
     done = workplace.run("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")

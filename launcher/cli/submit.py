@@ -182,16 +182,24 @@ def lint(
     script: Annotated[Path, typer.Argument(metavar="JOB", help="A job script for sbatch, whoever wrote it.")],
     as_json: AsJson = False,
 ) -> None:
-    """Read a job script for the faults that job scripts have, each with its line and remedy."""
+    """Read a job script for the faults that job scripts have, each with its line and remedy.
+
+    It exits with 1 where it finds any."""
     from dataclasses import asdict
 
     from launcher.errors import RequestError
+    from launcher.render.lint import is_job_script
     from launcher.render.lint import lint as faults_in
 
     try:
         text = script.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{script} cannot be read: {error}", hint="name a job script") from error
+    if not is_job_script(text):
+        raise RequestError(
+            f"{script} is no job script: it has neither #! in its first line nor #SBATCH in another",
+            hint="name what sbatch is given",
+        )
     found = faults_in(text)
     if as_json:
         console.answer_json([asdict(finding) for finding in found])
