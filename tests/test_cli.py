@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,6 +169,22 @@ def test_init_then_plan(tmp_path: Path, preset: str) -> None:
     assert plan["precision"] == "bf16"
 
 
+def test_a_plan_on_a_cpu_speaks_of_no_gpu(workplace: Workplace) -> None:
+    shown = workplace.run("plan", "run.yaml").stdout
+    assert "(a prediction, not measured on a CPU)" in shown
+    assert "\nspeed\n  speed                   not predicted on a CPU\n" in shown
+    assert "this GPU" not in shown
+
+
+def test_a_closed_stream_is_no_error(workplace: Workplace) -> None:
+    launcher = f"{sys.executable} -m launcher plan run.yaml"
+    for closed, code in ((">&-", 0), ("nosuch=1 2>&-", 2)):
+        done = subprocess.run(
+            f"{launcher} {closed}", shell=True, cwd=workplace.folder, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (code, "")
+
+
 def test_init_writes_a_cluster_file_that_plan_takes(workplace: Workplace) -> None:
     assert workplace.run("init", "--cluster", "here.yaml").returncode == 0
     assert (
@@ -324,6 +343,32 @@ def test_a_run_is_looked_at_from_its_folder_and_what_does_not_run_is_not_stopped
     assert (unread.returncode, "it has not been started yet" in unread.stderr) == (2, True)
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """What `main` changes in this process, put back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_folder_that_may_not_be_read_is_told_as_such(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(source: str) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", source)
+
+    monkeypatch.setattr("launcher.run.directory.find_model_folder", refused)
+    monkeypatch.setattr("sys.argv", ["launcher", "generate", "runs/theirs"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 3
+    said = capsys.readouterr().err
+    assert "runs/theirs: Permission denied\n  hint: have it made readable for you" in said
+
+
+@pytest.mark.usefixtures("handlers")
 def test_a_full_disk_is_told_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,12 +379,7 @@ def test_a_full_disk_is_told_in_a_line(
     # What writes whole files uses this name first.
     directory.stop_request.with_name(f".stop.{os.getpid()}").symlink_to("/dev/full")
     monkeypatch.setattr("sys.argv", ["launcher", "stop", str(directory.root)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with hold(directory.lock, directory, "us"), pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with hold(directory.lock, directory, "us"), pytest.raises(SystemExit) as ended:
+        main()
     assert ended.value.code == 3
     assert "No space left on device" in capsys.readouterr().err

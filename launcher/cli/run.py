@@ -244,7 +244,7 @@ def _held_against(gpu: str, what: str) -> str:
     from launcher.plan.measured import MEASURED
 
     if gpu not in MEASURED:
-        return "a prediction, not measured on this GPU"
+        return f"a prediction, not measured on {'a CPU' if gpu == 'cpu' else 'this GPU'}"
     return f"predicted; measured on one such GPU, within {getattr(MEASURED[gpu], what):.0%}"
 
 
@@ -268,7 +268,8 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
         title = f"memory per rank: about {console.gibibytes(total)}{room} ({worth})"
         bars = console.bars(held, planned.memory_available)
         blocks.append(console.section(title, [*bars, *fit_rows(planned)]))
-    blocks.append(console.section(f"speed: {_held_against(planned.gpu, 'speed')}", speed_rows(planned)))
+    worth = f": {_held_against(planned.gpu, 'speed')}" if planned.forecast else ""
+    blocks.append(console.section(f"speed{worth}", speed_rows(planned)))
     config = assembly.run.config
     files = rendered_files(assembly, run_directory(config), None)
     names = ", ".join(path.name for path in files)
