@@ -150,6 +150,11 @@ def test_plan_writes_what_it_would_render(workplace: Workplace) -> None:
     refused = workplace.run("plan", "run.yaml", "--write", "corpus.txt/made")
     assert refused.returncode == 2
     assert "--write" in refused.stderr
+    (workplace.folder / "made" / "journal.jsonl").touch()
+    before = workplace.files()
+    refused = workplace.run("plan", "run.yaml", "train.steps=5", "--write", "made")
+    assert (refused.returncode, "is the folder of a run" in refused.stderr) == (2, True)
+    assert workplace.files() == before
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -88,10 +88,11 @@ def plan(
 ) -> None:
     """Show what will happen, without doing it."""
     from launcher.run.assemble import going_on, rendered_files
-    from launcher.run.directory import RunDirectory, write_files
+    from launcher.run.directory import RunDirectory, check_no_run, write_files
 
     assembly = going_on(assembled(run, overrides, cluster), console.say)
     if write is not None:
+        check_no_run(RunDirectory(write.absolute()))
         files = rendered_files(assembly, RunDirectory(write.absolute()), None)
         try:
             write_files(files.items())

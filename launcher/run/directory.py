@@ -260,6 +260,13 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
         )
 
 
+def check_no_run(directory: RunDirectory) -> None:
+    """Raise RunDirectoryError for a folder in which a run lives: its own commands write to it."""
+    of_a_run = (directory.environment, directory.journal, directory.checkpoints, directory.lock)
+    if any(path.exists() for path in of_a_run):
+        raise RunDirectoryError(f"{directory.root} is the folder of a run", hint="name another folder")
+
+
 def changed_for_good(before: RunConfig, run: RunConfig) -> list[str]:
     """The keys that differ and may not, were `before` to go on as `run`."""
     from launcher.config.load import differences
