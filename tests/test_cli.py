@@ -197,6 +197,14 @@ def test_init_writes_a_cluster_file_that_plan_takes(workplace: Workplace) -> Non
     )
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_only_a_cluster_with_slurm_takes_jobs(workplace: Workplace, dry: tuple[str, ...]) -> None:
+    done = workplace.run("submit", "run.yaml", "--cluster", "two.yaml", *dry)
+    assert done.returncode == 2
+    assert "does not go through SLURM (launch: local)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_lint_reads_job_scripts_and_nothing_else(workplace: Workplace) -> None:
     other = workplace.run("lint", "run.yaml")
     assert (other.returncode, "run.yaml is no job script" in other.stderr) == (2, True)

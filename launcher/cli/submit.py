@@ -64,6 +64,7 @@ def submit(
     from launcher.run.beginning import may_begin, write_draft
     from launcher.run.submitting import (
         check_preparation,
+        check_slurm,
         check_submission,
         submit_preparation,
         submit_run,
@@ -74,6 +75,8 @@ def submit(
     changes = variations(sweep or [])
     drafts = [_varied(run, overrides, cluster, change) for change in changes]
     following = [assembled(each, None, cluster) for each in then or []]
+    for draft in (*drafts, *following):
+        check_slurm(draft.cluster.config)
     if dry_run:
         _show(drafts, following, _sweep_folder(run, overrides, cluster, drafts) if sweep else None, prepare)
         return
