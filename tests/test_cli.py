@@ -162,7 +162,10 @@ def test_init_then_plan(tmp_path: Path, preset: str) -> None:
     here = Workplace(tmp_path)
     made = here.run("init", "my run.yaml", "--preset", preset)
     assert made.returncode == 0, made.stderr
-    assert made.stdout == ""
+    assert (made.stdout, made.stderr.splitlines()[-1]) == (
+        "",
+        "wrote my run.yaml; next: launcher plan 'my run.yaml'",
+    )
     (tmp_path / "cluster.yaml").write_text("gpu: h100-sxm-80gb\ngpus_per_node: 8\nprice_per_gpu_hour: 2.5\n")
     plan = answered(here, "plan", "my run.yaml", "--cluster", "cluster.yaml")["plan"]
     assert plan["forecast"]["price"] == pytest.approx(plan["forecast"]["hours"] * 8 * 2.5, rel=1e-3)

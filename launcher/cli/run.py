@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -46,7 +47,7 @@ def init(
         raise RequestError(f"{file} exists", hint="name another file: nothing is overwritten") from error
     except OSError as error:
         raise RequestError(f"{file} cannot be written: {error.strerror}") from error
-    console.say(f"wrote {file}; next: launcher plan {'RUN --cluster ' if cluster else ''}{file}")
+    console.say(f"wrote {file}; next: launcher plan {'RUN --cluster ' if cluster else ''}{quote(str(file))}")
 
 
 def _converted(old: list[Path], file: Path, preset: str, cluster: bool) -> str:
@@ -141,9 +142,8 @@ def train(
         if not is_finished(directory, final.plan.steps):
             write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
         if final.plan.nodes > 1:
-            console.say(
-                f"ready; on each of the {final.plan.nodes} nodes: sh {directory.launch} NODE HOST PORT"
-            )
+            script = quote(str(directory.launch))
+            console.say(f"ready; on each of the {final.plan.nodes} nodes: sh {script} NODE HOST PORT")
             return
         train_to_the_end(directory, launching)
 
