@@ -139,6 +139,17 @@ def test_plan_names_the_files_it_will_write(workplace: Workplace) -> None:
     assert "deepspeed.json in runs/small" in sharded.stdout.splitlines()[-1]
 
 
+def test_a_plan_notes_text_that_is_not_there(workplace: Workplace) -> None:
+    missing = ("data.train=[c*.txt, nosuch.txt, 's3://bucket/*']", "data.validation=[no/*]")
+    done = workplace.run("plan", "run.yaml", *missing)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        f"note: data.train: no file matches nosuch.txt here (override {missing[0]})",
+        f"note: data.validation: no file matches no/* here (override {missing[1]})",
+    ]
+    assert workplace.run("plan", "run.yaml").stderr == ""
+
+
 def test_plan_writes_what_it_would_render(workplace: Workplace) -> None:
     done = workplace.run("plan", "run.yaml", "--write", "made", "--json")
     assert done.returncode == 0, done.stderr
