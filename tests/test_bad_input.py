@@ -71,6 +71,14 @@ def test_no_matching_files(workplace: Workplace) -> None:
     refused(workplace, "data.train=[nothing/*.txt]", says=("nothing/*.txt",))
 
 
+def test_no_matching_files_to_validate_on(workplace: Workplace) -> None:
+    refused(
+        workplace,
+        "data.validation=[nosuch.txt]",
+        says=("no file matches nosuch.txt (override data.validation=[nosuch.txt])",),
+    )
+
+
 def test_an_empty_corpus(workplace: Workplace) -> None:
     (workplace.folder / "corpus.txt").write_text("\n \n")
     refused(workplace, "model.tokenizer={train: {vocab_size: 300}}", says=("no document to train on",))
@@ -193,6 +201,28 @@ def test_a_metric_that_cannot_be_imported(workplace: Workplace) -> None:
     done = workplace.run("train", "run.yaml", "train.metrics=[nowhere:accuracy]")
     assert done.returncode == 2
     assert "train.metrics: nowhere:accuracy cannot be imported" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "train.callbacks=[pathlib:Path]",
+            "train.callbacks: pathlib:Path is not a TrainerCallback",
+        ),
+        (
+            "train.extra={lr_scheduler_kwargs: {num_cycles: abc}}",
+            "train.extra: the schedule cosine refuses it",
+        ),
+    ],
+)
+def test_what_only_the_ranks_can_refuse_is_not_tried_again(
+    workplace: Workplace, override: str, says: str
+) -> None:
+    done = workplace.run("train", "run.yaml", override)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "attempt 2" not in done.stderr
 
 
 def test_a_package_to_report_to_that_is_not_installed(workplace: Workplace) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,6 +139,17 @@ def test_plan_names_the_files_it_will_write(workplace: Workplace) -> None:
     assert "deepspeed.json in runs/small" in sharded.stdout.splitlines()[-1]
 
 
+def test_a_plan_notes_text_that_is_not_there(workplace: Workplace) -> None:
+    missing = ("data.train=[c*.txt, nosuch.txt, 's3://bucket/*']", "data.validation=[no/*]")
+    done = workplace.run("plan", "run.yaml", *missing)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        f"note: data.train: no file matches nosuch.txt here (override {missing[0]})",
+        f"note: data.validation: no file matches no/* here (override {missing[1]})",
+    ]
+    assert workplace.run("plan", "run.yaml").stderr == ""
+
+
 def test_plan_writes_what_it_would_render(workplace: Workplace) -> None:
     done = workplace.run("plan", "run.yaml", "--write", "made", "--json")
     assert done.returncode == 0, done.stderr
@@ -147,6 +161,11 @@ def test_plan_writes_what_it_would_render(workplace: Workplace) -> None:
     refused = workplace.run("plan", "run.yaml", "--write", "corpus.txt/made")
     assert refused.returncode == 2
     assert "--write" in refused.stderr
+    (workplace.folder / "made" / "journal.jsonl").touch()
+    before = workplace.files()
+    refused = workplace.run("plan", "run.yaml", "train.steps=5", "--write", "made")
+    assert (refused.returncode, "is the folder of a run" in refused.stderr) == (2, True)
+    assert workplace.files() == before
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -154,7 +173,10 @@ def test_init_then_plan(tmp_path: Path, preset: str) -> None:
     here = Workplace(tmp_path)
     made = here.run("init", "my run.yaml", "--preset", preset)
     assert made.returncode == 0, made.stderr
-    assert made.stdout == ""
+    assert (made.stdout, made.stderr.splitlines()[-1]) == (
+        "",
+        "wrote my run.yaml; next: launcher plan 'my run.yaml'",
+    )
     (tmp_path / "cluster.yaml").write_text("gpu: h100-sxm-80gb\ngpus_per_node: 8\nprice_per_gpu_hour: 2.5\n")
     plan = answered(here, "plan", "my run.yaml", "--cluster", "cluster.yaml")["plan"]
     assert plan["forecast"]["price"] == pytest.approx(plan["forecast"]["hours"] * 8 * 2.5, rel=1e-3)
@@ -166,11 +188,43 @@ def test_init_then_plan(tmp_path: Path, preset: str) -> None:
     assert plan["precision"] == "bf16"
 
 
+def test_a_plan_on_a_cpu_speaks_of_no_gpu(workplace: Workplace) -> None:
+    shown = workplace.run("plan", "run.yaml").stdout
+    assert "(a prediction, not measured on a CPU)" in shown
+    assert "\nspeed\n  speed                   not predicted on a CPU\n" in shown
+    assert "this GPU" not in shown
+
+
+def test_a_closed_stream_is_no_error(workplace: Workplace) -> None:
+    launcher = f"{sys.executable} -m launcher plan run.yaml"
+    for closed, code in ((">&-", 0), ("nosuch=1 2>&-", 2)):
+        done = subprocess.run(
+            f"{launcher} {closed}", shell=True, cwd=workplace.folder, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (code, "")
+
+
 def test_init_writes_a_cluster_file_that_plan_takes(workplace: Workplace) -> None:
     assert workplace.run("init", "--cluster", "here.yaml").returncode == 0
     assert (
         answered(workplace, "plan", "run.yaml", "--cluster", "here.yaml")["plan"]["cluster"] == "my-machine"
     )
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_only_a_cluster_with_slurm_takes_jobs(workplace: Workplace, dry: tuple[str, ...]) -> None:
+    done = workplace.run("submit", "run.yaml", "--cluster", "two.yaml", *dry)
+    assert done.returncode == 2
+    assert "does not go through SLURM (launch: local)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_lint_reads_job_scripts_and_nothing_else(workplace: Workplace) -> None:
+    other = workplace.run("lint", "run.yaml")
+    assert (other.returncode, "run.yaml is no job script" in other.stderr) == (2, True)
+    for text, code in (("#!/bin/bash\nhostname\n", 0), ("#SBATCH --output=$HOME/log\nhostname\n", 1)):
+        (workplace.folder / "job").write_text(text)
+        assert workplace.run("lint", "job").returncode == code
 
 
 def test_the_version_alone_on_stdout(workplace: Workplace) -> None:
@@ -316,6 +370,32 @@ def test_a_run_is_looked_at_from_its_folder_and_what_does_not_run_is_not_stopped
     assert (unread.returncode, "it has not been started yet" in unread.stderr) == (2, True)
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """What `main` changes in this process, put back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_folder_that_may_not_be_read_is_told_as_such(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(source: str) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", source)
+
+    monkeypatch.setattr("launcher.run.directory.find_model_folder", refused)
+    monkeypatch.setattr("sys.argv", ["launcher", "generate", "runs/theirs"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 3
+    said = capsys.readouterr().err
+    assert "runs/theirs: Permission denied\n  hint: have it made readable for you" in said
+
+
+@pytest.mark.usefixtures("handlers")
 def test_a_full_disk_is_told_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -326,12 +406,7 @@ def test_a_full_disk_is_told_in_a_line(
     # What writes whole files uses this name first.
     directory.stop_request.with_name(f".stop.{os.getpid()}").symlink_to("/dev/full")
     monkeypatch.setattr("sys.argv", ["launcher", "stop", str(directory.root)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with hold(directory.lock, directory, "us"), pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with hold(directory.lock, directory, "us"), pytest.raises(SystemExit) as ended:
+        main()
     assert ended.value.code == 3
     assert "No space left on device" in capsys.readouterr().err

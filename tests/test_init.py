@@ -76,6 +76,13 @@ def test_a_value_that_no_run_file_takes_is_told_where_it_stands(here: Workplace)
     assert not (here.folder / "run.yaml").exists()
 
 
+def test_a_run_file_of_launchers_is_no_old_file(here: Workplace) -> None:
+    assert here.run("init", "run.yaml").returncode == 0
+    done = here.run("init", "other.yaml", "--from", "run.yaml")
+    assert (done.returncode, "run.yaml: this is a run file of launcher's already" in done.stderr) == (2, True)
+    assert not (here.folder / "other.yaml").exists()
+
+
 def test_what_is_not_there_or_says_nothing(here: Workplace) -> None:
     done = here.run("init", "run.yaml", "--from", "gone.json", "--from", "none.yaml")
     assert done.returncode == 2

@@ -144,10 +144,16 @@ def test_a_llama_trains_and_a_leak_stops_it_before_the_first_step(mine: Workplac
     expected, _ = alone(final, rows_of(directory, "validation"), tokenizer.eos_token_id)
     assert last_with(directory, "eval_loss")["eval_loss"] == pytest.approx(expected, abs=1e-4)
 
+    (mine.folder / "leak.py").write_text(
+        "from transformers import TrainerCallback\n\n\n"
+        "class Leak(TrainerCallback):\n"
+        "    def on_init_end(self, args, state, control, **_):\n"
+        "        args.use_cache = True\n"
+    )
     for cluster in ((), ("--cluster", "two.yaml")):
         name = f"leak-{len(cluster)}"
         done = mine.run(
-            "train", "run.yaml", f"name={name}", *overrides, *cluster, "train.extra={use_cache: true}"
+            "train", "run.yaml", f"name={name}", *overrides, *cluster, "train.callbacks=[leak:Leak]"
         )
         assert done.returncode == 1
         assert "data.isolate_documents: documents of a row see each other" in done.stderr

@@ -115,9 +115,10 @@ def test_another_configuration_of_the_same_name_is_refused_and_a_longer_one_goes
     assert done.returncode == 2
     for part in ("train.learning_rate was 0.001, is now 0.5", "seed was 1337, is now 3", "another name"):
         assert part in done.stderr
-    shorter = workplace.run("train", "run.yaml", "train.eval_every=1000", "train.steps=10")
-    assert shorter.returncode == 2
-    assert "may grow but not shrink" in shorter.stderr
+    for command in ("train", "plan"):
+        shorter = workplace.run(command, "run.yaml", "train.eval_every=1000", "train.steps=10")
+        assert shorter.returncode == 2
+        assert "may grow but not shrink" in shorter.stderr
     assert workplace.files() == before
     workplace.train("train.eval_every=1000", "train.steps=24")
     rates = {line["step"]: line["learning_rate"] for line in metrics(directory) if "loss" in line}

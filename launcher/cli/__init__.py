@@ -60,6 +60,9 @@ def main() -> None:
     """Run one command and exit with its code."""
     # Else the interpreter looks through every object once more as it ends: 80 ms rather than 13.
     atexit.register(gc.freeze)
+    # Closed by a shell's `>&-`: what is said there goes nowhere, and no file takes the stream's place.
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     debug = "--debug" in sys.argv[1:]
@@ -73,10 +76,13 @@ def main() -> None:
     except OSError as error:
         if debug or error.errno not in OF_THE_MACHINE:
             raise
+        remedy = "have it made readable for you, and writable where something is to be written"
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            remedy = "make room there, or make it writable for you"
         console.show_error(
             MachineError(
                 f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror}",
-                hint="make room there, or make it writable for you, then give the same command again",
+                hint=f"{remedy}, then give the same command again",
             )
         )
         sys.exit(MachineError.exit_code)

@@ -27,8 +27,8 @@ Workers = Annotated[
 
 def assembled(run: Path, overrides: list[str] | None, cluster: Path | None) -> Assembly:
     """What the files and overrides become on this machine. Raises what reading and planning them raises."""
-    from launcher.config.load import load_cluster, load_run
+    from launcher.config.load import load_files
     from launcher.run.assemble import assemble
     from launcher.run.machine import find_machine
 
-    return assemble(load_run(run, overrides or []), load_cluster(cluster), find_machine())
+    return assemble(*load_files(run, overrides or [], cluster), find_machine())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,7 +48,7 @@ def init(
         raise RequestError(f"{file} exists", hint="name another file: nothing is overwritten") from error
     except OSError as error:
         raise RequestError(f"{file} cannot be written: {error.strerror}") from error
-    console.say(f"wrote {file}; next: launcher plan {'RUN --cluster ' if cluster else ''}{file}")
+    console.say(f"wrote {file}; next: launcher plan {'RUN --cluster ' if cluster else ''}{quote(str(file))}")
 
 
 def _converted(old: list[Path], file: Path, preset: str, cluster: bool) -> str:
@@ -89,10 +90,14 @@ def plan(
 ) -> None:
     """Show what will happen, without doing it."""
     from launcher.run.assemble import going_on, rendered_files
-    from launcher.run.directory import RunDirectory, write_files
+    from launcher.run.directory import RunDirectory, check_no_run, write_files
+    from launcher.run.preflight import absent_text
 
     assembly = going_on(assembled(run, overrides, cluster), console.say)
+    for said in absent_text(assembly.run):
+        console.say(f"note: {said}")
     if write is not None:
+        check_no_run(RunDirectory(write.absolute()))
         files = rendered_files(assembly, RunDirectory(write.absolute()), None)
         try:
             write_files(files.items())
@@ -141,9 +146,8 @@ def train(
         if not is_finished(directory, final.plan.steps):
             write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
         if final.plan.nodes > 1:
-            console.say(
-                f"ready; on each of the {final.plan.nodes} nodes: sh {directory.launch} NODE HOST PORT"
-            )
+            script = quote(str(directory.launch))
+            console.say(f"ready; on each of the {final.plan.nodes} nodes: sh {script} NODE HOST PORT")
             return
         train_to_the_end(directory, launching)
 
@@ -245,7 +249,7 @@ def _held_against(gpu: str, what: str) -> str:
     from launcher.plan.measured import MEASURED
 
     if gpu not in MEASURED:
-        return "a prediction, not measured on this GPU"
+        return f"a prediction, not measured on {'a CPU' if gpu == 'cpu' else 'this GPU'}"
     return f"predicted; measured on one such GPU, within {getattr(MEASURED[gpu], what):.0%}"
 
 
@@ -267,7 +271,8 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
         title = f"memory per rank: about {size_in_words(total)}{room} ({worth})"
         bars = console.bars(held, planned.memory_available)
         blocks.append(console.section(title, [*bars, *fit_rows(planned)]))
-    blocks.append(console.section(f"speed: {_held_against(planned.gpu, 'speed')}", speed_rows(planned)))
+    worth = f": {_held_against(planned.gpu, 'speed')}" if planned.forecast else ""
+    blocks.append(console.section(f"speed{worth}", speed_rows(planned)))
     config = assembly.run.config
     files = rendered_files(assembly, run_directory(config), None)
     names = ", ".join(path.name for path in files)

@@ -64,6 +64,7 @@ def submit(
     from launcher.run.beginning import may_begin, write_draft
     from launcher.run.submitting import (
         check_preparation,
+        check_slurm,
         check_submission,
         submit_preparation,
         submit_run,
@@ -74,6 +75,8 @@ def submit(
     changes = variations(sweep or [])
     drafts = [_varied(run, overrides, cluster, change) for change in changes]
     following = [assembled(each, None, cluster) for each in then or []]
+    for draft in (*drafts, *following):
+        check_slurm(draft.cluster.config)
     if dry_run:
         _show(drafts, following, _sweep_folder(run, overrides, cluster, drafts) if sweep else None, prepare)
         return
@@ -182,16 +185,24 @@ def lint(
     script: Annotated[Path, typer.Argument(metavar="JOB", help="A job script for sbatch, whoever wrote it.")],
     as_json: AsJson = False,
 ) -> None:
-    """Read a job script for the faults that job scripts have, each with its line and remedy."""
+    """Read a job script for the faults that job scripts have, each with its line and remedy.
+
+    It exits with 1 where it finds any."""
     from dataclasses import asdict
 
     from launcher.errors import RequestError
+    from launcher.render.lint import is_job_script
     from launcher.render.lint import lint as faults_in
 
     try:
         text = script.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{script} cannot be read: {error}", hint="name a job script") from error
+    if not is_job_script(text):
+        raise RequestError(
+            f"{script} is no job script: it has neither #! in its first line nor #SBATCH in another",
+            hint="name what sbatch is given",
+        )
     found = faults_in(text)
     if as_json:
         console.answer_json([asdict(finding) for finding in found])

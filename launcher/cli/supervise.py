@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import typer
@@ -64,7 +65,7 @@ def launching_of(directory: RunDirectory) -> Iterator[Launching]:
     elif plan.nodes > 1:
         raise RequestError(
             f"this run is planned for {plan.nodes} nodes",
-            hint=f"on each of the {plan.nodes} nodes: sh {directory.launch} NODE HOST PORT",
+            hint=f"on each of the {plan.nodes} nodes: sh {quote(str(directory.launch))} NODE HOST PORT",
         )
     else:
         yield Local(directory, cluster.env)
@@ -80,4 +81,4 @@ def train_to_the_end(directory: RunDirectory, launching: Launching) -> None:
         return
     step = supervise(directory, launching, console.say)
     console.say(f"finished at step {step}; the model is in {directory.model}")
-    console.say(f"next: launcher generate {directory.root}")
+    console.say(f"next: launcher generate {quote(str(directory.root))}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -109,7 +110,7 @@ def stop(run_dir: RunFolder) -> None:
     if found.alive is None and (found.job is None or found.job.is_over):
         raise RunDirectoryError(
             f"run {found.name!r} is not running: it is {found.state}",
-            hint=f"`launcher status {run_dir}` tells more",
+            hint=f"`launcher status {quote(str(run_dir))}` tells more",
         )
     asked = "was asked before" if found.stop_requested else "is asked"
     ask_to_stop(directory, "person")

@@ -137,7 +137,10 @@ def _read(documents: Sequence[Document]) -> tuple[list[OldFile], list[Fault]]:
     seen: dict[str, str] = {}
     for document in documents:
         kind = _kind(document)
-        if kind is None:
+        if isinstance(document.value, dict) and {"model", "data", "train"} <= document.value.keys():
+            hint = "copy it: --from is for a DeepSpeed JSON or an accelerate YAML"
+            faults.append(Fault(document.label, "this is a run file of launcher's already", hint=hint))
+        elif kind is None:
             message = "neither a DeepSpeed JSON nor an accelerate YAML: it has none of their keys"
             faults.append(Fault(document.label, message, document.label, "name one of these files"))
         elif kind in seen:

@@ -9,7 +9,14 @@ from typing import Literal, TypeAlias, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from launcher.config.document import dotted
-from launcher.config.schema import CheckpointSection, Section, SkipSection, TrainSection
+from launcher.config.schema import (
+    CheckpointSection,
+    ClusterConfig,
+    RunConfig,
+    Section,
+    SkipSection,
+    TrainSection,
+)
 
 Names: TypeAlias = tuple[str, ...]
 
@@ -55,13 +62,13 @@ def sections(model: type[Section], at: Names = ()) -> Iterator[tuple[Names, type
             yield from sections(section, (*at, name))
 
 
-def nearest(word: str, names: Iterable[str], most: int = 3) -> list[str]:
+def nearest(word: str, names: Iterable[str], most: int = 3, alike: float = 0.65) -> list[str]:
     """The names that `word` may be a slip of, or the initials of (`lr`), the likeliest first."""
     import difflib
 
     folded = {name.lower(): name for name in names}
     initials = [name for name in folded.values() if "_" in name and word == _initials(name)]
-    close = difflib.get_close_matches(word.lower(), list(folded), most, 0.65)
+    close = difflib.get_close_matches(word.lower(), list(folded), most, alike)
     return initials or [folded[match] for match in close]
 
 
@@ -79,6 +86,8 @@ def where_it_belongs(model: type[Section], section: type[Section], parent: str, 
     above, dot, last = name.rpartition(".")
     if dot and name in {dotted(leaf) for leaf, _ in leaves(model)}:
         return f"write {last} under {above}"
+    if not parent and (elsewhere := _other_file(model, name)):
+        return elsewhere
     homes = [at for at, other in sections(model) if name in other.model_fields]
     if homes:
         return "; ".join(f"{name} belongs {_inside(at)}: {dotted((*at, name))}" for at in homes)
@@ -87,10 +96,19 @@ def where_it_belongs(model: type[Section], section: type[Section], parent: str, 
     if close:
         return did_you_mean(before + match for match in close)
     everywhere = {key: dotted((*at, key)) for at, other in sections(model) for key in other.model_fields}
-    far = nearest(name, everywhere, most=1)
+    far = nearest(name, everywhere, most=1, alike=0.8)  # misplaced and misspelt: only what is clear
     if far:
         return did_you_mean([everywhere[far[0]]])
     return f"{parent or 'the top level'} has {', '.join(section.model_fields)}"
+
+
+def _other_file(model: type[Section], name: str) -> str | None:
+    """Which of the two files a top-level key goes in, where it is not the one of `model`."""
+    if model is RunConfig and name in {"cluster", *ClusterConfig.model_fields}:
+        return "what describes the cluster goes in a file of its own, given with --cluster"
+    if model is ClusterConfig and name in RunConfig.model_fields:
+        return "it belongs in the run file"
+    return None
 
 
 def _inside(section: Names) -> str:

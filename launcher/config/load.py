@@ -53,9 +53,26 @@ class _Override:
     place: str
 
 
+def load_files(
+    run: Path, overrides: Sequence[str], cluster: Path | None
+) -> tuple[Loaded[RunConfig], Loaded[ClusterConfig]]:
+    """As `load_run` and `load_cluster`. Raises ConfigError with every fault of both files."""
+    try:
+        loaded = load_run(run, overrides)
+    except ConfigError as error:
+        try:
+            load_cluster(cluster)
+        except ConfigError as other:
+            raise ConfigError([*error.faults, *other.faults]) from error
+        raise
+    return loaded, load_cluster(cluster)
+
+
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Loaded[RunConfig]:
     """Read a run file and lay `overrides` (KEY=VALUE) over it. Raises ConfigError with every fault."""
     document = read_mapping(path)
+    if _is_rather(ClusterConfig, RunConfig, document):
+        raise ConfigError([Fault(document.label, "this is a cluster file", hint="give it with --cluster")])
     laid_over, faults = _overrides(overrides)
     cleared = _lengths_cleared(laid_over)
     return _load(RunConfig, document, [*cleared, *laid_over], faults, RUN_RULES)
@@ -63,8 +80,21 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Loaded[RunConfig]:
 
 def load_cluster(path: Path | None) -> Loaded[ClusterConfig]:
     """Read a cluster file; None: all defaults, this machine as found. Raises ConfigError with every fault."""
-    document = Document({}, (), "cluster", False, None) if path is None else read_mapping(path)
+    if path is None:
+        document = Document({}, (), "cluster", False, None)
+    else:
+        document = read_mapping(path, "`launcher init FILE --cluster` writes a starter file")
+    if _is_rather(RunConfig, ClusterConfig, document):
+        hint = "give it without --cluster, and with --cluster a file that says where to train"
+        raise ConfigError([Fault(document.label, "this is a run file", hint=hint)])
     return _load(ClusterConfig, document, [], [], CLUSTER_RULES)
+
+
+def _is_rather(other: type[Section], model: type[Section], document: Document) -> bool:
+    """Whether the file has keys that only `other` has, and none that only `model` has."""
+    keys = document.value.keys() if isinstance(document.value, dict) else set()
+    names, others = set(model.model_fields), set(other.model_fields)
+    return bool(keys & (others - names)) and not keys & (names - others)
 
 
 def faults_in_run(text: str) -> tuple[Fault, ...]:
@@ -141,6 +171,9 @@ def _mapping(document: Document) -> Document:
     return document
 
 
+_KEY_VALUE = "write it like train.batch_size=64, without spaces"
+
+
 def _overrides(texts: Sequence[str]) -> tuple[list[_Override], list[Fault]]:
     overrides: list[_Override] = []
     faults: list[Fault] = []
@@ -148,9 +181,7 @@ def _overrides(texts: Sequence[str]) -> tuple[list[_Override], list[Fault]]:
         key, equals, value = text.partition("=")
         if not equals or not all(key.split(".")):
             place = f"override {text if not equals else key + '=...'}"
-            faults.append(
-                Fault(key, "expected KEY=VALUE with a dotted key", place, "write it like train.batch_size=64")
-            )
+            faults.append(Fault(key or equals, "expected KEY=VALUE with a dotted key", place, _KEY_VALUE))
             continue
         place = f"override {key}=" + ("..." if _may_hold_secret(key, value) else value)
         try:

@@ -61,6 +61,25 @@ def find_model(model: ModelSection) -> ModelSource:
     )
 
 
+def find_trained(name: str) -> str:
+    """The folder or Hub id of a model that is used as it is, with its own weights and tokenizer.
+
+    Raises what `find_model` does, and RequestError for a folder without a tokenizer.
+    """
+    found = find_model(ModelSection(name=name, init="pretrained"))
+    if found.folder is not None and not _holds_tokenizer(Path(found.folder)):
+        raise RequestError(
+            f"no tokenizer in {found.folder}: {_lacks(Path(found.folder), 'tokenizer.json')}",
+            hint="give a folder that save_pretrained wrote both to; "
+            "`launcher checkpoint export RUN_DIR` makes one of a checkpoint",
+        )
+    return found.folder or found.hub_id or name
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def _is_path(name: str, folder: Path) -> bool:
     """Whether a name can only be, or already is, a place on this machine: Hub ids have one slash at most."""
     return name[0] in "./~" or name.endswith("/") or "\\" in name or name.count("/") > 1 or folder.exists()
@@ -112,7 +131,7 @@ def _tokenizer(model: ModelSection, own: str) -> str | TokenizerFromCorpus:
     if asked in PRESETS and not folder.is_dir():
         return PRESETS[asked].hub_id
     if not asked or _is_path(asked, folder):
-        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        if not _holds_tokenizer(folder):
             raise RequestError(
                 f"no tokenizer in {folder.absolute()}: {_lacks(folder, 'tokenizer.json')}",
                 hint="give the folder that save_pretrained wrote, or a Hub id, in model.tokenizer",

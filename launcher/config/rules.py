@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
 from launcher.config.addresses import NO_SECRETS, secret_in
-from launcher.config.keys import did_you_mean, nearest
+from launcher.config.faults import shown
+from launcher.config.keys import did_you_mean, in_words, nearest
 from launcher.config.slurm import (
     SLURM_KEYS,
     needs_a_description,
@@ -144,6 +148,15 @@ def warmup_in_steps(warmup: float, steps: int | None) -> Iterator[Fault]:
         )
 
 
+def cache_of_isolated_documents(isolate: bool, packing: str, extra: Mapping[str, object]) -> Iterator[Fault]:
+    if isolate and packing != "pad" and extra.get("use_cache"):
+        yield Fault(
+            "train.extra.use_cache",
+            "with a cache the documents of a row see each other, and data.isolate_documents keeps them apart",
+            hint="take it out of train.extra: training has no use for a cache",
+        )
+
+
 def validation_fraction(validation: float | list[str]) -> Iterator[Fault]:
     if isinstance(validation, list):
         if not validation:
@@ -234,8 +247,11 @@ def names_in_modules(key: str, example: str) -> Callable[[list[str]], Iterator[F
     return judge
 
 
-def extra_fields(extra: Mapping[str, object]) -> Iterator[Fault]:
-    for name in extra:
+_DOCUMENTED = "transformers documents the fields of TrainingArguments"
+
+
+def extra_fields(extra: Mapping[str, Any]) -> Iterator[Fault]:
+    for name, value in extra.items():
         path = f"train.extra.{name}"
         if name in SECRET:
             yield Fault(
@@ -247,6 +263,17 @@ def extra_fields(extra: Mapping[str, object]) -> Iterator[Fault]:
             yield Fault(path, "TrainingArguments has no such field any more", hint=FORMER[name])
         elif name not in FREE:
             yield Fault(path, "TrainingArguments has no such field", hint=_nearest_field(name))
+        elif not _is_of(FREE[name], value):
+            expected = in_words(FieldInfo.from_annotation(FREE[name]))
+            yield Fault(path, f"expected {expected}, got {shown(value)}", hint=_DOCUMENTED)
+
+
+def _is_of(kind: Any, value: object) -> bool:
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def _nearest_field(name: str) -> str:
@@ -254,7 +281,7 @@ def _nearest_field(name: str) -> str:
     free = [f"train.extra.{match}" for match in close if match in FREE]
     if free:
         return did_you_mean(free)
-    return SET_BY_LAUNCHER[close[0]] if close else "transformers documents the fields of TrainingArguments"
+    return SET_BY_LAUNCHER[close[0]] if close else _DOCUMENTED
 
 
 _PRIVATE = re.compile(
@@ -321,6 +348,7 @@ RUN_RULES = (
     Rule(("model.init", "model.overrides"), overrides_from_scratch),
     Rule(("model.init", "model.tokenizer"), tokenizer_of_pretrained),
     Rule(("data.train",), source_names_differ),
+    Rule(("data.isolate_documents", "data.packing", "train.extra"), cache_of_isolated_documents),
     Rule(("data.validation",), validation_fraction),
     Rule(("data.train",), paths_say_something("data.train")),
     Rule(("data.validation",), paths_say_something("data.validation")),

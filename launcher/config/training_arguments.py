@@ -7,6 +7,7 @@ installed one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 _BATCH = "set train.batch_size and train.micro_batch: accumulation follows from them"
 _EVERY_SAVE = "set checkpoint.every"
@@ -129,38 +130,39 @@ SECRET: Mapping[str, str] = {
     "push_to_hub_token": "log in once with `hf auth login`",
 }
 
-FREE: frozenset[str] = frozenset(
-    {
-        "lr_scheduler_kwargs",
-        "optim",
-        "optim_args",
-        "adam_epsilon",
-        "optim_target_modules",
-        "label_smoothing_factor",
-        "use_cache",
-        "neftune_noise_alpha",
-        "torch_empty_cache_steps",
-        "logging_first_step",
-        "log_on_each_node",
-        "log_level",
-        "log_level_replica",
-        "project",
-        "trackio_space_id",
-        "trackio_bucket_id",
-        "trackio_static_space_id",
-        "full_determinism",
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "dataloader_persistent_workers",
-        "dataloader_prefetch_factor",
-        "ddp_find_unused_parameters",
-        "ddp_bucket_cap_mb",
-        "ddp_broadcast_buffers",
-        "ddp_timeout",
-        "debug",
-        "skip_memory_metrics",
-    }
-)
+_LEVEL = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+
+FREE: Mapping[str, Any] = {
+    "lr_scheduler_kwargs": dict[str, Any] | str | None,
+    "optim": str,
+    "optim_args": str | None,
+    "adam_epsilon": float,
+    "optim_target_modules": str | list[str] | None,
+    "label_smoothing_factor": float,
+    "use_cache": bool,
+    "neftune_noise_alpha": float | None,
+    "torch_empty_cache_steps": int | None,
+    "logging_first_step": bool,
+    "log_on_each_node": bool,
+    "log_level": _LEVEL,
+    "log_level_replica": _LEVEL,
+    "project": str,
+    "trackio_space_id": str | None,
+    "trackio_bucket_id": str | None,
+    "trackio_static_space_id": str | bool | None,
+    "full_determinism": bool,
+    "dataloader_num_workers": int,
+    "dataloader_pin_memory": bool,
+    "dataloader_persistent_workers": bool,
+    "dataloader_prefetch_factor": int | None,
+    "ddp_find_unused_parameters": bool | None,
+    "ddp_bucket_cap_mb": int | None,
+    "ddp_broadcast_buffers": bool | None,
+    "ddp_timeout": int,
+    "debug": str | list[str],
+    "skip_memory_metrics": bool,
+}
+"""Each with the type that transformers gives it."""
 
 
 def instead_of(name: str) -> str | None:

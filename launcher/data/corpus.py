@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from launcher.config.schema import DataSection
 from launcher.data.mixture import training_sources
 from launcher.data.sources import Reading, SourceFile, list_files
-from launcher.errors import DataError, RequestError
+from launcher.errors import DataError, LauncherError, RequestError
 
 HELD_OUT = "validation"  # what the source of validation files is called
 
@@ -26,11 +26,11 @@ def list_corpora(data: DataSection) -> list[Corpus]:
 
     A validation file that a training pattern matches too is validation only. Raises DataError.
     """
-    held_out = list_files(data.validation) if isinstance(data.validation, list) else []
+    held_out = _listed("data.validation", data.validation) if isinstance(data.validation, list) else []
     kept_back = {file.path for file in held_out}
     corpora = []
     for name, patterns in training_sources(data):
-        files = tuple(file for file in list_files(patterns) if file.path not in kept_back)
+        files = tuple(file for file in _listed("data.train", patterns) if file.path not in kept_back)
         if not files:
             raise DataError(
                 f"source {name!r} has no file that is not validation text",
@@ -46,6 +46,15 @@ def list_corpora(data: DataSection) -> list[Corpus]:
             hint=f"give each its own; {HELD_OUT!r} is taken where data.validation is a list of files",
         )
     return corpora
+
+
+def _listed(key: str, patterns: list[str]) -> list[SourceFile]:
+    """As `list_files`, whose errors name `key`."""
+    try:
+        return list_files(patterns)
+    except LauncherError as error:
+        error.key = key
+        raise
 
 
 def reading_of(data: DataSection) -> Reading:

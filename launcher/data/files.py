@@ -140,7 +140,7 @@ def _remote_file(system: AbstractFileSystem, info: Mapping[str, Any]) -> SourceF
 
 
 def _no_match(pattern: str, hint: str) -> DataError:
-    return DataError(f"no file matches {pattern}", hint=hint, key="data.train")
+    return DataError(f"no file matches {pattern}", hint=hint)
 
 
 def _hidden(file: str, pattern: str) -> bool:

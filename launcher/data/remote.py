@@ -205,7 +205,7 @@ def _told(url: str, error: Exception) -> LauncherError:
         return error
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return DataError(f"{shown(url)}: there is no such file", hint="check the address", key="data.train")
+        return DataError(f"{shown(url)}: there is no such file", hint="check the address")
     if isinstance(error, PermissionError) or status in (401, 403, 407):
         code = f" ({status})" if status else ""
         return DataError(

@@ -91,6 +91,11 @@ def lint(text: str) -> list[Finding]:
     return sorted(found, key=lambda finding: (finding.line, finding.rule))
 
 
+def is_job_script(text: str) -> bool:
+    """Whether it is a shell script at all, which sbatch takes, or has options for it."""
+    return text.startswith("#!") or re.search(r"^\s*#SBATCH", text, re.MULTILINE) is not None
+
+
 def take_apart(text: str) -> Script:
     """sbatch reads options until the first line that is neither empty nor a comment."""
     options: list[tuple[int, str]] = []

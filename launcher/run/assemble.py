@@ -30,6 +30,7 @@ from launcher.run.checkpoints import committed
 from launcher.run.directory import (
     RunDirectory,
     changed_for_good,
+    check_goes_on,
     configuration_hash,
     has_begun,
     run_directory,
@@ -311,13 +312,14 @@ def store_folder(given: Path) -> Path:
 
 def going_on(draft: Assembly, say: Say) -> Assembly:
     """The draft, with the text of the run that it would go on with, where there is one. Says what `data.skip`
-    leaves out of that run, and raises what `say_skip` does."""
+    leaves out of that run, and raises what `check_goes_on` and `say_skip` do."""
     run, directory = draft.run.config, run_directory(draft.run.config)
     before = earlier(directory, run)
     if before is None:
         return draft
     if draft.plan.steps is None:
         draft = assemble(draft.run, draft.cluster, draft.machine, before)
+    check_goes_on(directory, draft.plan, before.store)
     if run.data.skip.steps or run.data.skip.documents:
         from launcher.run.samples import say_skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from launcher.config.load import load_cluster, load_run
 from launcher.data.prepare import Progress
@@ -36,7 +37,7 @@ def may_begin(draft: Assembly) -> RunDirectory:
     if found is not None and not found.is_over:
         raise RunDirectoryError(
             f"job {found.job} of this run is {found.state}: {directory.root}",
-            hint=f"wait for it, or end it: launcher stop {directory.root}",
+            hint=f"wait for it, or end it: launcher stop {quote(str(directory.root))}",
         )
     return directory
 

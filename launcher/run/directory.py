@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, TextIO
 
 from launcher.durable import write_whole
@@ -210,17 +211,20 @@ def run_directory(run: RunConfig) -> RunDirectory:
 
 
 def find_model_folder(source: str) -> Path | str:
-    """The model that `source` names: a run's final one, or else `source` itself, a folder or Hub id.
+    """The model that `source` names: a run's final one, or else a folder or Hub id.
 
-    Raises RunDirectoryError for a run that has no final model yet.
+    Raises RunDirectoryError for a run that has no final model yet, and RequestError where there is no model.
     """
     directory = RunDirectory(Path(source).absolute())
     if not directory.orders.is_file():
-        return source
+        from launcher.config.models import find_trained
+
+        return find_trained(source or ".")
     if not directory.model.is_dir():
         raise RunDirectoryError(
             f"{source} has no model yet: the run is not finished",
-            hint="let `launcher train` finish, or give one of its checkpoints' folders",
+            hint="let `launcher train` finish, or give the folder that "
+            f"`launcher checkpoint export {quote(source)}` makes",
         )
     return directory.model
 
@@ -255,6 +259,13 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
             + "; ".join(f"{key} was {_value(before, key)}, is now {_value(run, key)}" for key in changed),
             hint="give the new run another name, or undo the change to resume the old one",
         )
+
+
+def check_no_run(directory: RunDirectory) -> None:
+    """Raise RunDirectoryError for a folder in which a run lives: its own commands write to it."""
+    of_a_run = (directory.environment, directory.journal, directory.checkpoints, directory.lock)
+    if any(path.exists() for path in of_a_run):
+        raise RunDirectoryError(f"{directory.root} is the folder of a run", hint="name another folder")
 
 
 def changed_for_good(before: RunConfig, run: RunConfig) -> list[str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from launcher.config.addresses import is_url
+from launcher.config.load import Loaded
 from launcher.config.schema import ClusterConfig, RunConfig
 from launcher.errors import MachineError, RequestError
 from launcher.plan.choose import Place, Plan
@@ -89,3 +93,20 @@ def check_gpus(place: Place, machine: Machine) -> None:
             f"this machine has {len(machine.gpus) or 'no'} GPU{'s' if len(machine.gpus) > 1 else ''}",
             hint="train on that machine, or without --cluster on this one as it is",
         )
+
+
+def absent_text(run: Loaded[RunConfig]) -> Iterator[str]:
+    """Which paths and patterns of local text match nothing here and now, in words. Training refuses them."""
+    data = run.config.data
+    train = [path for each in data.train for path in ([each] if isinstance(each, str) else each.files)]
+    held_out = data.validation if isinstance(data.validation, list) else []
+    for key, paths in (("data.train", train), ("data.validation", held_out)):
+        for path in paths:
+            if not is_url(path) and not _is_there(Path(path).expanduser()):
+                yield f"{key}: no file matches {path} here ({run.origins[key]})"
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file or pattern matches something; `data.files`, which lists all, takes longer to load."""
+    found = glob.iglob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+    return path.exists() or next(found, None) is not None

@@ -16,7 +16,7 @@ def show_step(samples: Samples, steps: int | None, step: int) -> Shown:
     """For every row of optimizer step `step` (from 1) of `steps`: its source, and of each document in it the
     file, the bytes there, and which of its tokens the row has. A row begins with the text shown."""
     if steps is not None and step > steps:
-        raise RequestError(f"--step {step}: the run has {steps} steps", hint="steps count from 1")
+        raise RequestError(f"--step {step}: the run has {steps} steps", hint=f"give 1 to {steps}")
     own = samples.phases.samples_of_step(step - 1)
     certificate = samples.order.certificate([own])
     tokenizer = samples.blocks.store.tokenizer()

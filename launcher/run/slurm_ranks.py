@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import ClassVar, Final, Self
 
@@ -54,7 +55,7 @@ class Slurm:
         if job is None:
             raise MachineError(
                 f"this run goes through SLURM, and this is not one of its jobs: {directory.root}",
-                hint=f"launcher submit RUN --cluster FILE, or: sbatch {directory.job}",
+                hint=f"launcher submit RUN --cluster FILE, or: sbatch {quote(str(directory.job))}",
             )
         self.job = job
         self._directory = directory

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.load import load_cluster
+from launcher.config.schema import ClusterConfig
 from launcher.config.slurm import time_limit_seconds
 from launcher.errors import MachineError, RequestError, placed
 from launcher.render.sbatch import prepare_command, render_job, sweep_command
@@ -29,15 +30,18 @@ WAIT_SECONDS = 10.0
 """How often slurmctld is asked about a job that is waited for; at first more often."""
 
 
-def check_submission(assembly: Assembly, say: Say) -> None:
-    """Raise RequestError or MachineError for a job that could never run; say what may surprise."""
-    cluster, place = assembly.cluster.config, assembly.place
+def check_slurm(cluster: ClusterConfig) -> None:
+    """Raise RequestError for a cluster that takes no jobs."""
     if cluster.launch != "slurm":
         raise RequestError(
             f"cluster {cluster.name} does not go through SLURM (launch: {cluster.launch})",
             hint="set launch: slurm in the cluster file, or use `launcher train`",
-            key="launch",
         )
+
+
+def check_submission(assembly: Assembly, say: Say) -> None:
+    """Raise RequestError or MachineError for a job that could never run; say what may surprise."""
+    cluster, place = assembly.cluster.config, assembly.place
     directory = run_directory(assembly.run.config)
     need = need_of(directory, assembly.plan)
     with placed(assembly.cluster.origins):

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
 from launcher.config.schema import RunConfig, TokenizerFromCorpus
 from launcher.data.making import UNITS
@@ -92,7 +93,8 @@ def _opened(folder: Path, run: RunConfig, say: Say) -> Prepared:
             shutil.rmtree(folder)
         raise
     if skipped := len(store.manifest.bad):
-        say(f"note: {skipped:,} bad records of the text were skipped: `launcher data show {folder}`")
+        shown_by = f"`launcher data show {quote(str(folder))}`"
+        say(f"note: {skipped:,} bad records of the text were skipped: {shown_by}")
     blocks = _count(store, run)
     if run.data.validation not in (0, []) and not blocks.validation:
         say("note: data.validation holds out no block of this text: nothing will be evaluated")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from shlex import quote
 
 import torch
 
@@ -83,9 +84,10 @@ class Divergence:
             if newest >= first
             else ""
         )
+        run = quote(str(self._directory.root))
         return Diverged(
             f"training diverged in {steps}: {what} at step {step}; nothing was saved there",
-            hint=f"`launcher data show {self._directory.root} --step {first}` shows a step's text; {back}run "
+            hint=f"`launcher data show {run} --step {first}` shows a step's text; {back}run "
             f"again with 'data.skip.steps=[{span}]' to leave these out, or under another name with a lower "
             "train.learning_rate",
         )

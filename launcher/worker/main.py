@@ -264,7 +264,7 @@ def train(
         report, others = reports(directory, orders, run, rank, rows.training, phases, times, start_step)
         writer.told = report.saved
         callbacks += [report, *others]
-    callbacks += [load_object("train.callbacks", name)() for name in run.train.callbacks]
+    callbacks += [load_callback(name) for name in run.train.callbacks]
     trainer = LauncherTrainer(
         model,
         training_arguments(run, orders, directory),
@@ -398,3 +398,13 @@ def load_object(key: str, path: str) -> Any:
             f"{key}: {path} cannot be imported: {error}",
             hint="the module is looked for in the folder you launch from and in the installed packages",
         ) from error
+
+
+def load_callback(path: str) -> TrainerCallback:
+    """One of the class that `module:Class` names. Raises RequestError where that is no TrainerCallback."""
+    found = load_object("train.callbacks", path)
+    if not (isinstance(found, type) and issubclass(found, TrainerCallback)):
+        raise RequestError(
+            f"train.callbacks: {path} is not a TrainerCallback", hint="name a class derived from it"
+        )
+    return found()

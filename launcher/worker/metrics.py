@@ -37,6 +37,10 @@ def _keep_until(file: Path, step: int) -> None:
     write_whole(file, (line.encode() for line in kept))
 
 
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""tqdm's own without steps a second, so that 80 columns hold it and the numbers."""
+
+
 class Progress:
     """One bar on a terminal; a plain line a report elsewhere."""
 
@@ -44,7 +48,7 @@ class Progress:
         self._stream = stream
         self._steps = steps
         self._bar = (
-            tqdm(total=steps, initial=done, desc=name, unit="step", file=stream, dynamic_ncols=True)
+            tqdm(total=steps, initial=done, desc=name, bar_format=BAR, file=stream, dynamic_ncols=True)
             if stream.isatty()
             else None
         )
@@ -54,20 +58,29 @@ class Progress:
             self._bar.update()
 
     def report(self, numbers: Mapping[str, float | int | None]) -> None:
-        """Show the newest numbers: training's, or an evaluation's."""
+        """Show the newest numbers: training's in the bar, an evaluation's in a line of its own."""
         shown = {
             name: numbers[name]
             for name in ("loss", "eval_loss", "tokens_per_second")
             if numbers.get(name) is not None
         }
-        if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:,.4g}" for name, value in shown.items()}, refresh=True)
+        if self._bar is not None and "eval_loss" not in shown:
+            self._bar.set_postfix_str(
+                ", ".join(
+                    f"{value:,.0f} tok/s" if name == "tokens_per_second" else f"{name} {value:,.4g}"
+                    for name, value in shown.items()
+                )
+            )
             return
         text = "  ".join(
             f"{name} {value:,.4f}" if "loss" in name else f"{name} {value:,.0f}"
             for name, value in shown.items()
         )
-        print(f"step {numbers['step']}/{self._steps}  {text}", file=self._stream, flush=True)
+        line = f"step {numbers['step']}/{self._steps}  {text}"
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

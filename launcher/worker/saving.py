@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -125,6 +126,7 @@ def push_model(folder: Path, repository: str) -> str:
     except (HfHubHTTPError, TransportError, OSError, RuntimeError) as error:
         raise TrainingError(
             f"push_to_hub: {repository} could not be uploaded: {error}",
-            hint=f"the model is whole in {folder}; upload it with `hf upload {repository} {folder}`",
+            hint=f"the model is whole in {folder}; "
+            f"upload it with `hf upload {repository} {quote(str(folder))}`",
         ) from error
     return str(url)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -119,11 +120,18 @@ def training_arguments(run: RunConfig, orders: Orders, directory: RunDirectory) 
         "remove_unused_columns": False,
         "ignore_data_skip": True,
     }
-    try:
+    with _extra_may_be_refused("TrainingArguments"):
         return TrainingArguments(**{**open_defaults, **train.extra, **ours})
+
+
+@contextmanager
+def _extra_may_be_refused(by: str) -> Iterator[None]:
+    """Raise RequestError for what is made inside of `train.extra`, where its values are refused."""
+    try:
+        yield
     except (TypeError, ValueError) as error:
         raise RequestError(
-            f"train.extra: TrainingArguments refuses it: {error}", hint="look at the values in train.extra"
+            f"train.extra: {by} refuses it: {error}", hint="look at the values in train.extra"
         ) from error
 
 
@@ -210,11 +218,16 @@ class LauncherTrainer(ReportingTrainer):
             steps=self._plan.steps,
         )
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        with _extra_may_be_refused("the optimizer"):
+            return super().create_optimizer(model)
+
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The stock schedule; where the run's length is not given in steps, followed by samples."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        with _extra_may_be_refused(f"the schedule {self._run.train.schedule}"):
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self._run.train.steps is None:
             assert self._plan.warmup_steps is not None
             follow_samples(scheduler, self.phases, warmup=self._plan.warmup_steps, steps=num_training_steps)

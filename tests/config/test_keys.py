@@ -59,6 +59,12 @@ def test_what_a_key_takes_in_plain_words(section: type[Section], name: str, word
         ("", "train.steps", "write steps under train"),
         ("", "nmae", "did you mean name?"),
         ("model", "pakcing", "did you mean data.packing?"),
+        (
+            "",
+            "nodse",
+            "the top level has name, model, data, train, checkpoint, report_to, "
+            "push_to_hub, seed, output_dir",
+        ),
         ("checkpoint", "zzz", "checkpoint has every, keep"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.config.keys import leaves
-from launcher.config.load import differences, dump, load_cluster, load_run
+from launcher.config.load import differences, dump, load_cluster, load_files, load_run
 from launcher.config.schema import ClusterConfig, RunConfig
 from launcher.errors import ConfigError, Fault
 
@@ -169,11 +169,11 @@ def test_two_lengths_on_the_command_line_conflict(run_file: Path) -> None:
 @pytest.mark.parametrize("text", ["nokey", "=3", "train.=3", ".a=1"])
 def test_what_is_no_key_value_is_refused(run_file: Path, text: str) -> None:
     path, message, place, hint = only_fault(run_file, text)
-    assert path == text.partition("=")[0]
+    assert path == (text.partition("=")[0] or "=")
     assert message == "expected KEY=VALUE with a dotted key"
     assert place is not None
     assert place.startswith("override ")
-    assert hint == "write it like train.batch_size=64"
+    assert hint == "write it like train.batch_size=64, without spaces"
 
 
 def test_an_override_that_is_not_yaml_is_refused_beside_the_rest(run_file: Path) -> None:
@@ -308,6 +308,29 @@ def test_faults_of_a_cluster_file_have_places_too(tmp_path: Path) -> None:
     ]
 
 
+def test_files_given_in_each_others_place_have_one_fault_each(tmp_path: Path, run_file: Path) -> None:
+    cluster = written(tmp_path / "c.yaml", "name: c\nlaunch: local\nnodes: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_files(cluster, [], run_file)
+    assert [(str(fault), (fault.hint or "").partition(",")[0]) for fault in caught.value.faults] == [
+        ("c.yaml: this is a cluster file", "give it with --cluster"),
+        ("run.yaml: this is a run file", "give it without --cluster"),
+    ]
+
+
+def test_faults_of_both_files_come_in_one_pass(tmp_path: Path, run_file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_files(run_file, ["cluster.gpu=cpu", "nodes=2"], tmp_path / "c.yaml")
+    first, second, third = caught.value.faults
+    assert (first.path, second.path) == ("cluster", "nodes")
+    assert "given with --cluster" in (first.hint or "")
+    assert first.hint == second.hint
+    assert (third.message, third.hint) == (
+        "no such file",
+        "`launcher init FILE --cluster` writes a starter file",
+    )
+
+
 # dump and differences
 
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8) | st.sampled_from(
@@ -349,8 +372,13 @@ runs: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
                 "compile": st.booleans() | st.just("auto"),
                 "eval_every": st.integers(1, 10**9) | st.sampled_from(["30min", "1.5h"]),
                 "early_stopping": st.just({"patience": 3}) | st.none(),
-                "extra": st.dictionaries(
-                    st.sampled_from(["debug", "optim", "full_determinism"]), anything, max_size=3
+                "extra": st.fixed_dictionaries(
+                    {},
+                    optional={
+                        "lr_scheduler_kwargs": st.dictionaries(texts, anything, max_size=3),
+                        "optim": texts,
+                        "full_determinism": st.booleans(),
+                    },
                 ),
             },
         ),
@@ -390,16 +418,16 @@ def test_a_dumped_length_can_be_overridden(run_file: Path) -> None:
 
 def test_differences_names_the_leaves_that_differ(run_file: Path) -> None:
     one = load_run(
-        run_file, ["model.overrides={n_layer: 2, n_head: 2}", "train.extra.full_determinism=1"]
+        run_file, ["model.overrides={n_layer: 2, n_head: 2}", "train.extra.lr_scheduler_kwargs={a: 1}"]
     ).config
     two = load_run(
-        run_file, ["model.overrides.n_layer=3", "train.extra.full_determinism=true", "train.steps=5"]
+        run_file, ["model.overrides.n_layer=3", "train.extra.lr_scheduler_kwargs.a=true", "train.steps=5"]
     ).config
     assert differences(one, two) == [
         "model.overrides.n_layer",
         "model.overrides.n_head",
         "train.steps",
-        "train.extra.full_determinism",
+        "train.extra.lr_scheduler_kwargs.a",
     ]
     assert differences(one, one) == []
 

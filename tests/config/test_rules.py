@@ -130,6 +130,24 @@ def loads(tmp_path: Path, *overrides: str) -> bool:
         ),
         (["train.extra.label_smoothing=1"], "train.extra.label_smoothing", "has no such field", "_factor?"),
         (["train.extra.max_step=1"], "train.extra.max_step", "has no such field", "set train.steps"),
+        (
+            ["train.extra.adam_epsilon=abc"],
+            "train.extra.adam_epsilon",
+            'expected a number, got the text "abc"',
+            "transformers documents",
+        ),
+        (
+            ["train.extra.dataloader_num_workers=true"],
+            "train.extra.dataloader_num_workers",
+            "expected a whole number, got true",
+            "transformers documents",
+        ),
+        (
+            ["data.isolate_documents=true", "train.extra.use_cache=true"],
+            "train.extra.use_cache",
+            "with a cache the documents of a row see each other",
+            "take it out of train.extra",
+        ),
         (["train.extra.hub_token=hf_x"], "train.extra.hub_token", "it is a secret", "`hf auth login`"),
     ],
 )
@@ -154,8 +172,10 @@ def test_a_broken_rule(tmp_path: Path, overrides: list[str], path: str, message:
         ["train.epochs=0.5", "data.packing=pad"],
         ["train.epochs=0.5", "data.packing=best_fit", "data.isolate_documents=true"],
         ["train.epochs=0.5", "data.packing=pad", "data.isolate_documents=true"],
+        ["data.packing=pad", "data.isolate_documents=true", "train.extra.use_cache=true"],
         ["train.metrics=['my.metrics:f1']"],
         ["train.extra={label_smoothing_factor: 0.1, optim: adafactor}"],
+        ["train.extra={label_smoothing_factor: 1, adam_epsilon: 1e-6, debug: [underflow_overflow]}"],
         ["data.train=[{name: a, files: [x], weight: 1}, {name: b, files: [y], weight: 1}]"],
     ],
 )

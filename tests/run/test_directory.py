@@ -17,6 +17,7 @@ from launcher.plan.orders import Orders, format_orders
 from launcher.run.directory import (
     RunDirectory,
     check_goes_on,
+    check_no_run,
     check_same_run,
     check_writable,
     configuration_hash,
@@ -214,12 +215,29 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
 
 def test_the_model_of_a_run_of_a_folder_and_of_the_hub(tmp_path: Path) -> None:
     directory = made(tmp_path / "small", asked())
-    with pytest.raises(RunDirectoryError, match="no model yet"):
+    with pytest.raises(RunDirectoryError, match="no model yet") as caught:
         find_model_folder(str(directory.root))
+    assert f"`launcher checkpoint export {directory.root}`" in (caught.value.hint or "")
     directory.model.mkdir()
     assert find_model_folder(str(directory.root)) == directory.model
+    with pytest.raises(RequestError, match=r"it has no config\.json; it holds nothing"):
+        find_model_folder(str(directory.model))
+    (directory.model / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(RequestError, match=r"no tokenizer in .*: it has no tokenizer\.json") as refused:
+        find_model_folder(str(directory.model))
+    assert "launcher checkpoint export RUN_DIR" in (refused.value.hint or "")
+    (directory.model / "tokenizer.json").write_text("{}")
     assert find_model_folder(str(directory.model)) == str(directory.model)
     assert find_model_folder("openai-community/gpt2") == "openai-community/gpt2"
+
+
+@pytest.mark.parametrize("of_a_run", ["environment.json", "journal.jsonl", "checkpoints", ".lock"])
+def test_a_folder_with_a_run_in_it_is_not_written_to(tmp_path: Path, of_a_run: str) -> None:
+    directory = made(tmp_path / "small", asked())
+    check_no_run(directory)
+    (directory.root / of_a_run).mkdir()
+    with pytest.raises(RunDirectoryError, match="small is the folder of a run"):
+        check_no_run(directory)
 
 
 def test_writing_replaces_the_whole_file_and_leaves_nothing_else(tmp_path: Path) -> None:

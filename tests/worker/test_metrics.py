@@ -180,19 +180,24 @@ def test_a_loss_of_exactly_zero_is_shown_too() -> None:
     assert stream.getvalue() == "step 10/20  loss 0.0000\n"
 
 
-def test_on_a_terminal_there_is_one_bar() -> None:
+def test_on_a_terminal_there_is_one_bar_and_a_line_for_each_evaluation() -> None:
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
+    termios.tcsetwinsize(theirs, (24, 80))
     with os.fdopen(theirs, "w") as stream, os.fdopen(ours, "rb", buffering=0) as person:
-        progress = Progress(stream, steps=20, done=10, name="run")
+        progress = Progress(stream, steps=20_000, done=10_000, name="quickstart")
         progress.advance()
-        progress.report({"step": 11, "loss": 3.25})
+        progress.report({"step": 10_001, "loss": 3.25, "tokens_per_second": 12345.6})
+        progress.report({"step": 10_001, "eval_loss": 3.5})
         progress.close()
+        stream.write("end")
         stream.flush()
         seen = b""
-        while not seen.endswith(b"\n"):
+        while not seen.endswith(b"end"):
             seen += person.read(1 << 16)
-    assert b"run:" in seen
-    assert b"11/20" in seen
-    assert b"loss=3.25" in seen
-    assert seen.count(b"\n") == 1
+    assert b"\rstep 10001/20000  eval_loss 3.5000\r\n" in seen
+    bar = seen.decode().removesuffix("\r\nend").rpartition("\r")[2]
+    assert bar.startswith("quickstart:  50%|")
+    assert bar.endswith(", loss 3.25, 12,346 tok/s]")
+    assert len(bar) < 80
+    assert bar.count("█") == 5, "half of ten"
+    assert seen.count(b"\n") == 2
