@@ -139,7 +139,7 @@ def _overridden(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[st
     """`config` with the overrides applied. Raises ConfigError with every field that cannot be what it is."""
     is_gpt2 = config["model_type"] == "gpt2"
     known = GPT2_FIELDS if is_gpt2 else {name: None for name in config if name != "model_type"}
-    merged = {**config, **overrides}
+    merged = {**config, **{name: value for name, value in overrides.items() if name in known}}
     faults = [_unknown_override(name, known, is_gpt2) for name in overrides if name not in known]
     faults += [
         Fault(f"model.overrides.{name}", wrong)

@@ -62,8 +62,8 @@ def _refusal(batch_size: int, world_size: int, micro_batch: int | None) -> Reque
     if not left:
         smaller = max(size for size in divisors(share) if size <= micro)
         return RequestError(
-            f"train.micro_batch={micro} does not divide the {share} of {batch_size} sequences that each of "
-            f"{world_size} ranks has",
+            f"train.micro_batch={micro} does not divide {share}, the share of train.batch_size={batch_size} "
+            f"that each of {world_size} ranks has",
             hint=f"set train.micro_batch to {smaller}; or {ways}",
             key="train.micro_batch",
         )

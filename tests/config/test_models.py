@@ -144,10 +144,11 @@ def test_a_wrong_override_is_refused(
 @pytest.mark.usefixtures("here")
 def test_all_wrong_overrides_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        find(name="gpt2", overrides={"n_layers": 2, "n_hed": 2})
+        find(name="gpt2", overrides={"n_layers": 2, "n_hed": 2, "n_embd": 0})
     assert [fault.path for fault in caught.value.faults] == [
         "model.overrides.n_layers",
         "model.overrides.n_hed",
+        "model.overrides.n_embd",
     ]
 
 
@@ -174,6 +175,9 @@ def test_a_config_of_another_family_lists_the_fields_that_may_be_overridden(here
         find(name="llama", overrides={"hidden_sise": 32})
     assert caught.value.faults[0].path == "model.overrides.hidden_sise"
     assert caught.value.faults[0].hint == "did you mean hidden_size?"
+    with pytest.raises(ConfigError) as caught:
+        find(name="llama", overrides={"attention_bias": 1})
+    assert len(caught.value.faults) == 1, "a field that it lacks is not also of the wrong kind"
 
 
 @pytest.mark.parametrize(
