@@ -89,16 +89,20 @@ class Document:
 
     def has(self, key: str) -> bool:
         """Whether exactly `key` is written here."""
-        return self._find(key)[1]
+        return self._find(key)[1] is not None
 
-    def _find(self, key: str) -> tuple[yaml.Mark | None, bool]:
+    def has_section(self, key: str) -> bool:
+        """Whether exactly `key` is written here, and holds keys."""
+        return isinstance(self._find(key)[1], yaml.MappingNode)
+
+    def _find(self, key: str) -> tuple[yaml.Mark | None, yaml.Node | None]:
         node, mark, rest = self.root, None, key
         while rest:
             found = _child(node, rest)
             if found is None:
-                return mark, False
+                return mark, None
             mark, node, rest = found
-        return mark, True
+        return mark, node
 
 
 def _child(node: yaml.Node | None, rest: str) -> tuple[yaml.Mark, yaml.Node, str] | None:

@@ -137,7 +137,7 @@ def read_deepspeed(document: Document) -> OldFile:
     _zero(old)
     _precision(old)
     if not old.has("gradient_clipping"):
-        old.default("train.max_grad_norm", 0, "gradient_clipping")
+        old.default("train.max_grad_norm", 1.0, "gradient_clipping")
     clip = old.number("gradient_clipping", f"{_TRAINER_SAID} train.max_grad_norm")
     if clip is not None:
         old.say("train.max_grad_norm", clip, "gradient_clipping")

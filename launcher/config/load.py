@@ -279,7 +279,7 @@ def _place(key: str, document: Document, overrides: list[_Override]) -> str:
             return override.place
         if _covers(key, override.key):
             inside = inside or override.place
-    return inside if inside is not None and not document.has(key) else document.place(key)
+    return inside if inside is not None and not document.has_section(key) else document.place(key)
 
 
 def _origins(

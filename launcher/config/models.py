@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.config.faults import shown
+from launcher.config.architectures import uneven_heads, wrong_values
 from launcher.config.keys import did_you_mean, nearest
 from launcher.config.presets import GPT2_FIELDS, GPT2_OTHER_NAMES, PRESETS, Preset
 from launcher.config.schema import ModelSection, TokenizerFromCorpus
@@ -18,7 +18,6 @@ CONFIG = "config.json"
 HUB_TIMEOUT = 5.0  # seconds for the one question asked of the Hub
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
-_SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
 
 @dataclass(frozen=True)
@@ -150,52 +149,39 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path} is not a transformers config: it names no model_type",
             hint="give a model that transformers' save_pretrained wrote",
         )
+    if config["model_type"] == "gpt2":
+        config |= {own: config.pop(name) for name, own in GPT2_OTHER_NAMES.items() if name in config}
     return config
 
 
 def _overridden(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the overrides applied. Raises ConfigError with every override it cannot take."""
+    """`config` with the overrides applied. Raises ConfigError with every field that cannot be what it is."""
     is_gpt2 = config["model_type"] == "gpt2"
     known = GPT2_FIELDS if is_gpt2 else {name: None for name in config if name != "model_type"}
-    faults = [
-        fault
-        for name, value in overrides.items()
-        if (fault := _wrong_override(name, value, known, is_gpt2)) is not None
+    merged = {**config, **{name: value for name, value in overrides.items() if name in known}}
+    faults = [_unknown_override(name, known, is_gpt2) for name in overrides if name not in known]
+    faults += [
+        Fault(f"model.overrides.{name}", wrong)
+        if name in overrides
+        else Fault("model.name", f"{name} of its config: {wrong}", hint=f"mend {CONFIG}")
+        for name, wrong in wrong_values(merged)
     ]
-    merged = {**config, **overrides}
-    shape = {**GPT2_FIELDS, **merged}
-    if is_gpt2 and not faults and shape["n_embd"] % shape["n_head"] != 0:
-        message = f"n_embd {shape['n_embd']} cannot be cut into {shape['n_head']} heads (n_head)"
-        faults.append(Fault("model.overrides", message, hint="make n_embd a multiple of n_head"))
+    if not faults:
+        path = "model.overrides" if overrides else "model.name"
+        faults = [Fault(path, wrong, hint=hint) for wrong, hint in uneven_heads(merged)]
     if faults:
         raise ConfigError(faults)
     return merged
 
 
-def _wrong_override(name: str, value: Any, known: Mapping[str, object], is_gpt2: bool) -> Fault | None:
+def _unknown_override(name: str, known: Mapping[str, object], is_gpt2: bool) -> Fault:
     path = f"model.overrides.{name}"
-    if name not in known:
-        if is_gpt2 and name in GPT2_OTHER_NAMES:
-            return Fault(
-                path, "GPT-2 has another name for this field", hint=f"write {GPT2_OTHER_NAMES[name]}"
-            )
-        close = nearest(name, known)
-        hint = did_you_mean(close) if close else f"the config has {', '.join(known)}"
-        return Fault(path, "the model's config has no such field", hint=hint)
-    expected = _expected(name, value, known[name]) if is_gpt2 else None
-    return Fault(path, f"expected {expected}, got {shown(value)}") if expected is not None else None
-
-
-def _expected(name: str, value: object, default: object) -> str | None:
-    """What the field takes, when `value` is not that; fields whose default says little take anything."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if name in _SHAPE:
-        return None if number and isinstance(value, int) and value >= 1 else "a whole number from 1 on"
-    if isinstance(default, bool):
-        return None if isinstance(value, bool) else "true or false"
-    if isinstance(default, float):
-        return None if number else "a number"
-    return None
+    own = {**GPT2_OTHER_NAMES, "n_ctx": "n_positions"}.get(name) if is_gpt2 else None
+    if own is not None:
+        return Fault(path, "GPT-2 has another name for this field", hint=f"write {own}")
+    close = nearest(name, known)
+    hint = did_you_mean(close) if close else f"the config has {', '.join(known)}"
+    return Fault(path, "the model's config has no such field", hint=hint)
 
 
 def _config_from_hub(hub_id: str) -> Path:

@@ -91,8 +91,8 @@ GPT2_OTHER_NAMES: Mapping[str, str] = {
     "max_position_embeddings": "n_positions",
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
-    "n_ctx": "n_positions",
 }
+"""What transformers lets a config call them too."""
 
 
 def preset_named(name: str) -> Preset:

@@ -6,6 +6,7 @@ are sound, whatever else is wrong in the file, so that one pass reports everythi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -213,13 +214,20 @@ def micro_batch_divides(micro_batch: int | str, batch_size: int) -> Iterator[Fau
     if isinstance(micro_batch, str) or batch_size % micro_batch == 0:
         return
     micro, batch = int(micro_batch), int(batch_size)
-    smaller = max((n for n in range(1, min(micro, batch) + 1) if batch % n == 0), default=1)
+    smaller = max(size for size in divisors(batch) if size <= micro)
     larger = (batch // micro + 1) * micro
     yield Fault(
         "train.micro_batch",
         f"{micro} does not divide train.batch_size {batch}",
         hint=f"set train.micro_batch: {smaller}, or train.batch_size: {larger}",
     )
+
+
+def divisors(number: int) -> Iterator[int]:
+    """The divisors of `number`, in ascending order."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    yield from small
+    yield from (number // divisor for divisor in reversed(small) if divisor * divisor != number)
 
 
 def source_names_differ(train: list[Any]) -> Iterator[Fault]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+from launcher.config.rules import divisors
 from launcher.errors import RequestError
 
 
@@ -45,26 +45,35 @@ NOTHING_DONE = Done()
 def splits(batch_size: int, world_size: int, micro_batch: int | None, largest: int) -> list[Batch]:
     """Every way to spread `batch_size` sequences over `world_size` ranks, the largest micro-batch first.
 
-    `micro_batch` is the user's, and then the only one; None for every divisor of a rank's share that is
-    at most `largest`. Raises RequestError, naming the nearest batch sizes and world sizes that work.
+    `micro_batch` is the user's, which divides `batch_size`, and then the only one; None for every divisor of
+    a rank's share that is at most `largest`. Raises RequestError, naming the nearest sizes that work.
     """
-    unit = world_size * (micro_batch or 1)
-    if batch_size % unit:
-        raise RequestError(
-            _refusal(batch_size, world_size, micro_batch),
-            hint=f"{_nearest_batches(batch_size, unit)}; or "
-            + _nearest_worlds(batch_size, world_size, micro_batch),
-            key="train.batch_size",
-        )
+    if batch_size % (world_size * (micro_batch or 1)):
+        raise _refusal(batch_size, world_size, micro_batch)
     share = batch_size // world_size
-    sizes = [micro_batch] if micro_batch else [size for size in _divisors(share) if size <= max(1, largest)]
+    sizes = [micro_batch] if micro_batch else [size for size in divisors(share) if size <= max(1, largest)]
     return [Batch(batch_size, size, share // size, world_size) for size in reversed(sizes)]
 
 
-def _refusal(batch_size: int, world_size: int, micro_batch: int | None) -> str:
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    with_micro = f" with train.micro_batch={micro_batch}" if micro_batch else ""
-    return f"train.batch_size={batch_size} does not divide over {ranks}{with_micro}"
+def _refusal(batch_size: int, world_size: int, micro_batch: int | None) -> RequestError:
+    micro = micro_batch or 1
+    batches = _nearest_batches(batch_size, world_size * micro)
+    ways = f"{batches}; or {_nearest_worlds(batch_size // micro, world_size)}"
+    share, left = divmod(batch_size, world_size)
+    if not left:
+        smaller = max(size for size in divisors(share) if size <= micro)
+        return RequestError(
+            f"train.micro_batch={micro} does not divide {share}, the share of train.batch_size={batch_size} "
+            f"that each of {world_size} ranks has",
+            hint=f"set train.micro_batch to {smaller}; or {ways}",
+            key="train.micro_batch",
+        )
+    with_micro = f" with train.micro_batch={micro}" if micro_batch else ""
+    return RequestError(
+        f"train.batch_size={batch_size} does not divide over {world_size} ranks{with_micro}",
+        hint=ways,
+        key="train.batch_size",
+    )
 
 
 def _nearest_batches(batch_size: int, unit: int) -> str:
@@ -73,21 +82,11 @@ def _nearest_batches(batch_size: int, unit: int) -> str:
     return f"set train.batch_size to {sizes}"
 
 
-def _nearest_worlds(batch_size: int, world_size: int, micro_batch: int | None) -> str:
-    if micro_batch and batch_size % micro_batch:
-        fitting = [size for size in _divisors(batch_size) if size <= micro_batch]
-        return f"set train.micro_batch to a divisor of {batch_size}, such as {fitting[-1]}"
-    worlds = list(_divisors(batch_size // (micro_batch or 1)))
+def _nearest_worlds(micro_batches: int, world_size: int) -> str:
+    worlds = list(divisors(micro_batches))
     below = [str(world) for world in worlds if world < world_size][-1:]
     above = [str(world) for world in worlds if world > world_size][:1]
-    return f"use {' or '.join(below + above)} ranks"
-
-
-def _divisors(number: int) -> Iterator[int]:
-    """The divisors of `number`, in ascending order."""
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    yield from small
-    yield from (number // divisor for divisor in reversed(small) if divisor * divisor != number)
+    return f"use {' or '.join(below + above)} rank{'' if below + above == ['1'] else 's'}"
 
 
 def count_steps(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from launcher.config.schema import RunConfig, seconds
 from launcher.errors import MachineError, RequestError
 from launcher.plan.batch import NOTHING_DONE, Batch, Done, count_steps, splits, warmup_steps
 from launcher.plan.fast import Fast, fast_paths
-from launcher.plan.hardware import GPU
+from launcher.plan.hardware import CATALOGUE, GPU
 from launcher.plan.search import (
     FILL,
     STRATEGIES,
@@ -21,6 +21,7 @@ from launcher.plan.search import (
     candidates,
     fastest,
     forecast,
+    host_has_room,
     remedies,
     states_on_host,
 )
@@ -39,8 +40,8 @@ GPU_TOKENS = 65536
 class Place:
     """The hardware a run is planned for, with nothing left to find out.
 
-    `cores` and `memory` (bytes) are one node's, known only where this machine is the node. `network` is
-    in bytes/s for each GPU, between nodes, and `price_per_gpu_hour` in the user's currency.
+    `cores` and `memory` (bytes) are one node's, known only where this machine is the node or a job asks for
+    them. `network` is in bytes/s for each GPU, between nodes, `price_per_gpu_hour` in the user's currency.
     """
 
     cluster: str
@@ -187,17 +188,12 @@ def make_plan(
             + (", or raise the model's own limit in model.overrides" if run.model.init == "scratch" else ""),
             key="data.block_size",
         )
-    precision = _precision(run, place)
-    fast = fast_paths(
-        run,
-        attention=attention,
-        vocabulary=None if shape is None else shape.vocab,
-        precision=precision,
-        gpu=place.gpu,
-        padded_before=done.padded_vocabulary,
-    )
-    job = _job(run, place, shape, precision, fast)
-    chosen, found = _fit(run, job, done)
+
+    def job_on(gpu: GPU) -> Job:
+        return _job(run, replace(place, gpu=gpu), shape, attention, done)
+
+    job = job_on(place.gpu)
+    chosen, found = _fit(run, job, done, job_on)
     steps = count_steps(
         batch_size=train.batch_size,
         block_size=data.block_size,
@@ -224,7 +220,7 @@ def make_plan(
         threads_per_rank=_threads(place),
         strategy=chosen.sharding.strategy,
         offload=chosen.sharding.offload,
-        precision=precision,
+        precision=job.precision,
         gradient_checkpointing=chosen.gradient_checkpointing,
         compile=job.compiles(chosen.sharding.strategy),
         batch=chosen.batch,
@@ -239,8 +235,8 @@ def make_plan(
         memory=None if chosen.memory is None else dict(chosen.memory.items()),
         memory_available=job.available,
         host_memory=states_on_host(job, chosen.sharding),
-        peak_flops=place.gpu.peak_flops(precision),
-        fast=fast.under(chosen.sharding.strategy),
+        peak_flops=place.gpu.peak_flops(job.precision),
+        fast=job.fast.under(chosen.sharding.strategy),
         forecast=forecast(job, chosen, found, steps=steps, price_per_gpu_hour=place.price_per_gpu_hour),
     )
 
@@ -273,7 +269,8 @@ def _precision(run: RunConfig, place: Place) -> str:
     return asked
 
 
-def _job(run: RunConfig, place: Place, shape: Shape | None, precision: str, fast: Fast) -> Job:
+def _job(run: RunConfig, place: Place, shape: Shape | None, attention: str | None, done: Done) -> Job:
+    precision = _precision(run, place)
     return Job(
         shape=shape,
         gpu=place.gpu,
@@ -284,7 +281,15 @@ def _job(run: RunConfig, place: Place, shape: Shape | None, precision: str, fast
         ranks_per_node=place.ranks_per_node,
         network=place.network,
         available=_memory_per_rank(place),
-        fast=fast,
+        fast=fast_paths(
+            run,
+            attention=attention,
+            vocabulary=None if shape is None else shape.vocab,
+            precision=precision,
+            gpu=place.gpu,
+            padded_before=done.padded_vocabulary,
+        ),
+        node_memory=place.memory,
     )
 
 
@@ -297,7 +302,9 @@ def _compiled(run: RunConfig, place: Place) -> bool | Literal["auto"]:
     return "auto" if alike and not place.is_cpu else False
 
 
-def _fit(run: RunConfig, job: Job, done: Done) -> tuple[Candidate, list[Candidate]]:
+def _fit(
+    run: RunConfig, job: Job, done: Done, job_on: Callable[[GPU], Job]
+) -> tuple[Candidate, list[Candidate]]:
     """Strategy, gradient checkpointing and the batch's split, chosen, and everything it was chosen from.
 
     What the user fixed is taken as given, and not refused for memory: the estimate may be wrong.
@@ -307,19 +314,33 @@ def _fit(run: RunConfig, job: Job, done: Done) -> tuple[Candidate, list[Candidat
     largest = max(1, (CPU_TOKENS if job.gpu.is_cpu else GPU_TOKENS) // job.block_size)
     checkpointing = _checkpointing(train.gradient_checkpointing, job.shape)
     batches = splits(train.batch_size, job.world_size, fixed, largest)
-    shardings = _shardings(run, job, done)
+    shardings = _with_room_on_the_host(_shardings(run, job, done), job)
     found = candidates(job, batches, checkpointing, shardings)
     chosen = fastest(found)
     if chosen is None and fixed is not None:
-        chosen = min(found, key=lambda one: one.memory.total if one.memory else 0)
+        chosen = min(found, key=_total)
     if chosen is not None:
         return chosen, found
-    least = min(one.memory.total for one in found if one.memory is not None)
+    least = min(found, key=_total)
+    micro, memory = least.batch.micro_batch, f"about {size_in_words(_total(least))}"
+    larger = [job_on(gpu) for gpu in _larger_gpus(run, job.gpu)]
+    ways = remedies(job, found, larger, begun=done.strategy is not None)
     raise RequestError(
-        f"{run.model.name} does not fit on {job.gpu.name}: about {size_in_words(least)} at micro-batch 1, "
+        f"{run.model.name} does not fit on {job.gpu.name}: {memory} at micro-batch {micro}, "
         f"and of {size_in_words(job.available or 0)} {FILL:.0%} is to be used",
-        hint=", or ".join([*remedies(job, found), "set train.micro_batch=1 to try all the same"]),
+        hint=", or ".join([*ways, f"set train.micro_batch={micro} to try all the same"]),
     )
+
+
+def _total(one: Candidate) -> int:
+    return one.memory.total if one.memory else 0
+
+
+def _larger_gpus(run: RunConfig, gpu: GPU) -> list[GPU]:
+    """The catalogue's GPUs with more memory that can compute as the run asks, the smallest first."""
+    able = (one for one in CATALOGUE.values() if one.supports_bf16 or run.train.precision != "bf16")
+    larger = (one for one in able if (one.memory or 0) > (gpu.memory or 0))
+    return sorted(larger, key=lambda one: one.memory or 0)
 
 
 def _checkpointing(asked: Literal["auto"] | bool | int, shape: Shape | None) -> bool | int | None:
@@ -358,6 +379,21 @@ def _shardings(run: RunConfig, job: Job, done: Done) -> list[Sharding]:
     else:
         names = STRATEGIES
     return [Sharding(name, job.world_size, offload) for name in names]
+
+
+def _with_room_on_the_host(shardings: list[Sharding], job: Job) -> list[Sharding]:
+    """Those whose offload a node has the memory for. Raises MachineError where it has it for none."""
+    found = [sharding for sharding in shardings if host_has_room(job, sharding)]
+    if not found:
+        least = min(states_on_host(job, sharding) for sharding in shardings)
+        needed, there = (size_in_words(size) for size in (least, job.node_memory or 0))
+        raise MachineError(
+            f"train.offload={shardings[0].offload} takes about {needed} of a node's own memory, "
+            f"which is {there}",
+            hint="use nodes with more memory, or train.offload: none and a train.strategy that shares more",
+            key="train.offload",
+        )
+    return found
 
 
 def _memory_per_rank(place: Place) -> int | None:

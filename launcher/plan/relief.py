@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from launcher.config.rules import divisors
 from launcher.plan.choose import Plan
 from launcher.plan.fast import trained_shape
 from launcher.plan.memory import estimate
@@ -36,7 +37,7 @@ def reliefs(plan: Plan, shape: Shape, *, begun: bool) -> list[Relief]:
 def _changes(plan: Plan, shape: Shape, *, begun: bool) -> Iterator[tuple[str, int]]:
     batch = plan.batch
     share = batch.batch_size // batch.world_size
-    smaller = max((size for size in range(1, batch.micro_batch) if share % size == 0), default=None)
+    smaller = max((size for size in divisors(share) if size < batch.micro_batch), default=None)
     if smaller is not None:
         yield f"train.micro_batch={smaller}", _total(plan, shape, micro_batch=smaller)
     if plan.gradient_checkpointing is not True:

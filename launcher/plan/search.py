@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from launcher.plan.batch import Batch
 from launcher.plan.collectives import Wires
 from launcher.plan.fast import NOTHING_FAST, Fast, trained_shape
-from launcher.plan.hardware import CATALOGUE, GPU
+from launcher.plan.hardware import GPU
 from launcher.plan.memory import Memory, estimate
 from launcher.plan.shape import Shape
 from launcher.plan.speed import Speed, own_pace, step_speed, utilisation
@@ -49,8 +49,8 @@ LARGER_GPU = "use a GPU with more memory"
 class Job:
     """Everything that memory and speed depend on, but for the strategy, the batch's split and checkpointing.
 
-    `shape` is None for an architecture without a closed form, `available` (bytes for each rank) and
-    `network` (bytes/s for each GPU, between nodes) where they are not known.
+    `shape` is None for an architecture without a closed form, `available` (bytes for each rank), `network`
+    (bytes/s for each GPU, between nodes) and `node_memory` (bytes, one node's own) where they are not known.
     """
 
     shape: Shape | None
@@ -63,6 +63,7 @@ class Job:
     network: float | None
     available: int | None
     fast: Fast = NOTHING_FAST
+    node_memory: int | None = None
 
     def compiles(self, strategy: str) -> bool:
         """Whether the model is compiled under `strategy`: `auto` is what was measured to pay, plain DDP."""
@@ -159,7 +160,10 @@ def _candidate(job: Job, batch: Batch, checkpointing: bool | int, sharding: Shar
 
 
 def _fits(job: Job, batch: Batch, checkpointing: bool | int, sharding: Sharding) -> bool:
-    return job.shape is None or _has_room(job, _memory(job, job.shape, batch, checkpointing, sharding))
+    if job.shape is None:
+        return True
+    memory = _memory(job, job.shape, batch, checkpointing, sharding)
+    return _has_room(job, memory) and host_has_room(job, sharding)
 
 
 def _has_room(job: Job, memory: Memory) -> bool:
@@ -302,80 +306,103 @@ def _why(job: Job, chosen: Candidate, one: Candidate) -> str:
     return f"{change:.1%} slower"
 
 
-def remedies(job: Job, found: Sequence[Candidate]) -> Iterator[str]:
+def remedies(job: Job, found: Sequence[Candidate], elsewhere: Sequence[Job], *, begun: bool) -> Iterator[str]:
     """What would make a job fit that does not, each alone, the cheapest change first.
 
-    Where the user rules checkpointing all layers out and nothing else is enough, each comes with it.
+    `elsewhere` is the job on other GPUs, the smallest first. `begun`: it has checkpoints, so its strategy,
+    its blocks and its model stay. Where the user rules checkpointing all layers out and nothing else is
+    enough, each comes with it.
     """
-    least = min(found, key=lambda one: one.memory.total if one.memory else 0)
-    if any(one.gradient_checkpointing is True for one in found):
-        changes = _changes(job, least, checkpointing=True)
-    else:
-        changes = _changes(job, least, checkpointing=least.gradient_checkpointing)
+    ways = [(one.batch, one.gradient_checkpointing, one.sharding) for one in found]
+    changes = _changes(job, ways, elsewhere, begun=begun)
+    if not any(checkpointing is True for _, checkpointing, _ in ways):
+        checkpointed = [(batch, True, sharding) for batch, _, sharding in ways]
         checkpointing = "set train.gradient_checkpointing: auto"
-        if _fits(job, least.batch, True, least.sharding):
+        if _one_fits(job, checkpointed):
             changes = [checkpointing, *changes]
         elif not changes:
-            changes = [f"{checkpointing} and {change}" for change in _changes(job, least, checkpointing=True)]
+            with_it = _changes(job, checkpointed, elsewhere, begun=begun)
+            changes = [f"{checkpointing} and {change}" for change in with_it]
     yield from changes
-    if not any(LARGER_GPU in change for change in changes):
+    if not begun and not any(LARGER_GPU in change for change in changes):
         yield "use a smaller model"
 
 
-def _changes(job: Job, least: Candidate, *, checkpointing: bool | int) -> list[str]:
-    """Each change to the `least` of all candidates that makes it fit, with so much checkpointing."""
+Way: TypeAlias = tuple[Batch, bool | int, Sharding]
+"""The batch's split, the checkpointing and the sharding of a candidate."""
 
-    def fits(asked: Job, sharding: Sharding = least.sharding) -> bool:
-        return _fits(asked, least.batch, checkpointing, sharding)
 
+def _one_fits(job: Job, ways: Iterable[Way]) -> bool:
+    return any(_fits(job, *way) for way in ways)
+
+
+def _changes(job: Job, ways: Sequence[Way], elsewhere: Iterable[Job], *, begun: bool) -> list[str]:
+    """Each change to a job with which one of the `ways` to do it fits, as none does now."""
     changes: list[str] = []
-    if not job.gpu.is_cpu:
-        changes += _more_sharing(job, least.sharding, fits)
-    elif job.available and job.ranks_per_node > 1:
-        alone = replace(job, world_size=1, available=job.available * job.ranks_per_node)
-        if fits(alone, replace(least.sharding, world_size=1)):
-            changes.append("start one rank (gpus_per_node: 1), as ranks on a CPU share its memory")
-    block = job.block_size // 2
-    while block >= SHORTEST_BLOCK and not fits(replace(job, block_size=block)):
-        block //= 2
-    if block >= SHORTEST_BLOCK:
-        changes.append(f"set data.block_size to {block}")
-    larger = (gpu for gpu in sorted(CATALOGUE.values(), key=lambda gpu: gpu.memory or 0) if gpu.memory)
-    enough = next((gpu for gpu in larger if all(map(fits, _on(gpu, job)))), None)
+    if job.gpu.is_cpu:
+        changes += _one_rank(job, ways)
+    elif not begun:
+        changes += _more_sharing(job, ways)
+    if not begun:
+        changes += _shorter_block(job, ways)
+    enough = next((other.gpu for other in elsewhere if _one_fits(other, ways)), None)
     if enough is not None:
         changes.append(f"{LARGER_GPU}, such as {enough.name}")
     return changes
 
 
-def _on(gpu: GPU, job: Job) -> Iterator[Job]:
-    """The job on another GPU, in its own precision and in the one that `train.precision: auto` takes there.
+def _one_rank(job: Job, ways: Sequence[Way]) -> Iterator[str]:
+    """The ranks of a node made one, which then has all its memory."""
+    ranks, nodes = job.ranks_per_node, job.world_size // job.ranks_per_node
+    if not job.available or ranks == 1:
+        return
+    alone = replace(job, world_size=nodes, ranks_per_node=1, available=job.available * ranks)
+    of_one: list[Way] = []
+    for batch, checkpointing, sharding in ways:
+        longer = replace(batch, accumulation=batch.accumulation * ranks, world_size=nodes)
+        of_one.append((longer, checkpointing, replace(sharding, world_size=nodes)))
+    if _one_fits(alone, of_one):
+        where = " a node" if nodes > 1 else ""
+        yield f"start one rank{where} (gpus_per_node: 1), as ranks on a CPU share its memory"
 
-    A GPU without bf16 is not asked to compute in it: it has nothing to fit in.
-    """
-    able = job.precision != "bf16" or gpu.supports_bf16
-    for precision in dict.fromkeys([job.precision, "bf16" if gpu.supports_bf16 else "fp16"]):
-        yield replace(job, gpu=gpu, precision=precision, available=gpu.memory if able else 0)
+
+def _shorter_block(job: Job, ways: Sequence[Way]) -> Iterator[str]:
+    block = job.block_size // 2
+    while block >= SHORTEST_BLOCK and not _one_fits(replace(job, block_size=block), ways):
+        block //= 2
+    if block >= SHORTEST_BLOCK:
+        yield f"set data.block_size to {block}"
 
 
-def _more_sharing(job: Job, used: Sharding, fits: Callable[[Job, Sharding], bool]) -> Iterator[str]:
+def _more_sharing(job: Job, ways: Sequence[Way]) -> Iterator[str]:
     """The first strategy that shares enough, and the least offload that moves enough to the host."""
-    world = job.world_size
+    world, used = job.world_size, ways[-1][2]
+
+    def fits(sharding: Sharding) -> bool:
+        tried = dict.fromkeys((batch, checkpointing, sharding) for batch, checkpointing, _ in ways)
+        return _one_fits(job, tried)
+
     if used.offload == "none" and world > 1:
         for strategy in (
             STRATEGIES[STRATEGIES.index(used.strategy) + 1 :] if used.strategy in STRATEGIES else ()
         ):
-            if fits(job, Sharding(strategy, world)):
+            if fits(Sharding(strategy, world)):
                 yield f"set train.strategy: {strategy}"
                 return
     for strategy, offload in (("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "parameters")):
         sharding = Sharding(strategy, world, offload)
-        if sharding != used and fits(job, sharding):
+        if sharding != used and fits(sharding):
             host = states_on_host(job, sharding)
             yield (
                 f"set train.strategy: {strategy} and train.offload: {offload} "
                 f"(slow, and {size_in_words(host)} of a node's own memory)"
             )
             return
+
+
+def host_has_room(job: Job, sharding: Sharding) -> bool:
+    """Whether a node has the memory that offload takes, as far as it is known."""
+    return job.node_memory is None or states_on_host(job, sharding) <= job.node_memory
 
 
 def states_on_host(job: Job, sharding: Sharding) -> int:

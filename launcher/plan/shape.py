@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
-from launcher.config.presets import GPT2_FIELDS
+from launcher.config.architectures import DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,49 +41,6 @@ class Shape:
     def keys(self) -> int:
         """Width of all key heads together; the values' is the same."""
         return self.kv_heads * self.head_size
-
-
-_LLAMA: Final[Mapping[str, Any]] = {
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "intermediate_size": 11008,
-    "vocab_size": 32000,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "attention_dropout": 0.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-
-DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "gpt2": GPT2_FIELDS,
-    "llama": _LLAMA,
-    "mistral": {
-        **_LLAMA,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 4096 * 32,
-    },
-    "qwen2": {
-        **_LLAMA,
-        "num_key_value_heads": 32,
-        "intermediate_size": 22016,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-    },
-    "qwen3": {
-        **_LLAMA,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "intermediate_size": 22016,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-    },
-}
-"""What transformers takes for a field that a config leaves out; a test compares it with the installed one."""
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,12 +16,12 @@ Path = tuple[str, str]
 
 
 def _job(*beginnings: str) -> tuple[Path, ...]:
-    """Lines of the job script, by how they begin."""
+    """Lines of the job script, by a pattern of how they begin."""
     return tuple((JOB, beginning) for beginning in beginnings)
 
 
 def _option(*names: str) -> tuple[Path, ...]:
-    return _job(*(f"#SBATCH --{name}" for name in names))
+    return _job(*(rf"#SBATCH --{name}\b(?!-)" for name in names))
 
 
 def _plan(*names: str) -> tuple[Path, ...]:
@@ -62,11 +64,19 @@ TEXT: tuple[Path, ...] = ((PLAN, "store"), (PLAN, "vocabulary"), *_plan("blocks"
 """What depends on the prepared text."""
 
 CPUS = ("cpus-per-task",)
-SETUP = "slurm.setup"
-"""Stands for the lines of the job script between its options and exports: `slurm.setup`, as written."""
+OWN = "own lines"
+"""Stands for the lines that a key's value is written as, whole: `_own_lines`."""
+START, TITLE = "exec ", "# .*Submit it with: sbatch "
+FOLDER: tuple[Path, ...] = (
+    (ACCELERATE, "deepspeed_config.deepspeed_config_file"),
+    (LAUNCH, START),
+    *_option("output"),
+    *_job(START, TITLE),
+)
+"""What names the run directory."""
 
 CARRIES: Mapping[str, tuple[Path, ...]] = {
-    "name": (*_plan("name"), (LAUNCH, ""), *_option("job-name", "output"), *_job("exec ")),
+    "name": (*_plan("name"), *_option("job-name"), *FOLDER),
     "model.name": ((PLAN, "model"), (PLAN, "weights"), *TEXT, *_plan("parameters"), *FIT),
     "model.init": ((PLAN, "weights"), *_plan("parameters"), *FIT),
     "model.tokenizer": (*TEXT, *_plan("parameters"), *FIT),
@@ -89,8 +99,8 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     "train.max_grad_norm": ((DEEPSPEED, "gradient_clipping"),),
     "train.precision": (*_plan("precision", "peak_flops"), *FIT),
     "train.gradient_checkpointing": FIT,
-    "train.strategy": FIT,
-    "train.offload": FIT,
+    "train.strategy": (*FIT, (ACCELERATE, "use_cpu")),
+    "train.offload": (*FIT, (ACCELERATE, "use_cpu")),
     "train.micro_batch": FIT,
     "train.extra": _plan("fast.fused_adamw", "fast.reasons.fused_adamw"),
     "train.compile": FIT,
@@ -98,7 +108,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
     **{f"train.fast.{name}": (*_plan(f"fast.{name}", f"fast.reasons.{name}"), *FIT) for name in TAKES_MEMORY},
     "train.eval_every": _plan("eval_every"),
     "checkpoint.every": _plan("checkpoint_every"),
-    "output_dir": ((LAUNCH, ""), (PLAN, "store"), *_option("output"), *_job("exec ")),
+    "output_dir": ((PLAN, "store"), *FOLDER),
     "cluster.name": _plan("cluster"),
     "cluster.launch": (*_job(""), *_plan("threads_per_rank", "memory_available"), *FIT),
     "cluster.nodes": (
@@ -109,8 +119,9 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
         (ACCELERATE, "main_process_port"),
         (ACCELERATE, "rdzv_backend"),
         (ACCELERATE, "same_network"),
-        (LAUNCH, ""),
+        (LAUNCH, rf"{START}|\[ |# usage: "),
         *_option("nodes"),
+        *_job(TITLE),
     ),
     "cluster.network_gbps": FIT,
     "cluster.gpus_per_node": (
@@ -126,7 +137,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
         *_option("gpus-per-node", "cpus-per-task"),
     ),
     "cluster.price_per_gpu_hour": _plan("forecast.price"),
-    "cluster.env": ((LAUNCH, ""), *_job("export ")),
+    "cluster.env": ((LAUNCH, OWN), *_job(OWN)),
     **{
         f"cluster.slurm.{key}": _option(option)
         for key, option in {
@@ -143,11 +154,11 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
         *_plan("threads_per_rank"),
     ),
     "cluster.slurm.cpus_per_node": (*_option(*CPUS), *_job("export SRUN"), *_plan("threads_per_rank")),
-    "cluster.slurm.setup": _job(SETUP),
-    "cluster.slurm.extra": _option(""),
+    "cluster.slurm.setup": _job(OWN),
+    "cluster.slurm.extra": _job(OWN),
     "cluster.slurm.template": _job(""),
 }
-"""Key to (file, dotted path in it, or the beginning of a line of the job script; empty: all of it), besides
+"""Key to (file, dotted path in it, or a pattern of how a line of a script begins; empty: all of it), besides
 `config.yaml` or `cluster.yaml`, which carry every key. A key that is not here is read by the worker from
 `config.yaml` itself."""
 
@@ -169,16 +180,12 @@ def places(key: str, files: Mapping[str, str]) -> list[Place]:
     own = (
         ("cluster.yaml", key.removeprefix("cluster.")) if key.startswith("cluster.") else ("config.yaml", key)
     )
-    found = []
+    found, own_lines = [], _own_lines(key, files["cluster.yaml"])
     for name, path in (own, *CARRIES.get(_carried(key), ())):
         if name not in files:
             continue
-        if name == JOB:
-            lines = [
-                number for number, text in enumerate(files[name].splitlines(), 1) if _is_of_job(text, path)
-            ]
-        elif name == LAUNCH:
-            lines = [number for number, text in enumerate(files[name].splitlines(), 1) if _sets(text, key)]
+        if name in (JOB, LAUNCH):
+            lines = list(_matching(files[name], path, own_lines))
         else:
             lines = list(_find(files[name], path.split(".") if path else []))
         found += [Place(name, number, files[name].splitlines()[number - 1].strip()) for number in lines]
@@ -190,16 +197,27 @@ def _carried(key: str) -> str:
     return next((known for known in CARRIES if key == known or key.startswith(f"{known}.")), key)
 
 
-def _sets(line: str, key: str) -> bool:
-    if key == "cluster.nodes":
-        return line.startswith(("exec ", "[ "))
-    return line.startswith("export " if key.startswith("cluster.env") else "exec ")
+def _own_lines(key: str, cluster: str) -> set[str]:
+    """Every line that the values of `key` in cluster.yaml are written as in a script, where they are."""
+    values = yaml.load(cluster, Loader=yaml.CSafeLoader)
+    written: list[str] = []
+    if key == "cluster.slurm.setup":
+        written = values["slurm"]["setup"]
+    elif key == "cluster.slurm.extra":
+        written = [f"#SBATCH {line.removeprefix('#SBATCH').strip()}" for line in values["slurm"]["extra"]]
+    elif key.startswith("cluster.env"):
+        written = [
+            f"export {name}={shlex.quote(value)}"
+            for name, value in values["env"].items()
+            if key in ("cluster.env", f"cluster.env.{name}")
+        ]
+    return {line for lines in written for line in lines.splitlines() if line.strip()}
 
 
-def _is_of_job(line: str, beginning: str) -> bool:
-    if beginning == SETUP:
-        return bool(line) and not line.startswith(("#", "export ", "exec ", "trap "))
-    return line.startswith(beginning)
+def _matching(script: str, beginning: str, own: set[str]) -> Iterator[int]:
+    for number, line in enumerate(script.splitlines(), 1):
+        if line in own if beginning == OWN else re.match(beginning, line):
+            yield number
 
 
 def _find(text: str, path: list[str]) -> Iterator[int]:

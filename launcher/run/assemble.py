@@ -116,16 +116,16 @@ def assemble(
             positions=shape.positions if shape else _positions(model.config),
             attention=model.config.get("attn_implementation"),
             blocks=text.blocks if text else None,
-            done=how_far(run_directory(run.config)),
+            done=how_far(run_directory(run.config), run.config),
         )
     return Assembly(run, cluster, machine, place, model, shape, plan)
 
 
-def how_far(directory: RunDirectory) -> Done:
-    """How far a run has come, by its newest checkpoint. It is not verified: the worker does that, and says so
-    where another one leads to another length."""
+def how_far(directory: RunDirectory, run: RunConfig) -> Done:
+    """How far a run has come that goes on as `run`, by its newest checkpoint. It is not verified: the worker
+    does that, and says so where another one leads to another length."""
     checkpoints = committed(directory.checkpoints)
-    if not checkpoints:
+    if not checkpoints or changed_for_good(directory.read_config(), run):
         return NOTHING_DONE
     newest = checkpoints[-1]
     plan = directory.read_orders().plan
@@ -174,13 +174,14 @@ def find_place(cluster: ClusterConfig, machine: Machine) -> Place:
             key="cluster.gpus_per_node",
         )
     lent = cluster.launch == "slurm"  # then this machine is none of the nodes
+    here = machine.memory if gpu.is_cpu or len(machine.gpus) >= ranks else None
     return Place(
         cluster.name,
         cluster.nodes,
         ranks,
         gpu,
         cpus_per_node(cluster.slurm, ranks, on_cpu=gpu.is_cpu) if lent else machine.cores,
-        memory_bytes(cluster.slurm.memory) if lent else machine.memory,
+        memory_bytes(cluster.slurm.memory) if lent else here,
         network=None if cluster.network_gbps is None else cluster.network_gbps * GIGA / 8,
         price_per_gpu_hour=cluster.price_per_gpu_hour,
     )
@@ -316,6 +317,10 @@ def going_on(draft: Assembly, say: Say) -> Assembly:
     run, directory = draft.run.config, run_directory(draft.run.config)
     before = earlier(directory, run)
     if before is None:
+        begun = directory.orders.is_file() and has_begun(directory)
+        if begun and (changed := changed_for_good(directory.read_config(), run)):
+            other = ", ".join(changed)
+            say(f"{directory.root} has begun with another {other}: this is the plan of a new run")
         return draft
     if draft.plan.steps is None:
         draft = assemble(draft.run, draft.cluster, draft.machine, before)

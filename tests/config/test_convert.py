@@ -164,12 +164,12 @@ def test_without_the_ranks_a_micro_batch_alone_says_no_batch() -> None:
 
 
 def test_what_is_not_there_is_what_deepspeed_takes_it_for() -> None:
-    """Launcher's own defaults differ: it clips, lets weights decay and chooses strategy and precision."""
+    """Launcher's own defaults differ: it lets weights decay and chooses strategy and precision."""
     bare = of({"train_batch_size": 8, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}})
     assert said(bare) == {
         "train.batch_size": 8,
         "train.strategy": "ddp",
-        "train.max_grad_norm": 0,
+        "train.max_grad_norm": 1.0,
         "train.learning_rate": 1e-4,
         "train.weight_decay": 0.0,
         "train.betas": [0.9, 0.999],

@@ -178,10 +178,11 @@ def read_by_deepspeed(asked: list[tuple[dict[str, Any], int]], folder: Path) -> 
 
 def test_deepspeed_reads_the_same(tmp_path: Path) -> None:
     content = json.loads(old_files.ZERO2_WITH_OFFLOAD)
-    (read,) = read_by_deepspeed([(content, 16)], tmp_path)
+    read, bare = read_by_deepspeed([(content, 16), ({"train_batch_size": 8}, 1)], tmp_path)
     ours = said(of(old_files.ZERO2_WITH_OFFLOAD))
     assert read["batch"] == [ours["train.batch_size"], ours["train.micro_batch"]]
     assert read["clip"] == ours["train.max_grad_norm"]
+    assert bare["clip"] == said(of({"train_batch_size": 8}))["train.max_grad_norm"]
     assert f"zero{read['stage']}" == ours["train.strategy"]
     assert (read["offload"], ours["train.offload"]) == ("cpu", "optimizer")
     assert (read["bf16"], read["fp16"], ours["train.precision"]) == (True, False, "bf16")

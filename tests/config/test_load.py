@@ -136,6 +136,12 @@ def test_an_override_may_reach_into_a_value_that_is_no_mapping(run_file: Path) -
     assert loaded.config.model.tokenizer.train.vocab_size == 300
 
 
+def test_a_fault_of_an_override_inside_a_value_is_the_override_s(run_file: Path) -> None:
+    path, message, place, _ = only_fault(run_file, "train.steps.x=5")
+    assert (path, place) == ("train.steps", "override train.steps.x=5")
+    assert message.endswith("got a mapping")
+
+
 def test_null_clears_a_key(tmp_path: Path) -> None:
     path = written(tmp_path / "run.yaml", RUN + "  schedule: linear\n")
     loaded = load_run(path, ["train.schedule=null", "train.early_stopping.patience=null"])

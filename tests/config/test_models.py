@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from launcher.config.models import ModelSource, find_model
+from launcher.config.presets import GPT2_FIELDS
 from launcher.config.schema import ModelSection, TokenizerFromCorpus
 from launcher.errors import ConfigError, RequestError
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+HEADS = {**LLAMA, "num_attention_heads": 4, "num_key_value_heads": 2}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -142,10 +144,11 @@ def test_a_wrong_override_is_refused(
 @pytest.mark.usefixtures("here")
 def test_all_wrong_overrides_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        find(name="gpt2", overrides={"n_layers": 2, "n_hed": 2})
+        find(name="gpt2", overrides={"n_layers": 2, "n_hed": 2, "n_embd": 0})
     assert [fault.path for fault in caught.value.faults] == [
         "model.overrides.n_layers",
         "model.overrides.n_hed",
+        "model.overrides.n_embd",
     ]
 
 
@@ -172,6 +175,65 @@ def test_a_config_of_another_family_lists_the_fields_that_may_be_overridden(here
         find(name="llama", overrides={"hidden_sise": 32})
     assert caught.value.faults[0].path == "model.overrides.hidden_sise"
     assert caught.value.faults[0].hint == "did you mean hidden_size?"
+    with pytest.raises(ConfigError) as caught:
+        find(name="llama", overrides={"attention_bias": 1})
+    assert len(caught.value.faults) == 1, "a field that it lacks is not also of the wrong kind"
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "path", "message"),
+    [
+        (
+            HEADS,
+            {"num_hidden_layers": "64"},
+            "model.overrides.num_hidden_layers",
+            'from 1 on, got the text "64"',
+        ),
+        (HEADS, {"vocab_size": 0}, "model.overrides.vocab_size", "from 1 on, got 0"),
+        (HEADS, {"num_attention_heads": 6}, "model.overrides", "hidden_size 64 cannot be cut into 6 heads"),
+        (
+            HEADS,
+            {"num_key_value_heads": 3},
+            "model.overrides",
+            "4 heads (num_attention_heads) cannot share 3",
+        ),
+        (
+            {**HEADS, "num_hidden_layers": 2.5},
+            {"hidden_size": 32},
+            "model.name",
+            "num_hidden_layers of its config: expected a whole number from 1 on, got 2.5",
+        ),
+        ({"model_type": "qwen2", "attention_dropout": "0"}, {}, "model.name", "expected a number"),
+        ({"model_type": "gpt2", "n_head": 0}, {}, "model.name", "n_head of its config: expected a whole"),
+        ({"model_type": "gpt2", "n_inner": -4}, {}, "model.name", "n_inner of its config: expected a whole"),
+    ],
+)
+def test_a_shape_that_no_model_has_is_refused(
+    here: Path, config: dict[str, object], overrides: dict[str, object], path: str, message: str
+) -> None:
+    folder_with(here / "model", {"config.json": config})
+    with pytest.raises(ConfigError) as caught:
+        find(name="./model", overrides=overrides)
+    (fault,) = caught.value.faults
+    assert fault.path == path
+    assert message in fault.message
+
+
+def test_a_field_that_transformers_lets_be_null_may_be_null(here: Path) -> None:
+    folder_with(here / "model", {"config.json": {**HEADS, "num_key_value_heads": None, "head_dim": None}})
+    assert find(name="./model").config["head_dim"] is None
+    assert find(name="gpt2", overrides={"n_inner": None}).config["n_inner"] is None
+
+
+def test_gpt2_under_the_names_of_other_models_is_the_model_that_transformers_builds(here: Path) -> None:
+    from transformers import AutoConfig
+
+    config = {"model_type": "gpt2", "hidden_size": 128, "num_attention_heads": 4, "n_ctx": 64}
+    config |= {"n_layer": 3, "num_hidden_layers": 2}
+    folder_with(here / "model", {"config.json": config})
+    ours, theirs = find(name="./model").config, AutoConfig.from_pretrained(here / "model")
+    for name in ("n_embd", "n_head", "n_layer", "n_positions"):
+        assert {**GPT2_FIELDS, **ours}[name] == getattr(theirs, name), name
 
 
 @pytest.mark.parametrize(

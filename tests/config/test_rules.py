@@ -111,6 +111,12 @@ def loads(tmp_path: Path, *overrides: str) -> bool:
             "3 does not divide train.batch_size 8",
             "set train.micro_batch: 2, or train.batch_size: 9",
         ),
+        (
+            ["train.batch_size=2000000000", "train.micro_batch=1000000007"],
+            "train.micro_batch",
+            "does not divide",
+            "train.micro_batch: 1000000000, or train.batch_size: 2000000014",
+        ),
         (["train.micro_batch=16"], "train.micro_batch", "16 does not divide", "train.micro_batch: 8, or"),
         (
             ["data.train=[{name: a, files: [x], weight: 1}, {name: a, files: [y], weight: 1}]"],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -24,23 +25,28 @@ def test_a_batch_always_multiplies_out(micro: int, accumulation: int, world: int
     assert splits(size, world, micro, 1)[0].micro_batch == micro
 
 
-@given(size=st.integers(1, 4096), world=SMALL, micro=st.none() | SMALL)
-def test_a_refusal_names_sizes_and_worlds_that_work(size: int, world: int, micro: int | None) -> None:
-    if size % (world * (micro or 1)) == 0:
+@given(accumulation=SMALL, world=SMALL, micro=st.none() | SMALL)
+def test_a_refusal_names_sizes_and_worlds_that_work(accumulation: int, world: int, micro: int | None) -> None:
+    size = accumulation * (micro or 1)
+    if accumulation % world == 0:
         return
     with pytest.raises(RequestError) as refused:
         splits(size, world, micro, 8)
-    assert f"train.batch_size={size}" in refused.value.message
+    wrong = "train.micro_batch" if micro and size % world == 0 else "train.batch_size"
+    assert refused.value.key == wrong
+    assert refused.value.message.startswith(f"{wrong}=")
     hint = refused.value.hint
     assert hint is not None
-    first, second = hint.split("; or ")
-    for number in (int(word) for word in first.split() if word.isdigit()):
+    *own, batches, worlds = (re.findall(r"\d+", part) for part in hint.split("; or "))
+    assert len(own) == (wrong == "train.micro_batch")
+    for (smaller,) in own:
+        assert int(smaller) < (micro or 1)
+        splits(size, world, int(smaller), 8)
+    for number in map(int, batches):
         splits(number, world, micro, 8)
-    for number in (int(word) for word in second.rstrip("ranks ").split() if word.isdigit()):
-        if second.startswith("use"):
-            splits(size, number, micro, 8)
-        elif number != size:
-            assert size % number == 0
+    for number in map(int, worlds):
+        splits(size, number, micro, 8)
+    assert hint.endswith("use 1 rank" if worlds == ["1"] else "ranks")
 
 
 def test_the_nearest_batch_sizes_are_the_nearest() -> None:

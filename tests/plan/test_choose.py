@@ -218,7 +218,8 @@ def test_a_model_that_does_not_fit_is_refused_with_what_to_do() -> None:
     with pytest.raises(RequestError, match=r"does not fit on t4-16gb: about .* GiB") as refused:
         planned(asked(), on("t4-16gb"), shape=large)
     assert refused.value.hint is not None
-    for way in ("smaller model", "train.micro_batch=1"):
+    assert "at micro-batch 8," in refused.value.message, "whose gradients are not kept"
+    for way in ("smaller model", "train.micro_batch=8"):
         assert way in refused.value.hint
     tried = planned(asked(micro_batch=1), on("t4-16gb"), shape=large)
     assert tried.batch.micro_batch == 1, "what is fixed is not refused for memory"
@@ -430,6 +431,19 @@ def test_offload_alone_leaves_the_strategy_open() -> None:
         assert plan.strategy in strategies
         assert plan.offload == offload
         assert plan.host_memory > 0
+
+
+def test_more_than_a_node_holds_is_not_offloaded() -> None:
+    run, place = asked(offload="optimizer", batch_size=64), on("a10-24gb", memory=16 << 30)
+    with pytest.raises(
+        MachineError, match=r"takes about 29\.0 GiB of a node's own memory, which is 16\.0"
+    ) as no:
+        planned(run, place, shape=shape("gpt2-xl"))
+    assert no.value.key == "train.offload"
+    with pytest.raises(MachineError, match="of a node's own memory"):
+        planned(asked(strategy="zero2", offload="optimizer", micro_batch=1), place, shape=shape("gpt2-xl"))
+    assert planned(run, replace(place, memory=33 << 30), shape=shape("gpt2-xl")).host_memory < 33 << 30
+    assert planned(run, replace(place, memory=None), shape=shape("gpt2-xl")).offload == "optimizer"
 
 
 def test_on_a_cpu_what_is_offloaded_is_in_the_same_memory() -> None:

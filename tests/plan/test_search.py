@@ -14,7 +14,7 @@ from launcher.config.schema import RunConfig
 from launcher.errors import RequestError
 from launcher.plan.batch import Batch
 from launcher.plan.choose import Place, Plan, make_plan
-from launcher.plan.hardware import find_gpu
+from launcher.plan.hardware import CATALOGUE, find_gpu
 from launcher.plan.search import (
     FILL,
     LEAVE_DDP,
@@ -47,6 +47,13 @@ def job(preset: str, gpu: str, *, world_size: int = 1, block_size: int = 1024) -
         network=None,
         available=kind.memory,
     )
+
+
+def remedies_of(asked: Job, found: Sequence[Candidate], *, begun: bool = False) -> list[str]:
+    """What is proposed, where the job is the same on every GPU of the catalogue."""
+    gpus = sorted((gpu for gpu in CATALOGUE.values() if gpu.memory), key=lambda gpu: gpu.memory or 0)
+    there = [replace(asked, gpu=gpu, available=gpu.memory) for gpu in gpus]
+    return list(remedies(asked, found, there, begun=begun))
 
 
 def ways(asked: Job) -> list[Candidate]:
@@ -156,12 +163,12 @@ def test_the_cheapest_change_comes_first() -> None:
     found = candidates(asked, [Batch(16, 1, 16, 1)], False, DDP)
     host = "(slow, and 32.1 GiB of a node's own memory)"
     offload = f"set train.strategy: zero2 and train.offload: optimizer {host}"
-    assert list(remedies(asked, found)) == [
+    assert remedies_of(asked, found) == [
         offload,
         "use a GPU with more memory, such as a100-sxm-40gb",
     ]
     with_room = replace(asked, available=35 * 10**9)
-    assert list(remedies(with_room, candidates(with_room, [Batch(16, 1, 16, 1)], False, DDP))) == [
+    assert remedies_of(with_room, candidates(with_room, [Batch(16, 1, 16, 1)], False, DDP)) == [
         "set train.gradient_checkpointing: auto",
         offload,
         "set data.block_size to 512",
@@ -178,6 +185,8 @@ TOO_SMALL: Sequence[tuple[str, Mapping[str, Any], Place, Mapping[str, Any]]] = [
         ("gpt2-xl", {}, Place("here", 1, 8, find_gpu("a100-sxm-40gb"))),
         ("gpt2-large", {}, Place("here", 1, 2, find_gpu("cpu"), memory=16 << 30)),
         ("gpt2-xl", {}, Place("here", 1, 2, find_gpu("cpu"), memory=16 << 30)),
+        ("gpt2-large", {}, Place("here", 2, 2, find_gpu("cpu"), memory=28 << 30)),
+        ("gpt2", {"vocab_size": 400_000}, Place("here", 1, 1, find_gpu("cpu"), memory=6 << 30)),
         ("gpt2-xl", LARGE, Place("here", 1, 8, find_gpu("a100-sxm-80gb"))),
     ]
     for checkpointing in ("auto", False, 10)
@@ -202,12 +211,15 @@ def plan_of(model: str, overrides: Mapping[str, Any], place: Place, asked: Mappi
 
 def test_each_remedy_is_enough_by_itself() -> None:
     """Whatever a refusal proposes is done, and planned again."""
-    followed = 0
+    followed, told = 0, []
     for model, overrides, place, train in TOO_SMALL:
         try:
             plan = plan_of(model, overrides, place, train)
         except RequestError as refused:
-            *changes, _with_no_change = (refused.hint or "").split(", or ")
+            *changes, with_no_change = (refused.hint or "").split(", or ")
+            micro = int(with_no_change.split()[1].removeprefix("train.micro_batch="))
+            least = plan_of(model, overrides, place, {**train, "micro_batch": micro})
+            told.append((refused.message, least))
             for change in changes:
                 if change.startswith("use a smaller model"):
                     continue
@@ -226,6 +238,39 @@ def test_each_remedy_is_enough_by_itself() -> None:
             assert plan.memory_available is not None
             assert sum(plan.memory.values()) <= FILL * plan.memory_available
     assert followed > 60
+    for message, least in told:
+        memory = sum((least.memory or {}).values()) / 2**30
+        assert f"about {memory:.1f} GiB at micro-batch {least.batch.micro_batch}, " in message
+
+
+def test_a_remedy_is_tried_with_every_micro_batch() -> None:
+    """Long blocks take the least one by one; short ones all at once, when no gradients are kept."""
+    asked = replace(job("gpt2-large", "rtx-4090-24gb"), available=int(13.5 * 2**30 / FILL))
+    batches = [Batch(4, 4, 1, 1), Batch(4, 1, 4, 1)]
+    many, one_by_one = (one.memory for one in candidates(asked, batches, False, DDP))
+    assert many is not None
+    assert one_by_one is not None
+    assert one_by_one.total < many.total
+    short = candidates(replace(asked, block_size=256), batches, False, DDP)
+    assert [one.fits for one in short] == [True, False]
+    assert "set data.block_size to 256" in remedies_of(asked, candidates(asked, batches, False, DDP))
+
+
+def test_a_run_that_has_begun_keeps_its_strategy_its_blocks_and_its_model() -> None:
+    asked = replace(job("gpt2-large", "rtx-4090-24gb", world_size=8, block_size=4096), available=20 * 10**9)
+    found = candidates(asked, [Batch(8, 1, 1, 8)], True, [Sharding("ddp", 8)])
+    larger = "use a GPU with more memory, such as a10-24gb"
+    assert remedies_of(asked, found) == ["set train.strategy: zero1", "set data.block_size to 2048", larger]
+    assert remedies_of(asked, found, begun=True) == [larger]
+    assert list(remedies(asked, found, [], begun=True)) == []
+
+
+def test_no_more_is_offloaded_than_a_node_holds() -> None:
+    asked = replace(job("gpt2-xl", "a10-24gb"), node_memory=16 << 30)
+    found = candidates(asked, [Batch(16, 1, 16, 1)], True, DDP)
+    assert not any("train.offload" in change for change in remedies_of(asked, found))
+    with_room = replace(asked, node_memory=33 << 30)
+    assert "train.offload" in remedies_of(with_room, found)[0]
 
 
 def test_a_block_is_proposed_that_fits() -> None:
@@ -236,7 +281,7 @@ def test_a_block_is_proposed_that_fits() -> None:
     assert half.memory is not None
     between = int((whole.memory.total + half.memory.total) / 2 / FILL)
     tight = replace(asked, available=between)
-    offload, block, *_ = remedies(tight, candidates(tight, [Batch(1, 1, 1, 1)], None, DDP))
+    offload, block, *_ = remedies_of(tight, candidates(tight, [Batch(1, 1, 1, 1)], None, DDP))
     assert offload.startswith("set train.strategy: zero2 and train.offload: optimizer")
     assert block == "set data.block_size to 512"
 
@@ -248,19 +293,19 @@ def test_where_no_gpu_is_large_enough_the_model_must_shrink() -> None:
     asked = replace(asked, shape=replace(asked.shape, hidden=1 << 22, heads=1 << 16, layers=1))
     found = candidates(asked, [Batch(1, 1, 1, 1)], None, DDP)
     assert fastest(found) is None
-    assert list(remedies(asked, found)) == ["use a smaller model"]
+    assert remedies_of(asked, found) == ["use a smaller model"]
 
 
 def test_sharing_is_proposed_before_offload_and_offload_never_chosen() -> None:
     asked = job("gpt2-xl", "rtx-4090-24gb", world_size=8)
     found = ways(asked)
     assert fastest(found) is None, "under DDP alone"
-    assert next(remedies(asked, found)) == "set train.strategy: zero1"
+    assert remedies_of(asked, found)[0] == "set train.strategy: zero1"
     shared = [Sharding("zero3", 8)]
     deep = replace(asked, available=6 * 10**9)
     tried = candidates(deep, [Batch(128, 1, 16, 8)], True, shared)
     assert fastest(tried) is None
-    assert next(remedies(deep, tried)).startswith("set train.strategy: zero3 and train.offload: ")
+    assert remedies_of(deep, tried)[0].startswith("set train.strategy: zero3 and train.offload: ")
     for strategy in STRATEGIES:
         tried = candidates(asked, [Batch(128, 1, 16, 8)], True, [Sharding(strategy, 8)])
         assert tried[0].fits == (strategy in ("zero1", "zero2", "zero3"))
@@ -270,7 +315,7 @@ def test_on_a_cpu_fewer_ranks_have_more_memory_each() -> None:
     asked = replace(job("gpt2-xl", "cpu", world_size=2), precision="fp32", available=20 * 2**30)
     found = ways(asked)
     assert fastest(found) is None
-    assert next(remedies(asked, found)).startswith("start one rank (gpus_per_node: 1)")
+    assert remedies_of(asked, found)[0].startswith("start one rank (gpus_per_node: 1)")
 
 
 def test_the_simplest_of_equally_fast_strategies_is_taken() -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from launcher.config.architectures import DEFAULTS
 from launcher.config.presets import PRESETS
-from launcher.plan.shape import DEFAULTS, Shape, flops_per_token, parameters, shape_of
+from launcher.plan.shape import Shape, flops_per_token, parameters, shape_of
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,9 @@ SCENARIOS: Mapping[str, Scenario] = {
         run_of({"name": "gpt2"}, {}, {"batch_size": 512, "steps": 1000, "micro_batch": 4}),
         {"launch": "slurm", "gpu": "cpu", "gpus_per_node": 2, "nodes": 2},
         prepared=False,
-        keys=SLURM | {"name", "output_dir", "model.name", "cluster.env"} | {"cluster.nodes", "cluster.gpu"},
+        keys=SLURM
+        | {"name", "output_dir", "model.name", "cluster.env", "cluster.nodes", "cluster.gpu"}
+        | {"train.strategy", "train.offload"},
         another={"cluster.gpu": "a100-sxm-80gb"},
     ),
     "sharded": Scenario(
@@ -211,7 +213,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         prepared=False,
         keys=TAKE_MEMORY - {"model.init", "model.tokenizer"}
         | SHARDING
-        | {"train.max_grad_norm", "train.fast.padded_vocabulary", "train.fast.tf32"},
+        | {"train.max_grad_norm", "train.fast.padded_vocabulary", "train.fast.tf32", "name", "output_dir"},
     ),
     "sharded layers": Scenario(
         run_of(
@@ -296,8 +298,12 @@ def named_lines(keys: list[str], files: Mapping[str, str]) -> set[tuple[str, int
 
 
 def carries_nothing(line: str) -> bool:
-    """A comment, a bracket, the name of a section; and the configuration's hash, which carries every key."""
-    return re.fullmatch(r'\s*("?\w+"?:)?\s*[{\[\]},]*|\s*#.*', line) is not None or '"configuration":' in line
+    """A comment without a value, a bracket, the name of a section; and the hash of the configuration."""
+    if line.startswith("# ") and ("Submit it with" in line or "usage:" in line):
+        return False
+    return (
+        re.fullmatch(r'\s*("?\w+"?:)?\s*[{\[\]},]*|\s*# .*', line) is not None or '"configuration":' in line
+    )
 
 
 @pytest.mark.parametrize(("name", "key"), CASES, ids=[f"{name}: {key}" for name, key in CASES])
@@ -319,6 +325,25 @@ def test_whatever_a_key_changes_is_named(
                 if (file, line) not in named and not carries_nothing(texts[line - 1])
             ]
     assert unnamed == []
+
+
+def test_a_key_names_no_lines_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the job script, the lines that several keys write alike."""
+    monkeypatch.chdir(tmp_path)
+    lines = {
+        "cluster.slurm.setup": ["export PATH=/opt/bin:$PATH", "# our modules", "module load cuda"],
+        "cluster.slurm.extra": ["#SBATCH --mail-type=END", "#SBATCH --mem-bind=local"],
+        "cluster.slurm.memory": ["#SBATCH --mem=20G", "#SBATCH --signal=B:USR1@30"],
+        "cluster.env.GREETING": ["export GREETING='good day'"],
+        "cluster.env": ["export GREETING='good day'", "export PATH=/bin"],
+    }
+    slurm = {"setup": lines["cluster.slurm.setup"], "extra": ["--mail-type=END", "--mem-bind=local"]}
+    env = {"GREETING": "good day", "PATH": "/bin"}
+    job = SCENARIOS["a job"]
+    cluster = {**job.cluster, "slurm": {**slurm, "memory": "20G"}, "env": env}
+    files = render(tmp_path, replace(job, cluster=cluster)).files
+    for key, own in lines.items():
+        assert [place.text for place in places(key, files) if place.file == JOB] == own, key
 
 
 def value_at(files: Mapping[str, str], file: str, path: str) -> object:

@@ -12,7 +12,9 @@ from launcher.config.presets import starter_run
 from launcher.config.schema import ClusterConfig
 from launcher.errors import MachineError, RequestError
 from launcher.plan.choose import Plan
-from launcher.run.assemble import assemble, find_place
+from launcher.run.assemble import Assembly, assemble, find_place, going_on, rendered_files
+from launcher.run.checkpoints import begin, commit
+from launcher.run.directory import run_directory, write_files
 from launcher.run.explain import explain_key
 from launcher.run.machine import FoundGPU, Machine
 
@@ -26,6 +28,38 @@ def planned(folder: Path, gpu: str, gpus: int = 8) -> Plan:
     (folder / "run.yaml").write_text(starter_run("gpt2", "gpt2"))
     (folder / "cluster.yaml").write_text(f"gpus_per_node: {gpus}\ngpu: {gpu}\n")
     return assemble(load_run(folder / "run.yaml"), load_cluster(folder / "cluster.yaml"), BARE).plan
+
+
+def test_a_run_of_another_configuration_is_planned_as_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train` would refuse it under this name; it does not go on from a checkpoint of something else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(starter_run("gpt2", "gpt2"))
+    (tmp_path / "cluster.yaml").write_text("gpus_per_node: 8\ngpu: h100-sxm-80gb\n")
+
+    def draft(*overrides: str) -> Assembly:
+        return assemble(
+            load_run(tmp_path / "run.yaml", overrides), load_cluster(tmp_path / "cluster.yaml"), BARE
+        )
+
+    first = draft("train.strategy=zero2")
+    directory = run_directory(first.run.config)
+    write_files(rendered_files(first, directory, None).items())
+    temporary = begin(directory.checkpoints, 10)
+    commit(temporary, step=10, samples=5120, world_size=8, created=0.0)
+    said: list[str] = []
+    assert going_on(draft("train.strategy=zero2", "train.steps=10"), said.append).plan.samples == 5120
+    assert said == []
+    assert going_on(draft("train.strategy=zero1", "train.steps=10"), said.append).plan.strategy == "zero1"
+    assert said == [f"{directory.root} has begun with another train.strategy: this is the plan of a new run"]
+
+
+def test_a_node_s_memory_is_this_machine_s_where_it_may_be_the_node() -> None:
+    described = ClusterConfig.model_validate({"gpu": "h200-sxm-141gb", "gpus_per_node": 1})
+    assert find_place(described, BARE).memory is None
+    assert find_place(described, replace(BARE, gpus=(H200,))).memory == BARE.memory
+    assert find_place(ClusterConfig.model_validate({"gpu": "cpu"}), BARE).memory == BARE.memory
 
 
 def test_auto_is_what_is_found() -> None:
