@@ -8,7 +8,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 from launcher.config.addresses import NO_SECRETS, is_url, secret_in
 from launcher.data import remote
 from launcher.data.data_sets import hub_files, is_on_the_hub, saved_files
+from launcher.data.frames import Frame, FrameReader, ZstdDamageError, ZstdFrame
 from launcher.data.readahead import RemoteStream
-from launcher.data.zstd import ZstdDamageError, ZstdReader
 from launcher.errors import DataError, RequestError
 
 SUFFIXES: Mapping[str, str] = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
@@ -275,10 +275,14 @@ def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
         case "gzip":
             return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
         case "bz2":
-            return cast(BinaryIO, bz2.BZ2File(raw))
+            return _by_frames(raw, bz2.BZ2Decompressor)
         case "xz":
-            return cast(BinaryIO, lzma.LZMAFile(raw))
+            return _by_frames(raw, lzma.LZMADecompressor, padding=4)
         case "zstd":
-            return cast(BinaryIO, io.BufferedReader(ZstdReader(raw), CHUNK))
+            return _by_frames(raw, ZstdFrame)
         case _:
             return raw
+
+
+def _by_frames(raw: BinaryIO, begin: Callable[[], Frame], padding: int = 0) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(FrameReader(raw, begin, padding), CHUNK))

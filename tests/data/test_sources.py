@@ -268,6 +268,34 @@ def test_a_damaged_file(tmp_path: Path, suffix: str) -> None:
     assert "damaged" in failure(written(tmp_path / f"bad.txt{suffix}", bytes(packed))).reason
 
 
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_what_follows_a_whole_frame_is_not_lost(tmp_path: Path, suffix: str) -> None:
+    first, second = COMPRESSORS[suffix](b"first\n" * 9000), COMPRESSORS[suffix](b"second\n" * 9000)
+    for after in (bytes([second[0] ^ 1]) + second[1:], b"junk", second[:-1]):
+        error = failure(written(tmp_path / f"a.txt{suffix}", first + after))
+        assert "damaged" in error.reason or "truncated" in error.reason
+        assert error.offset in (9000 * 6, 9000 * 6 + 9000 * 7)
+    both = written(tmp_path / f"b.txt{suffix}", first + second)
+    assert len(texts(both, TEXT)) == 18_000
+
+
+def test_the_padding_of_xz_is_no_damage(tmp_path: Path) -> None:
+    packed = lzma.compress(b"line\n" * 9)
+    for padding in (4, 1 << 19):
+        file = written(tmp_path / "a.txt.xz", packed + bytes(padding) + packed + bytes(padding))
+        assert len(texts(file, TEXT)) == 18
+        failure(written(tmp_path / "b.txt.xz", packed + bytes(padding + 1)))
+
+
+def test_a_window_as_large_as_zstd_makes_them(tmp_path: Path) -> None:
+    stream = zstandard.ZstdCompressor().compressobj()
+    packed = bytearray(stream.compress(b"line\n" * 9) + stream.flush())
+    packed[5] = (
+        28 - 10
+    ) << 3  # the window's size, after the magic number and a byte of flags: `zstd --long=28`
+    assert len(texts(written(tmp_path / "a.txt.zst", bytes(packed)), TEXT)) == 9
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
