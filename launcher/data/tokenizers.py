@@ -59,10 +59,10 @@ class Tokenizer:
         self.pad = _token_name(settings.get("pad_token")) or self.end_of_text
         self.pad_id = _special_id(reference, self.pad)
 
-    @property
+    @cached_property
     def size(self) -> int:
-        """Entries in the vocabulary, added tokens included."""
-        return int(self._reference.get_vocab_size(with_added_tokens=True))
+        """One more than the highest id, added tokens included: where no id is left out, the entries."""
+        return max(self._reference.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def specification(self) -> str:

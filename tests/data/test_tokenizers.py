@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Reference
+from tokenizers import models
 from transformers import AutoTokenizer
 
 from launcher.data import tokenizers as module
@@ -143,6 +145,13 @@ def test_a_pad_token_of_its_own_is_kept(saved: Path, tmp_path: Path) -> None:
     ours, theirs = load_tokenizer(str(tmp_path)), reference(tmp_path)
     assert (ours.pad_id, ours.size) == (theirs.pad_token_id, len(theirs))
     assert ours.pad_id != ours.end_of_text_id
+
+
+def test_ids_with_gaps_are_all_counted(tmp_path: Path) -> None:
+    words = {"<unk>": 0, "tea": 1, "mill": 70_000}
+    Reference(models.WordLevel(words, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path))
+    assert (ours.encode_batch(["mill"])[0].tolist(), ours.size) == ([70_000], 70_001)
 
 
 def test_padding_and_truncation_in_the_file_do_not_touch_the_ids(saved: Path, tmp_path: Path) -> None:
