@@ -74,6 +74,29 @@ def test_globs_of_any_depth_sorted_and_once(tmp_path: Path) -> None:
     assert [file.size for file in listed] == [len(name) for name in names]
 
 
+def test_a_dot_that_the_pattern_spells_is_matched(tmp_path: Path) -> None:
+    for name in (".hidden.txt", ".other.txt", ".d/a.txt", ".d/.b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    matched = {
+        pattern: [
+            str(Path(file.path).relative_to(tmp_path)) for file in list_files([f"{tmp_path}/{pattern}"])
+        ]
+        for pattern in (".hid*.txt", ".d*/*.txt", ".*.txt")
+    }
+    assert matched == {
+        ".hid*.txt": [".hidden.txt"],
+        ".d*/*.txt": [".d/a.txt"],
+        ".*.txt": [".hidden.txt", ".other.txt"],
+    }
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).touch()
+    with pytest.raises(DataError, match=r"caf\\udce9\.txt': the name is not UTF-8"):
+        list_files([f"{tmp_path}/*.txt"])
+
+
 def test_a_relative_path_is_listed_as_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").touch()
     monkeypatch.chdir(tmp_path)
@@ -162,6 +185,11 @@ def test_a_document_is_the_whole_file(tmp_path: Path) -> None:
     assert list(documents(file, reading)) == [Document("one\n\ntwo\n", 0, 9)]
     assert not splittable(file, reading)
     assert splittable(written(tmp_path / "a.jsonl", b""), Reading(sample_by="document"))
+
+
+def test_a_number_of_any_length_is_json(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.jsonl", b'{"id": ' + b"1" * 5000 + b', "text": "tea"}\n')
+    assert texts(file, Reading()) == ["tea"]
 
 
 def test_jsonl_gives_the_field_and_the_place_of_the_line(tmp_path: Path) -> None:
