@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from urllib.parse import unquote_plus, urlsplit
+from urllib.parse import unquote_plus
 
 NO_SECRETS = (
     "this is copied to the run directory and the token store: let the file system find its own credentials "
@@ -27,8 +27,9 @@ def secret_in(path: str) -> str | None:
     if not is_url(path):
         return None
     for url in path.split("::"):
-        parts = urlsplit(url)
-        if "@" in parts.netloc and parts.scheme != "zip":
+        # No urlsplit: it refuses brackets, which are a wildcard here.
+        scheme, _, rest = url.partition("://")
+        if "@" in re.split(r"[/?#]", rest, maxsplit=1)[0] and scheme != "zip":
             return "a user's name or password is written into the URL"
         for name in _named_values(url):
             if _SIGNING.search(name):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import realpath
 
+from launcher.config.addresses import is_url
 from launcher.config.schema import DataSection
 from launcher.data.mixture import training_sources
 from launcher.data.sources import Reading, SourceFile, list_files
@@ -24,13 +26,14 @@ class Corpus:
 def list_corpora(data: DataSection) -> list[Corpus]:
     """The files of every source, and of the validation split where it is given as files.
 
-    A validation file that a training pattern matches too is validation only. Raises DataError.
+    A validation file that a training pattern matches too, by whatever name, is validation only. Raises
+    DataError.
     """
     held_out = _listed("data.validation", data.validation) if isinstance(data.validation, list) else []
-    kept_back = {file.path for file in held_out}
+    kept_back = {_real(file.path) for file in held_out}
     corpora = []
     for name, patterns in training_sources(data):
-        files = tuple(file for file in _listed("data.train", patterns) if file.path not in kept_back)
+        files = tuple(file for file in _listed("data.train", patterns) if _real(file.path) not in kept_back)
         if not files:
             raise DataError(
                 f"source {name!r} has no file that is not validation text",
@@ -55,6 +58,12 @@ def _listed(key: str, patterns: list[str]) -> list[SourceFile]:
     except LauncherError as error:
         error.key = key
         raise
+
+
+def _real(path: str) -> str:
+    """A name that a file, or a member of an archive, has only one of: links are followed."""
+    member, chained, outside = path.rpartition("::")
+    return member + chained + (outside if is_url(outside) else realpath(outside))
 
 
 def reading_of(data: DataSection) -> Reading:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ def verify_store(path: Path) -> list[Damage]:
     manifest = read_manifest(path)
     damage = {each.file: each for each in find_missing(path, manifest)}
     for name, shard, mark in _files(manifest):
-        if path / name not in damage and mark_of(path / name) != mark:
-            damage[path / name] = Damage(shard, path / name, "its content has changed (sha256 differs)")
+        if path / name not in damage and (problem := _content_problem(path / name, mark)):
+            damage[path / name] = Damage(shard, path / name, problem)
     return [*damage.values(), *(Damage(None, folder, reason) for folder, reason in find_damaged(path))]
 
 
@@ -63,6 +64,15 @@ def set_aside(damage: Sequence[Damage]) -> None:
                     f"{each.file} is damaged and cannot be set aside: {error.strerror}",
                     hint="let someone who may write to the store run `launcher data verify`",
                 ) from error
+
+
+def _content_problem(path: Path, mark: Mark) -> str | None:
+    try:
+        return None if mark_of(path) == mark else "its content has changed (sha256 differs)"
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return f"it cannot be read: {error.strerror}"
 
 
 def _files(manifest: Manifest) -> Sequence[tuple[str, str | None, Mark]]:

@@ -8,10 +8,11 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from zipfile import BadZipFile
@@ -21,8 +22,8 @@ from fsspec.implementations.local import LocalFileSystem
 from launcher.config.addresses import NO_SECRETS, is_url, secret_in
 from launcher.data import remote
 from launcher.data.data_sets import hub_files, is_on_the_hub, saved_files
+from launcher.data.frames import Frame, FrameReader, ZstdDamageError, ZstdFrame
 from launcher.data.readahead import RemoteStream
-from launcher.data.zstd import ZstdDamageError, ZstdReader
 from launcher.errors import DataError, RequestError
 
 SUFFIXES: Mapping[str, str] = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
@@ -78,8 +79,9 @@ def list_files(patterns: Sequence[str]) -> list[SourceFile]:
     """The files that paths, URLs and globs (`**` for any depth) name: sorted by path, each once.
 
     As in a shell, a wildcard does not match a leading dot. Raises DataError for a pattern that matches no
-    file and for a file that may not be read, RequestError for a URL that nobody reads or that holds a
-    secret, MachineError for a server that does not answer or an extra that is not installed.
+    file, for a file that may not be read and for a name that is not UTF-8, RequestError for a URL that nobody
+    reads or that holds a secret, MachineError for a server that does not answer or an extra that is not
+    installed.
     """
     found: dict[str, SourceFile] = {}
     for pattern in patterns:
@@ -87,6 +89,9 @@ def list_files(patterns: Sequence[str]) -> list[SourceFile]:
             found |= {file.path: file for file in _of_url(pattern)}
             continue
         for path in _matches(pattern):
+            if path != path.encode(errors="ignore").decode():
+                hint = "rename it: what is recorded of it is UTF-8"
+                raise DataError("the name is not UTF-8", file=ascii(path), hint=hint)
             # Links are followed to tell the same file, but it is read by the name it was given.
             found.setdefault(str(Path(path).resolve()), SourceFile(path, *_mark(path)))
     return sorted(found.values(), key=lambda file: file.path)
@@ -147,12 +152,20 @@ def _hidden(file: str, pattern: str) -> bool:
     """Whether the file is, or lies in, something with a leading dot that the pattern does not spell out."""
     root = Path(pattern.partition("*")[0]).expanduser().absolute()
     below = Path(file).relative_to(root) if Path(file).is_relative_to(root) else Path(Path(file).name)
-    return any(part.startswith(".") and part not in Path(pattern).parts for part in below.parts)
+    return _hides(below.parts, Path(pattern).parts)
 
 
 def _hidden_url(name: str, pattern: str) -> bool:
-    spelt = pattern.split("/")
-    return any(part.startswith(".") and part not in spelt for part in name.split("/"))
+    return _hides(name.split("/"), pattern.split("/"))
+
+
+def _hides(parts: Sequence[str], spelt: Sequence[str]) -> bool:
+    """Whether a part has a leading dot that none of the pattern's parts spells out."""
+    dotted = [each for each in spelt if each.startswith(".")]
+    return any(
+        part.startswith(".") and part not in dotted and not any(fnmatchcase(part, each) for each in dotted)
+        for part in parts
+    )
 
 
 def _mark(path: str) -> tuple[int, str]:
@@ -275,10 +288,14 @@ def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
         case "gzip":
             return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
         case "bz2":
-            return cast(BinaryIO, bz2.BZ2File(raw))
+            return _by_frames(raw, bz2.BZ2Decompressor)
         case "xz":
-            return cast(BinaryIO, lzma.LZMAFile(raw))
+            return _by_frames(raw, lzma.LZMADecompressor, padding=4)
         case "zstd":
-            return cast(BinaryIO, io.BufferedReader(ZstdReader(raw), CHUNK))
+            return _by_frames(raw, ZstdFrame)
         case _:
             return raw
+
+
+def _by_frames(raw: BinaryIO, begin: Callable[[], Frame], padding: int = 0) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(FrameReader(raw, begin, padding), CHUNK))

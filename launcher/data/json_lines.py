@@ -42,7 +42,8 @@ class LineParser:
         if line.startswith("\ufeff"):
             raise BadLineError("not JSON: it begins with a byte-order mark", "save the file without one")
         try:
-            value = json.loads(line)
+            # Python refuses to read an integer of thousands of digits; no number is asked for here.
+            value = json.loads(line, parse_int=float)
         except (ValueError, RecursionError) as error:
             raise BadLineError(f"not JSON: {error}", self._expected) from None
         field = self._field

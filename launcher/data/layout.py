@@ -27,7 +27,7 @@ from launcher.data.packing import ByDocument, ShardLayout, lay_out
 from launcher.durable import Mark, mark_of, sync, write_whole
 from launcher.errors import MachineError, StoreError
 
-VERSION = 1  # to be raised whenever the same lengths would be laid out otherwise
+VERSION = 2  # to be raised whenever the same store would be laid out otherwise; 1 took any lengths
 FOLDER = "layouts"
 COUNTS, MARKS = "blocks.json", "marks.json"
 KEY = "[0-9a-f]" * 16

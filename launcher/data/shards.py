@@ -59,6 +59,7 @@ class ShardWriter:
 
     def write(self, ids: NDArray[np.integer[Any]]) -> None:
         """Append ids; `end` says which documents they are."""
+        assert ids.max(initial=0) <= np.iinfo(self._type).max
         self._bin.write(np.ascontiguousarray(ids, dtype=self._type).data.cast("B"))
         self.tokens += len(ids)
 

@@ -25,7 +25,7 @@ from launcher.data.layout import Layout, layout_of
 from launcher.data.packing import ByDocument, ConcatPlan, LaidOutPlan, Packing, Plan
 from launcher.data.shards import read_index, read_places, read_tokens, token_type
 from launcher.data.tokenizers import Tokenizer, load_tokenizer
-from launcher.durable import Mark, sync, write_whole
+from launcher.durable import Mark, mark_of, sync, write_whole
 from launcher.errors import Counted, StoreError
 
 FORMAT_VERSION = 2
@@ -33,6 +33,7 @@ MANIFEST = "manifest.json"
 CHECKSUM = b'"checksum": "'
 TOKENIZER_FOLDER = "tokenizer"
 REPAIR = "`launcher data prepare RUN` makes it again, to the same bytes"
+VERIFY = "`launcher data verify STORE` sets it aside, and `launcher data prepare RUN` makes it again"
 OPEN_SHARDS = 256  # memory maps held at a time: each holds a file descriptor
 
 Split = Literal["train", "validation"]
@@ -240,8 +241,15 @@ class Store:
         return self._tokens(shard.name, shard.files["bin"].size)
 
     def lengths(self, shard: Shard) -> NDArray[np.int32]:
-        """`int32[documents]`: tokens of each document, end-of-text included, memory-mapped."""
-        return read_index(self._file(shard.name, "idx", shard.files["idx"].size))[0]
+        """`int32[documents]`: tokens of each document, end-of-text included, memory-mapped.
+
+        Raises StoreError where they do not add up to the shard: what is cut by them would be cut wrongly.
+        """
+        path = self._file(shard.name, "idx", shard.files["idx"].size)
+        lengths, _ = read_index(path)
+        if (len(lengths), int(lengths.sum(dtype=np.int64))) != (shard.documents, shard.tokens):
+            raise StoreError(f"{path}: its lengths are not the shard's", hint=VERIFY)
+        return lengths
 
     def places(self, shard: Shard) -> NDArray[np.int64]:
         """`int64[documents, 2]`: byte offset and byte length of each document in its source file."""
@@ -288,7 +296,12 @@ class Store:
         shards = {shard["name"]: shard for shard in self._fields["shards"]}
 
         def lengths(name: str) -> NDArray[np.int32]:
-            return self.lengths(Shard.model_validate(shards[name]))
+            shard = Shard.model_validate(shards[name])
+            path = self._file(name, "idx", shard.files["idx"].size)
+            # A layout is kept and trusted from then on, so it is made of bytes that are proven.
+            if mark_of(path) != shard.files["idx"]:
+                raise StoreError(f"{path}: its content has changed (sha256 differs)", hint=VERIFY)
+            return self.lengths(shard)
 
         checksum = self._fields["checksum"]
         return layout_of(self.path, checksum, list(shards), lengths, block_size, packing)

@@ -1,12 +1,16 @@
 """Tokenizers: text to ids exactly as transformers' AutoTokenizer gives them.
 
 A tokenizer is a folder (`tokenizer.json`, or `vocab.json` and `merges.txt`) or a Hub id; or it is trained.
+What its class and settings make of the folder is asked of transformers; what is saved here has it all in
+tokenizer.json, so that a store's own tokenizer is read without.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
@@ -27,10 +31,11 @@ END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 64 << 20  # of UTF-8 text a tokenizer is trained on at most
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end-of-text token
 TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
-    "config.json",
+    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "config.json",
 )  # fmt: skip
 KEPT_SETTINGS = ("bos_token", "unk_token", "model_max_length", "chat_template")
+AS_IT_IS = "PreTrainedTokenizerFast"  # the class that takes tokenizer.json so: others rebuild what is in it
 PROBES = (
     'Hello, world!  It\'s 1,234.5 miles;\tnot 12.\n\n  def f(x):\n    return x_1 != "y"\r\n',
     "na\u00efve caf\u00e9 cafe\u0301 \ufb01 \u212b \u0130 \u00df \u1e9e \u2126 \uff21",
@@ -59,10 +64,10 @@ class Tokenizer:
         self.pad = _token_name(settings.get("pad_token")) or self.end_of_text
         self.pad_id = _special_id(reference, self.pad)
 
-    @property
+    @cached_property
     def size(self) -> int:
-        """Entries in the vocabulary, added tokens included."""
-        return int(self._reference.get_vocab_size(with_added_tokens=True))
+        """One more than the highest id, added tokens included: where no id is left out, the entries."""
+        return max(self._reference.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def specification(self) -> str:
@@ -148,9 +153,8 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write what `AutoTokenizer.from_pretrained` and `load_tokenizer` read back as this tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
-        # The class that uses tokenizer.json as it is: others rebuild a tokenizer from its vocabulary.
         settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": AS_IT_IS,
             "eos_token": self.end_of_text,
             "pad_token": self.pad,
             "clean_up_tokenization_spaces": False,
@@ -167,9 +171,10 @@ def load_tokenizer(name: str) -> Tokenizer:
     if not folder.is_dir():
         folder = _from_hub(name)
     reference = _reference(folder)
-    settings = _settings(folder, reference)
-    _set_prefix_space(reference, settings)
-    return Tokenizer(reference, settings)
+    if _says_all(folder, reference):
+        return Tokenizer(reference, _settings(folder, reference))
+    reference, special = _as_transformers_reads(folder)
+    return Tokenizer(reference, _settings(folder, reference) | special)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -262,6 +267,38 @@ def _reference(folder: Path) -> Reference:
     )
 
 
+def _says_all(folder: Path, reference: Reference) -> bool:
+    """Whether the vocabulary's files alone are what transformers makes of the folder: nothing is beside them,
+    or no more than `save` writes."""
+    if any((folder / name).is_file() for name in TOKENIZER_FILES[-3:]):
+        return False
+    config = _read_json(folder / "tokenizer_config.json")
+    written = {"tokenizer_class", "eos_token", "pad_token", "clean_up_tokenization_spaces", *KEPT_SETTINGS}
+    named = {_token_name(config.get(key)) for key in ("eos_token", "pad_token", "bos_token", "unk_token")}
+    added = {token.content for token in reference.get_added_tokens_decoder().values()}
+    as_saved = config.get("tokenizer_class") == AS_IT_IS and config.keys() <= written
+    return not config or (as_saved and named <= {None, *added})
+
+
+def _as_transformers_reads(folder: Path) -> tuple[Reference, dict[str, str]]:
+    """The tokenizer that its class builds out of the folder, and what it calls its special tokens.
+
+    transformers takes two seconds to load, and memory for good: it is asked in a process of its own.
+    """
+    from tokenizers import Tokenizer as Reference
+
+    asking = [sys.executable, "-m", "launcher.worker.tokenizer", str(folder)]
+    asked = subprocess.run(asking, capture_output=True, text=True, check=False)
+    if asked.returncode:
+        reason = (asked.stderr.strip() or f"exit code {asked.returncode}").splitlines()[-1]
+        raise RequestError(
+            f"tokenizer {folder}: transformers cannot read it: {reason}",
+            hint="where its tokenizer.json says all, put it into a folder by itself, and name that",
+        )
+    answer = json.loads(asked.stdout)
+    return Reference.from_str(answer["content"]), answer["special"]
+
+
 def _settings(folder: Path, reference: Reference) -> dict[str, Any]:
     """What the folder's JSON files say of special tokens, the most specific file last."""
     settings: dict[str, Any] = {}
@@ -286,13 +323,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RequestError(f"{path}: not a JSON object")
     return content
-
-
-def _set_prefix_space(reference: Reference, settings: dict[str, Any]) -> None:
-    from tokenizers import pre_tokenizers
-
-    if "add_prefix_space" in settings and isinstance(reference.pre_tokenizer, pre_tokenizers.ByteLevel):
-        reference.pre_tokenizer.add_prefix_space = settings["add_prefix_space"]
 
 
 def _token_name(value: object) -> str | None:

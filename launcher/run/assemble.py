@@ -141,10 +141,10 @@ def _announced_vocabulary(model: ModelSource) -> int | None:
         return None
     try:
         tokenizer = json.loads(file.read_text(encoding="utf-8"))
-        # A mapping of token to id for BPE and WordPiece; pairs of token and score for Unigram.
+        # A mapping of token to id for BPE and WordPiece; pairs of token and score, in order, for Unigram.
         entries = tokenizer["model"]["vocab"]
-        tokens = set(entries) if isinstance(entries, dict) else {token for token, _ in entries}
-        return len(tokens | {added["content"] for added in tokenizer["added_tokens"]})
+        ids = entries.values() if isinstance(entries, dict) else range(len(entries))
+        return int(max([*ids, *(added["id"] for added in tokenizer["added_tokens"])])) + 1
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(
             f"{file} is not a tokenizer: {type(error).__name__}: {error}",

@@ -59,6 +59,7 @@ def build_model(
     transformers cannot build it.
     """
     set_seed(seed)
+    rows = max(tokenizer.get_vocab().values()) + 1  # more than entries where ids are left out
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -69,9 +70,7 @@ def build_model(
     try:
         if weights is None:
             rest = {key: value for key, value in fields.items() if key != "model_type"}
-            config = AutoConfig.for_model(
-                fields["model_type"], **{**rest, "vocab_size": len(tokenizer), **special}
-            )
+            config = AutoConfig.for_model(fields["model_type"], **{**rest, "vocab_size": rows, **special})
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
             model = AutoModelForCausalLM.from_pretrained(
@@ -82,8 +81,8 @@ def build_model(
         raise RequestError(
             f"model.name: {source} cannot be built: {error}", hint="check model.name and model.overrides"
         ) from error
-    if model.config.get_text_config().vocab_size < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer))
+    if model.config.get_text_config().vocab_size < rows:
+        model.resize_token_embeddings(rows)
     for settings in (model.config, model.generation_config):
         for key, value in special.items():
             said = getattr(settings, key, None)

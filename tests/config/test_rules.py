@@ -216,6 +216,7 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(tmp_path: Path, override:
         "data.train=['s3://bucket/**/*.jsonl.zst', 'https://example.org/a.txt?version=7']",
         "data.train=['hf://datasets/owner/name@main/*.parquet', 'zip://a@b.txt::/x/b.zip']",
         "data.train=['/data/what?access_token=is/a@b.txt']",
+        "data.train=['zip://part[0-9].txt::z.zip', 's3://bucket[0]/a.txt']",
         "data.train=['https://example.org/a;v=7/b.txt#part=2', 's3://bucket/token=3/a.txt', 's3://b/a?b.txt']",
     ],
 )

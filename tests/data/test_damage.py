@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.data.damage import verify_store
+from launcher.data.duplicates import find_duplicates
 from launcher.data.store import MANIFEST, Store, open_store
+from launcher.durable import Mark, mark_of
 from launcher.errors import StoreError
 
 
@@ -53,3 +56,25 @@ def test_a_missing_and_a_short_file(store: Store) -> None:
         opened.tokens(opened.shards("validation", "text")[0])
     with pytest.raises(StoreError, match=r"train-00000\.idx: missing"):
         opened.summary(32, "best_fit")
+
+
+@pytest.mark.parametrize("place", [18, HEADER.size], ids=["count", "length"])
+def test_lengths_that_are_not_the_shard_s_are_refused(store: Store, place: int) -> None:
+    index = store.path / "train-00000.idx"
+    damaged = bytearray(index.read_bytes())
+    damaged[place] ^= 1
+    index.write_bytes(damaged)
+    with pytest.raises(StoreError, match=r"train-00000\.idx: its lengths are not the shard's") as refused:
+        find_duplicates(open_store(store.path), 3)
+    assert "launcher data verify" in (refused.value.hint or "")
+
+
+def test_a_sector_that_cannot_be_read_is_damage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> Mark:
+        if path.name == "train-00000.bin":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return mark_of(path)
+
+    monkeypatch.setattr("launcher.data.damage.mark_of", fails)
+    (damage,) = verify_store(store.path)
+    assert str(damage).endswith("train-00000.bin: it cannot be read: Input/output error")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from launcher.data import units
 from launcher.data.blocks import Blocks
 from launcher.data.damage import set_aside, verify_store
 from launcher.data.layout import COUNTS, FOLDER
+from launcher.data.shards import HEADER
 from launcher.data.store import Store, open_store
 from launcher.errors import MachineError, StoreError
 
@@ -154,6 +156,22 @@ def test_a_flipped_byte_of_any_file_is_found_and_set_aside(store: Store) -> None
         assert rows(store.path, "best_fit") == expected
         assert rows(store.path, "pad")
         assert verify_store(store.path) == []
+
+
+def test_none_is_made_of_a_damaged_index(store: Store) -> None:
+    """It would be kept, and vouch for itself, when the index has long been mended."""
+    expected = rows(store.path, "best_fit")
+    shutil.rmtree(store.path / FOLDER)
+    index = store.path / "train-00000.idx"
+    content = index.read_bytes()
+    first, second = struct.unpack_from("<2i", content, HEADER.size)
+    damaged = bytearray(content)
+    struct.pack_into("<2i", damaged, HEADER.size, first + 1, second - 1)
+    index.write_bytes(damaged)
+    with pytest.raises(StoreError, match=r"train-00000\.idx: its content has changed"):
+        rows(store.path, "best_fit")
+    index.write_bytes(content)
+    assert rows(store.path, "best_fit") == expected
 
 
 def test_an_unfinished_one_is_not_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,14 @@ def test_validation_files_are_the_validation_split(prepared: Any, corpus: Path) 
     assert (validation.documents, validation.train_tokens) == (500, 0)
 
 
+@pytest.mark.parametrize("name", ["../corpus/b.txt", "../link/b.txt", "../b.txt"])
+def test_a_validation_file_by_another_name_is_not_trained_on(prepared: Any, corpus: Path, name: str) -> None:
+    (corpus.parent / "link").symlink_to(corpus)
+    (corpus.parent / "b.txt").symlink_to(corpus / "b.txt")
+    listing = prepared([f"{corpus}/*.txt"], validation=[f"{corpus}/{name}"]).manifest.content.listing
+    assert [Path(file.file).name for file in listing[0].files] == ["a.txt", "empty.txt"]
+
+
 def test_a_store_that_is_there_is_not_made_again(prepared: Any, corpus: Path) -> None:
     first = prepared([f"{corpus}/*.txt"])
     written = (first.path / "manifest.json").stat().st_mtime_ns

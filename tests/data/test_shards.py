@@ -86,6 +86,11 @@ def test_a_shard_that_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_id_that_does_not_fit_is_not_written(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "s", 500) as writer, pytest.raises(AssertionError):
+        writer.write(np.array([70_000, END], dtype=np.int32))
+
+
 @pytest.mark.parametrize("content", [b"short", b"MMIDIDX\x00\x00" + bytes(40)])
 def test_an_index_of_another_kind(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "s.idx").write_bytes(content)

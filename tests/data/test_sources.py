@@ -74,6 +74,29 @@ def test_globs_of_any_depth_sorted_and_once(tmp_path: Path) -> None:
     assert [file.size for file in listed] == [len(name) for name in names]
 
 
+def test_a_dot_that_the_pattern_spells_is_matched(tmp_path: Path) -> None:
+    for name in (".hidden.txt", ".other.txt", ".d/a.txt", ".d/.b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    matched = {
+        pattern: [
+            str(Path(file.path).relative_to(tmp_path)) for file in list_files([f"{tmp_path}/{pattern}"])
+        ]
+        for pattern in (".hid*.txt", ".d*/*.txt", ".*.txt")
+    }
+    assert matched == {
+        ".hid*.txt": [".hidden.txt"],
+        ".d*/*.txt": [".d/a.txt"],
+        ".*.txt": [".hidden.txt", ".other.txt"],
+    }
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).touch()
+    with pytest.raises(DataError, match=r"caf\\udce9\.txt': the name is not UTF-8"):
+        list_files([f"{tmp_path}/*.txt"])
+
+
 def test_a_relative_path_is_listed_as_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").touch()
     monkeypatch.chdir(tmp_path)
@@ -162,6 +185,11 @@ def test_a_document_is_the_whole_file(tmp_path: Path) -> None:
     assert list(documents(file, reading)) == [Document("one\n\ntwo\n", 0, 9)]
     assert not splittable(file, reading)
     assert splittable(written(tmp_path / "a.jsonl", b""), Reading(sample_by="document"))
+
+
+def test_a_number_of_any_length_is_json(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.jsonl", b'{"id": ' + b"1" * 5000 + b', "text": "tea"}\n')
+    assert texts(file, Reading()) == ["tea"]
 
 
 def test_jsonl_gives_the_field_and_the_place_of_the_line(tmp_path: Path) -> None:
@@ -266,6 +294,34 @@ def test_a_damaged_file(tmp_path: Path, suffix: str) -> None:
     packed = bytearray(COMPRESSORS[suffix](os.urandom(40_000).hex().encode()))
     packed[len(packed) // 3] ^= 0x10
     assert "damaged" in failure(written(tmp_path / f"bad.txt{suffix}", bytes(packed))).reason
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_what_follows_a_whole_frame_is_not_lost(tmp_path: Path, suffix: str) -> None:
+    first, second = COMPRESSORS[suffix](b"first\n" * 9000), COMPRESSORS[suffix](b"second\n" * 9000)
+    for after in (bytes([second[0] ^ 1]) + second[1:], b"junk", second[:-1]):
+        error = failure(written(tmp_path / f"a.txt{suffix}", first + after))
+        assert "damaged" in error.reason or "truncated" in error.reason
+        assert error.offset in (9000 * 6, 9000 * 6 + 9000 * 7)
+    both = written(tmp_path / f"b.txt{suffix}", first + second)
+    assert len(texts(both, TEXT)) == 18_000
+
+
+def test_the_padding_of_xz_is_no_damage(tmp_path: Path) -> None:
+    packed = lzma.compress(b"line\n" * 9)
+    for padding in (4, 1 << 19):
+        file = written(tmp_path / "a.txt.xz", packed + bytes(padding) + packed + bytes(padding))
+        assert len(texts(file, TEXT)) == 18
+        failure(written(tmp_path / "b.txt.xz", packed + bytes(padding + 1)))
+
+
+def test_a_window_as_large_as_zstd_makes_them(tmp_path: Path) -> None:
+    stream = zstandard.ZstdCompressor().compressobj()
+    packed = bytearray(stream.compress(b"line\n" * 9) + stream.flush())
+    packed[5] = (
+        28 - 10
+    ) << 3  # the window's size, after the magic number and a byte of flags: `zstd --long=28`
+    assert len(texts(written(tmp_path / "a.txt.zst", bytes(packed)), TEXT)) == 9
 
 
 @pytest.mark.parametrize(

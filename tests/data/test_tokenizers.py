@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Reference
+from tokenizers import models
 from transformers import AutoTokenizer
 
 from launcher.data import tokenizers as module
@@ -95,6 +97,47 @@ def test_a_prefix_space_is_kept(saved: Path, tmp_path: Path) -> None:
     assert reference_ids(reference(tmp_path / "again"), "the fox") == reference_ids(theirs, "the fox")
 
 
+ADDED = {"content": "<|user|>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|begin|>",
+            "eos_token": "<|end|>",
+            "added_tokens_decoder": {"400": {**ADDED, "special": True}},
+        },
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "unk_token": "tea"},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "add_prefix_space": True},
+        {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|end|>"},
+    ],
+    ids=["added in settings", "a word for unknown", "no prefix space", "another pre-tokenizer"],
+)
+def test_what_class_and_settings_make_of_tokenizer_json(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
+) -> None:
+    (tmp_path / "tokenizer.json").write_text((saved / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(str(tmp_path)), reference(tmp_path)
+    texts = [*PROBES, "<|begin|>tea<|user|>the<|end|>", "'Tis 12 o'clock"]
+    expected = [reference_ids(theirs, text) for text in texts]
+    assert [ids.tolist() for ids in ours.encode_batch(texts)] == expected
+    assert (ours.end_of_text_id, ours.size) == (theirs.eos_token_id, len(theirs))
+    ours.save(tmp_path / "again")
+    assert [reference_ids(reference(tmp_path / "again"), text) for text in texts] == expected
+    monkeypatch.setattr("subprocess.run", None)
+    assert load_tokenizer(str(tmp_path / "again")).fingerprint == ours.fingerprint
+
+
+def test_what_transformers_cannot_read_is_a_wrong_request(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text((saved / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"split_special_tokens": True}))
+    with pytest.raises(RequestError, match="transformers cannot read it: ValueError: split_special_tokens"):
+        load_tokenizer(str(tmp_path))
+
+
 def without_end_of_text(saved: Path, folder: Path) -> dict[str, Any]:
     """The saved tokenizer, with its end-of-text token called something else."""
     content = (saved / "tokenizer.json").read_text().replace("<|endoftext|>", "<|other|>")
@@ -143,6 +186,13 @@ def test_a_pad_token_of_its_own_is_kept(saved: Path, tmp_path: Path) -> None:
     ours, theirs = load_tokenizer(str(tmp_path)), reference(tmp_path)
     assert (ours.pad_id, ours.size) == (theirs.pad_token_id, len(theirs))
     assert ours.pad_id != ours.end_of_text_id
+
+
+def test_ids_with_gaps_are_all_counted(tmp_path: Path) -> None:
+    words = {"<unk>": 0, "tea": 1, "mill": 70_000}
+    Reference(models.WordLevel(words, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path))
+    assert (ours.encode_batch(["mill"])[0].tolist(), ours.size) == ([70_000], 70_001)
 
 
 def test_padding_and_truncation_in_the_file_do_not_touch_the_ids(saved: Path, tmp_path: Path) -> None:

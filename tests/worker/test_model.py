@@ -164,6 +164,15 @@ def test_a_vocabulary_smaller_than_the_tokenizer_s_grows_and_keeps_its_rows(
         torch.testing.assert_close(model.eval()(ids).logits, stock.eval()(ids).logits)
 
 
+def test_ids_with_gaps_all_have_a_row(tmp_path: Path) -> None:
+    words = {letter: n for n, letter in enumerate(alphabet())} | {"mill": 400}
+    Backend(models.WordLevel(words, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = saved(load_for_data(str(tmp_path)), tmp_path / "saved")
+    assert rows(build_model(FIELDS, None, tokenizer, seed=1)) == 401
+    pretrained(tmp_path / "model", 290, tied=True)
+    assert rows(build_model({}, str(tmp_path / "model"), tokenizer, seed=1)) == 401
+
+
 def test_a_vocabulary_that_is_large_enough_is_left_as_it_is(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -1,0 +1,28 @@
+"""What transformers makes of a tokenizer: asked by `launcher.data.tokenizers`, in a process of its own.
+
+`python -m launcher.worker.tokenizer FOLDER`: to stdout as JSON, the tokenizer.json of the tokenizer that its
+class builds, and the names of its special tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from transformers import AutoTokenizer
+
+
+def read(folder: str) -> dict[str, Any]:
+    """The tokenizer in a folder. Raises whatever transformers does, and ValueError for one that finds no
+    special token in a text."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if tokenizer.split_special_tokens:
+        raise ValueError("split_special_tokens is set: end-of-text would not be found in its ids")
+    named = ("eos_token", "pad_token", "bos_token", "unk_token")
+    special = {key: token for key in named if (token := getattr(tokenizer, key)) is not None}
+    return {"content": tokenizer.backend_tokenizer.to_str(), "special": special}
+
+
+if __name__ == "__main__":
+    json.dump(read(sys.argv[1]), sys.stdout)
