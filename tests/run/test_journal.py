@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+import pytest
 
 from launcher.run import journal
 
@@ -37,3 +40,20 @@ def test_a_line_cut_after_a_brace_keeps_nobody_from_the_others(tmp_path: Path) -
     assert file.read_bytes().endswith(b"{1}")
     journal.record(file, "three")
     assert [event["event"] for event in journal.read(file)] == ["one", "three"]
+
+
+def test_an_event_is_on_disk_before_what_it_tells_of_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "journal.jsonl"
+    synced: list[bytes] = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").read_bytes())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    for event in ("one", "two"):
+        journal.record(file, event)
+        assert synced.pop() == file.read_bytes(), "whole, and last"

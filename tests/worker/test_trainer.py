@@ -1,4 +1,4 @@
-"""What the Trainer refuses to save."""
+"""What the Trainer refuses to save, and when it writes what it saves."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.multiprocessing.spawn import start_processes
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from launcher.run.directory import RunDirectory
 from launcher.worker.checkpoint import CheckpointWriter
@@ -19,6 +20,7 @@ from launcher.worker.heart import Heart
 from launcher.worker.stop import Agreement
 from launcher.worker.trainer import LauncherTrainer
 from tests.conftest import small_plan
+from tests.worker.parity import gpt2
 
 
 def refused(directory: RunDirectory, rank: int, world: int, *, sound: bool) -> str:
@@ -61,3 +63,24 @@ def test_no_rank_saves_what_is_not_finite_on_one(tmp_path: Path) -> None:
     assert "the weights of another rank are not finite at step 4" in (tmp_path / "rank-0").read_text()
     assert ": the weights are not finite at step 4" in (tmp_path / "rank-1").read_text()
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("left", "at_once"), [(0, True), (1 << 40, False)])
+def test_without_memory_for_a_copy_the_state_is_written_before_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, at_once: bool
+) -> None:
+    """Either way it is the state of then, whatever the next step makes of it."""
+    monkeypatch.setattr("launcher.worker.checkpoint.memory_left", lambda: left)
+    trainer = object.__new__(LauncherTrainer)
+    trainer.args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    trainer.bare_model = gpt2()
+    trainer.optimizer = torch.optim.AdamW(trainer.bare_model.parameters())
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer)
+    bias = trainer.bare_model.get_parameter("transformer.ln_f.bias")
+    write = trainer._copied_state(tmp_path)
+    files = [tmp_path / name for name in ("model.safetensors", "optimizer.pt")]
+    assert [file.exists() for file in files] == [at_once, at_once]
+    torch.nn.init.ones_(bias)
+    write()
+    assert all(file.exists() for file in files)
+    assert load_file(files[0])["transformer.ln_f.bias"].tolist() == [0.0] * len(bias)
