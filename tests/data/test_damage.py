@@ -38,6 +38,16 @@ def test_a_flipped_byte_is_found_in_every_file(store: Store) -> None:
     assert verify_store(store.path) == []
 
 
+def test_a_file_that_has_grown(store: Store) -> None:
+    with (store.path / "train-00000.bin").open("ab") as stream:
+        stream.write(b"x")
+    (damage,) = verify_store(store.path)
+    assert (damage.shard, damage.reason.split(" ")[1:3]) == ("train-00000", ["bytes", "where"])
+    opened = open_store(store.path)
+    with pytest.raises(StoreError, match=r"train-00000\.bin: .* bytes where the manifest says"):
+        opened.tokens(opened.shards("train", "text")[0])
+
+
 def test_a_missing_and_a_short_file(store: Store) -> None:
     (store.path / "train-00000.idx").unlink()
     (store.path / "validation-00000.bin").write_bytes(b"12")

@@ -423,6 +423,12 @@ def test_a_run_goes_on_with_the_strategy_of_its_checkpoint() -> None:
     assert alone.strategy == "zero1"
 
 
+def test_a_longer_run_keeps_the_warmup_it_began_with() -> None:
+    assert planned(asked(steps=1000, warmup=0.05), on()).warmup_steps == 50
+    begun = Done(steps=20, samples=160, warmup_steps=1)
+    assert planned(asked(steps=1000, warmup=0.05), on(), done=begun).warmup_steps == 1
+
+
 def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(MachineError, match="offloaded from a GPU"):
         planned(asked(strategy="fsdp", offload="parameters"), on(ranks=2), shape=shape())

@@ -254,6 +254,28 @@ def test_a_second_rank_adds_buckets_as_large_as_the_gradients() -> None:
     assert together.total - alone.total == together.gradients
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
+def test_on_a_cpu_offload_spares_nothing(strategy: str) -> None:
+    """What leaves the rank goes to its node's memory, which is the same."""
+    kept, moved = (
+        estimate(
+            shape(GPT2),
+            Sharding(strategy, 2, offload),
+            micro_batch=MICRO_BATCH,
+            accumulation=2,
+            block_size=BLOCK_SIZE,
+            precision="fp32",
+            gradient_checkpointing=False,
+            chunked_loss=False,
+            compiled=False,
+            on_cpu=True,
+        )
+        for offload in ("none", "optimizer")
+    )
+    assert moved.total >= kept.total
+    assert moved.optimizer >= kept.optimizer + kept.master_weights
+
+
 def test_checkpointing_never_costs_memory() -> None:
     assert planned(GPT2, "bf16", True).total < planned(GPT2, "bf16", False).total
 

@@ -75,7 +75,7 @@ def test_without_memory_for_a_copy_the_state_is_written_before_training_goes_on(
     trainer.args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     trainer.bare_model = gpt2()
     trainer.optimizer = torch.optim.AdamW(trainer.bare_model.parameters())
-    trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda _: 1.0)
     bias = trainer.bare_model.get_parameter("transformer.ln_f.bias")
     write = trainer._copied_state(tmp_path)
     files = [tmp_path / name for name in ("model.safetensors", "optimizer.pt")]
