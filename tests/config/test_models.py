@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -265,7 +264,6 @@ def ask(name: str, home: Path, **environment: str) -> list[object]:
         for key, value in os.environ.items()
         if not key.startswith("HF_") and "proxy" not in key.lower()
     }
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, name],
         env=clean | {"HF_HOME": str(home), "PYTHONPATH": str(ROOT)} | environment,
@@ -273,9 +271,9 @@ def ask(name: str, home: Path, **environment: str) -> list[object]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 10
     answer = json.loads(done.stdout)
     assert isinstance(answer, list)
     return answer

@@ -11,6 +11,7 @@ import pytest
 
 from launcher.errors import RequestError, TrainingError
 from launcher.run import checkpoints as ledger
+from tests.conftest import lacks
 
 
 def save(folder: Path, step: int, content: bytes = b"weights") -> ledger.Checkpoint:
@@ -153,7 +154,7 @@ def test_what_cannot_be_deleted_yet_does_not_fail_the_save(tmp_path: Path) -> No
     busy.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(busy)], capture_output=True)
     if mounted.returncode:
-        pytest.skip(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
+        lacks(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
     try:
         save(tmp_path, 10)
         ledger.prune(tmp_path, keep=1, protect=())

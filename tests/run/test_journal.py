@@ -64,7 +64,7 @@ def test_an_event_is_on_disk_before_what_it_tells_of_goes_on(
 def test_every_event_is_told_of_in_the_documentation() -> None:
     root = Path(__file__).parents[2]
     written = {
-        call.args[1].value
+        str(call.args[1].value)
         for module in (root / "launcher").rglob("*.py")
         for call in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "journal.record"
