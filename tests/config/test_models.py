@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from launcher.config.models import ModelSource, find_model
 from launcher.config.schema import ModelSection, TokenizerFromCorpus
 from launcher.errors import ConfigError, RequestError
+from tests.loopback import ANY_PORT, Quiet, answering
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
@@ -208,7 +208,7 @@ def test_a_broken_config_is_refused(here: Path, content: str, reason: str) -> No
 # The Hub
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Quiet, BaseHTTPRequestHandler):
     """As much of the Hub as one file of one repository."""
 
     def do_HEAD(self) -> None:
@@ -231,17 +231,11 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Stay silent."""
-
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with answering(ThreadingHTTPServer(ANY_PORT, Hub)) as url:
+        yield url
 
 
 PROGRAM = """\

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from launcher.data.damage import verify_store
 from launcher.data.store import MANIFEST, Store, open_store
 from launcher.errors import StoreError
-
-
-@pytest.fixture
-def store(prepared: Any, corpus: Path) -> Store:
-    made: Store = prepared([f"{corpus}/*.txt"], validation=0.2)
-    return made
 
 
 def test_a_store_as_it_was_written(store: Store) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +10,6 @@ import pytest
 from launcher.data.damage import verify_store
 from launcher.data.store import FORMAT_VERSION, MANIFEST, Manifest, Store, open_store, write_manifest
 from launcher.errors import StoreError
-
-
-@pytest.fixture
-def store(prepared: Any, corpus: Path) -> Store:
-    made: Store = prepared([f"{corpus}/*.txt"], validation=0.2)
-    return made
 
 
 @pytest.mark.parametrize("key", ["tokens", "documents"])

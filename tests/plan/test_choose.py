@@ -23,20 +23,15 @@ from launcher.plan.collectives import Wires
 from launcher.plan.hardware import CATALOGUE, find_gpu
 from launcher.plan.memory import estimate
 from launcher.plan.search import FILL, LEAVE_DDP, SOME_LAYERS, STRATEGIES, TIE
-from launcher.plan.shape import Shape, shape_of
+from launcher.plan.shape import Shape
 from launcher.plan.speed import step_speed
 from launcher.plan.states import Sharding
 from launcher.plan.traffic import stack_of
+from tests.plan.shapes import shape
 
 SMALL = st.integers(1, 12)
 GPUS = tuple(name for name in CATALOGUE if name != "cpu")
 BLOCKS = Blocks(train=1000, train_tokens=64_000, validation=10)
-
-
-def shape(preset: str = "gpt2") -> Shape:
-    found = shape_of(PRESETS[preset].config())
-    assert found is not None
-    return found
 
 
 def asked(**keys: Any) -> RunConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from launcher.plan.memory import Memory, estimate
-from launcher.plan.shape import Shape, shape_of
 from launcher.plan.states import Sharding
 from launcher.worker.chunked_loss import linear_cross_entropy
+from tests.plan.shapes import shape
 from tests.plan.trace import HALF_OF, PRECISIONS, TRACED, build, peaks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MICRO_BATCH, BLOCK_SIZE, VOCAB = 4, 256, 2500
 GPT2 = {
@@ -40,21 +41,6 @@ LLAMA = {
     "intermediate_size": 352,
     "vocab_size": VOCAB,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These models are too small to share: with a test on every core, threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def shape(fields: dict[str, Any]) -> Shape:
-    found = shape_of(fields)
-    assert found is not None
-    return found
 
 
 def planned(

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from launcher.config.presets import PRESETS
-from launcher.plan.shape import DEFAULTS, Shape, flops_per_token, parameters, shape_of
+from launcher.plan.shape import DEFAULTS, flops_per_token, parameters, shape_of
+from tests.plan.shapes import shape
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -28,12 +29,6 @@ def built(fields: dict[str, Any]) -> torch.nn.Module:
 
 def counted(fields: dict[str, Any]) -> int:
     return sum(parameter.numel() for parameter in built(fields).parameters())
-
-
-def shape(fields: dict[str, Any]) -> Shape:
-    found = shape_of(fields)
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize(
