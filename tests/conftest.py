@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hypothesis
 import pytest
@@ -27,7 +27,7 @@ WORDS = (
 )
 
 
-# A busy machine is no failure: no test asserts a time.
+# A busy machine is no failure: where a test bounds how long something took, that tells at once from never.
 hypothesis.settings.register_profile("launcher", deadline=None)
 hypothesis.settings.load_profile("launcher")
 
@@ -79,6 +79,12 @@ class Workplace:
         assert done.returncode == 0, done.stderr
         name = next((each.removeprefix("name=") for each in arguments if each.startswith("name=")), "small")
         return self.folder / "runs" / name
+
+    def answered(self, *arguments: str) -> Any:
+        """The whole of a command's stdout, as JSON."""
+        done = self.run(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
 
     def files(self) -> dict[str, bytes]:
         """Every file here: path to content."""
@@ -158,6 +164,11 @@ def sentences(count: int, seed: int = 1) -> Sequence[str]:
     return lines
 
 
+def lacks(why: str) -> NoReturn:
+    """Skip a test that cannot run here; in continuous integration, where nobody would see that, fail."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why)
+
+
 def write_json(file: Path, value: object) -> None:
     """JSON is YAML: what tests write as configurations."""
     file.write_text(json.dumps(value, indent=1), encoding="utf-8")
@@ -183,12 +194,28 @@ def losses(directory: Path) -> dict[tuple[int, str], float]:
     }
 
 
+def weights(directory: Path) -> bytes:
+    """A run's final model."""
+    return (directory / "model" / "model.safetensors").read_bytes()
+
+
 def make_workplace(folder: Path, run: Mapping[str, Any], **environment: str) -> Workplace:
     """`folder` with `run.yaml`, its corpus, and a cluster of two ranks on the CPU."""
     (folder / "corpus.txt").write_text("\n".join(sentences(2000)) + "\n", encoding="utf-8")
     write_json(folder / "run.yaml", run)
     write_json(folder / "two.yaml", {"name": "two", "gpu": "cpu", "gpus_per_node": 2})
     return Workplace(folder, environment)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are too small to share: with a test on every core, threads would wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ import pytest
 
 from tests.conftest import Workplace, small_run, write_json
 from tests.data.faulty import Site, serving
+from tests.loopback import ANY_PORT, Quiet, answering
 
 
 def refused(
@@ -132,7 +132,7 @@ def test_a_model_that_does_not_exist_offline(workplace: Workplace) -> None:
     refused(workplace, "model.name=./no/such/folder", says=("no/such/folder",))
 
 
-class NothingHere(BaseHTTPRequestHandler):
+class NothingHere(Quiet, BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.send_response(404)
         self.send_header("X-Error-Code", "RepoNotFound")
@@ -140,28 +140,18 @@ class NothingHere(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD  # noqa: N815 - the name that http.server looks for
 
-    def log_message(self, *_: object) -> None:
-        """Tests are quiet."""
-
 
 def test_a_model_that_does_not_exist_online(
     workplace: Workplace, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    server = HTTPServer(("127.0.0.1", 0), NothingHere)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with answering(ThreadingHTTPServer(ANY_PORT, NothingHere)) as url:
         refused(
             workplace,
             "model.name=nobody/nothing",
             says=("nobody/nothing",),
-            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+            HF_ENDPOINT=url,
             HF_HOME=str(tmp_path_factory.mktemp("hub")),
         )
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def test_a_block_longer_than_the_model(workplace: Workplace) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.core import TyperCommand, TyperGroup
@@ -92,21 +91,14 @@ def test_what_there_is_not_is_refused_with_code_2(arguments: list[str]) -> None:
     assert "Traceback" not in done.output
 
 
-def answered(workplace: Workplace, *arguments: str) -> Any:
-    """The whole of stdout, as JSON."""
-    done = workplace.run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def test_plan_explain_and_doctor_answer_in_json(workplace: Workplace) -> None:
-    plan = answered(workplace, "plan", "run.yaml", "--cluster", "two.yaml", "train.steps=7")
+    plan = workplace.answered("plan", "run.yaml", "--cluster", "two.yaml", "train.steps=7")
     assert plan["plan"]["batch"]["world_size"] == 2
     assert plan["tokens"] == 7 * 8 * 64
-    (entry,) = answered(workplace, "explain", "run.yaml", "train.steps", "train.steps=7")
+    (entry,) = workplace.answered("explain", "run.yaml", "train.steps", "train.steps=7")
     assert (entry["value"], entry["set_by"]) == ("7", "override train.steps=7")
     checks = {
-        check["check"]: check["state"] for check in answered(workplace, "doctor", "--cluster", "two.yaml")
+        check["check"]: check["state"] for check in workplace.answered("doctor", "--cluster", "two.yaml")
     }
     assert checks["cluster"] == checks["torch"] == "ok"
 
@@ -178,7 +170,7 @@ def test_init_then_plan(tmp_path: Path, preset: str) -> None:
         "wrote my run.yaml; next: launcher plan 'my run.yaml'",
     )
     (tmp_path / "cluster.yaml").write_text("gpu: h100-sxm-80gb\ngpus_per_node: 8\nprice_per_gpu_hour: 2.5\n")
-    plan = answered(here, "plan", "my run.yaml", "--cluster", "cluster.yaml")["plan"]
+    plan = here.answered("plan", "my run.yaml", "--cluster", "cluster.yaml")["plan"]
     assert plan["forecast"]["price"] == pytest.approx(plan["forecast"]["hours"] * 8 * 2.5, rel=1e-3)
     shown = here.run("plan", "my run.yaml", "--cluster", "cluster.yaml").stdout
     assert "speed: a prediction, not measured on this GPU" in shown
@@ -206,9 +198,7 @@ def test_a_closed_stream_is_no_error(workplace: Workplace) -> None:
 
 def test_init_writes_a_cluster_file_that_plan_takes(workplace: Workplace) -> None:
     assert workplace.run("init", "--cluster", "here.yaml").returncode == 0
-    assert (
-        answered(workplace, "plan", "run.yaml", "--cluster", "here.yaml")["plan"]["cluster"] == "my-machine"
-    )
+    assert workplace.answered("plan", "run.yaml", "--cluster", "here.yaml")["plan"]["cluster"] == "my-machine"
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
@@ -244,13 +234,13 @@ def test_a_traceback_only_when_asked_for(workplace: Workplace) -> None:
 
 
 def test_a_store_is_prepared_shown_and_verified_and_a_flipped_byte_is_found(workplace: Workplace) -> None:
-    prepared = answered(workplace, "data", "prepare", "run.yaml", "--workers", "1")
+    prepared = workplace.answered("data", "prepare", "run.yaml", "--workers", "1")
     store = Path(prepared["store"])
     assert prepared["vocabulary"] == 300
     again = workplace.run("data", "prepare", "run.yaml")
     assert again.stdout == f"{store}\n"
 
-    shown = answered(workplace, "data", "show", str(store), "--samples", "1")
+    shown = workplace.answered("data", "show", str(store), "--samples", "1")
     counts = {split["split"]: split["documents"] for split in shown["splits"]}
     assert counts["train"] + counts["validation"] == 2000
     assert (
@@ -258,7 +248,7 @@ def test_a_store_is_prepared_shown_and_verified_and_a_flipped_byte_is_found(work
         in (workplace.folder / "corpus.txt").read_text()
     )
     assert "documents" in workplace.run("data", "show", str(store)).stdout
-    assert answered(workplace, "data", "verify", str(store)) == {"store": str(store), "damage": []}
+    assert workplace.answered("data", "verify", str(store)) == {"store": str(store), "damage": []}
     assert "as it was written" in workplace.run("data", "verify", str(store)).stdout
 
     shard = next(store.glob("train*.bin"))
@@ -277,7 +267,7 @@ def test_a_store_is_prepared_shown_and_verified_and_a_flipped_byte_is_found(work
     assert "1 damaged of 1 units" in mended.stderr
     content[len(content) // 2] ^= 1
     assert shard.read_bytes() == content
-    assert answered(workplace, "data", "verify", str(store))["damage"] == []
+    assert workplace.answered("data", "verify", str(store))["damage"] == []
 
 
 def test_a_store_in_parts(workplace: Workplace) -> None:
@@ -289,9 +279,9 @@ def test_a_store_in_parts(workplace: Workplace) -> None:
     first = workplace.run(*prepare, "--units", "1/2", "--json")
     assert (first.returncode, first.stdout) == (0, "null\n"), first.stderr
     assert "1 units of other parts are not yet" in first.stderr
-    second = answered(workplace, *prepare, "--units", "2/2")
-    assert answered(workplace, "data", "verify", second["store"])["damage"] == []
-    assert answered(workplace, *prepare) == second
+    second = workplace.answered(*prepare, "--units", "2/2")
+    assert workplace.answered("data", "verify", second["store"])["damage"] == []
+    assert workplace.answered(*prepare) == second
     refused = workplace.run(*prepare, "--units", "3/2")
     assert refused.returncode == 2
     assert "expected I/N" in refused.stderr
@@ -312,7 +302,7 @@ def test_bad_records_are_skipped_when_asked(workplace: Workplace) -> None:
 def test_checkpoints_are_listed_and_the_damaged_one_marked(workplace: Workplace) -> None:
     assert workplace.run("plan", "run.yaml", "--write", "runs/small").returncode == 0
     assert workplace.run("checkpoint", "list", "runs/small").stdout == "no checkpoint yet\n"
-    assert answered(workplace, "checkpoint", "list", "runs/small") == []
+    assert workplace.answered("checkpoint", "list", "runs/small") == []
     folder = workplace.folder / "runs" / "small" / "checkpoints"
     for step in (10, 20):
         temporary = ledger.begin(folder, step)
@@ -320,7 +310,7 @@ def test_checkpoints_are_listed_and_the_damaged_one_marked(workplace: Workplace)
         ledger.commit(temporary, step=step, samples=step * 8, world_size=1, created=1763858761.0)
     (folder / "step-00000020" / "model.safetensors").write_bytes(b"y" * 2048)
 
-    found = answered(workplace, "checkpoint", "list", "runs/small")
+    found = workplace.answered("checkpoint", "list", "runs/small")
     assert [(each["step"], each["samples"], each["bytes"]) for each in found] == [
         (10, 80, 2048),
         (20, 160, 2048),
@@ -355,7 +345,7 @@ def test_a_run_is_looked_at_from_its_folder_and_what_does_not_run_is_not_stopped
     assert (nothing.returncode, "there is no run in runs" in nothing.stderr) == (2, True)
     workplace.run("plan", "run.yaml", "--write", "runs/small")
     workplace.run("plan", "run.yaml", "--write", "runs/other")
-    (one,) = answered(workplace, "status", "runs/small")
+    (one,) = workplace.answered("status", "runs/small")
     assert (one["name"], one["state"], one["step"], one["steps"]) == ("small", "not started", 0, 20)
     assert "small: not started" in workplace.run("status", "runs/small").stdout
     rows = workplace.run("status").stdout.splitlines()

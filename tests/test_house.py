@@ -43,7 +43,6 @@ ENGINES: Final = frozenset({"torch", "transformers", "accelerate", "deepspeed", 
 SLOW_TO_LOAD: Final = ENGINES | {"numpy", "fsspec"}
 LISTS_DATA_SETS: Final = "data/data_sets.py"  # asks `datasets` what a data set of the Hub consists of
 MAY_READ_ENVIRONMENT: Final = (
-    "config/load.py",
     "run/",
     "worker/main.py",
     *(

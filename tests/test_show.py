@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -14,17 +13,11 @@ from launcher.data.store import open_store
 from tests.conftest import Workplace, sentences, small_run, write_json
 
 
-def answered(workplace: Workplace, *arguments: str) -> Any:
-    done = workplace.run(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def test_the_rows_of_a_step_lead_back_to_the_bytes(workplace: Workplace) -> None:
-    store = open_store(Path(answered(workplace, "data", "prepare", "run.yaml")["store"]))
+    store = open_store(Path(workplace.answered("data", "prepare", "run.yaml")["store"]))
     tokenizer = store.tokenizer()
     before = workplace.files()
-    shown = answered(workplace, "data", "show", "run.yaml", "--step", "20")
+    shown = workplace.answered("data", "show", "run.yaml", "--step", "20")
     assert workplace.files() == before
     assert [row["sample"] for row in shown["rows"]] == list(range(152, 160))
     for row in shown["rows"]:
@@ -44,12 +37,12 @@ def test_the_rows_of_a_step_lead_back_to_the_bytes(workplace: Workplace) -> None
     end = first["offset"] + first["length"]
     assert f"{first['document']}  {first['file']}: bytes {first['offset']} to {end}, tokens " in plain
 
-    two = answered(workplace, "data", "show", "run.yaml", "--cluster", "two.yaml", "--step", "20")
+    two = workplace.answered("data", "show", "run.yaml", "--cluster", "two.yaml", "--step", "20")
     assert two == shown
-    larger = answered(workplace, "data", "show", "run.yaml", "train.batch_size=32", "--step", "5")
+    larger = workplace.answered("data", "show", "run.yaml", "train.batch_size=32", "--step", "5")
     assert [row["sample"] for row in larger["rows"]] == list(range(128, 160))
     assert larger["rows"][24:] == shown["rows"]
-    banned = answered(workplace, "data", "show", "run.yaml", "data.skip.steps=[1]", "--step", "20")
+    banned = workplace.answered("data", "show", "run.yaml", "data.skip.steps=[1]", "--step", "20")
     assert [row["sample"] for row in banned["rows"]] == list(range(160, 168))
     beyond = workplace.run("data", "show", "run.yaml", "--step", "21")
     assert beyond.returncode == 2
@@ -87,9 +80,9 @@ def test_the_ledger_is_exact_and_duplicates_are_shown(workplace: Workplace, pack
     }
     for name, lines in texts.items():
         (workplace.folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-    store = Path(answered(workplace, "data", "prepare", "run.yaml")["store"])
+    store = Path(workplace.answered("data", "prepare", "run.yaml")["store"])
     tokenizer = open_store(store).tokenizer()
-    shown = answered(workplace, "data", "show", "run.yaml")
+    shown = workplace.answered("data", "show", "run.yaml")
     sources = {"a": texts["a"], "b": texts["b"][:200], "validation": texts["held"]}
     for record in shown["ledger"]:
         lengths = [len(ids) + 1 for ids in tokenizer.encode_batch(sources[record["source"]])]
@@ -108,7 +101,7 @@ def test_the_ledger_is_exact_and_duplicates_are_shown(workplace: Workplace, pack
     (twin,) = shown["duplicates"]["examples"]
     assert twin["train"]["document"] == "train-00000:7"
     assert twin["validation"]["file"] == str(workplace.folder / "held.txt")
-    alone = answered(workplace, "data", "show", str(store))
+    alone = workplace.answered("data", "show", str(store))
     assert [{**record, "blocks": None} for record in shown["ledger"]] == [
         {**record, "blocks": None} for record in alone["ledger"]
     ]
@@ -123,7 +116,7 @@ def test_bad_records_that_were_skipped_are_listed(workplace: Workplace) -> None:
     (workplace.folder / "a.jsonl").write_text("\n".join(lines) + "\n")
     given = ("run.yaml", "data.train=[a.jsonl]")
     assert workplace.run("data", "prepare", *given, "--skip-bad").returncode == 0
-    shown = answered(workplace, "data", "show", *given)
+    shown = workplace.answered("data", "show", *given)
     file = str(workplace.folder / "a.jsonl")
     assert [(record["file"], record["line"]) for record in shown["bad"]] == [(file, 4), (file, 151)]
     assert shown["ledger"][0]["skipped_bad"] == 2
@@ -144,7 +137,7 @@ def test_a_document_of_a_table_is_a_row(workplace: Workplace, name: str) -> None
         "data.block_size=64",
     )
     assert workplace.run("data", "prepare", *given).returncode == 0
-    shown = answered(workplace, "data", "show", *given, "--step", "3")
+    shown = workplace.answered("data", "show", *given, "--step", "3")
     for row in shown["rows"]:
         (passage,) = row["passages"]
         assert passage["counted"] == "row"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 
 from launcher.run.directory import RunDirectory
-from tests.conftest import Workplace, losses, sentences, small_run, write_json
+from tests.conftest import Workplace, losses, sentences, small_run, weights, write_json
 from tests.long import LONG
 
 ENDINGS = """
@@ -78,10 +77,6 @@ def test_ended_and_taken_up_again_it_is_the_same_run(
         assert weights(whole) == weights(parts)
     else:
         assert max(abs(ours[key] - theirs[key]) for key in ours) < 1e-4
-
-
-def weights(directory: Path) -> bytes:
-    return (directory / "model" / "model.safetensors").read_bytes()
 
 
 def test_text_that_changed_is_named_and_there_is_nothing_to_prepare_or_show(streaming: Workplace) -> None:

@@ -111,13 +111,11 @@ def test_a_stop_while_text_is_prepared_keeps_what_is_finished(workplace: Workpla
         wait_for(lambda: any(stores.glob("*/units/*.json")), process)
         asked = CliRunner().invoke(app, ["stop", str(directory.root)])
         assert "its text is being prepared" in asked.stdout
-        begun = time.monotonic()
         _, said = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 15
     assert process.returncode == 130, said
     assert "stopped while its text was prepared\n  hint: the same command goes on" in said
     assert "units are finished and kept" in said
-    assert list(stores.glob("*/units/*.json"))
+    assert 0 < len(list(stores.glob("*/units/*.json"))) < len(names)
     assert not directory.root.exists(), "nothing was written to it"
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from launcher.data.blocks import Blocks
 from launcher.data.store import open_store
 from launcher.run.directory import RunDirectory
-from tests.conftest import Workplace, last_with, losses, metrics, sentences, small_run, write_json
+from tests.conftest import Workplace, last_with, losses, metrics, sentences, small_run, weights, write_json
 from tests.long import LONG
 
 STOP_AT_SEVEN = """
@@ -44,10 +44,6 @@ def mine(workplace: Workplace) -> Workplace:
     """The workplace with a module of the user's own."""
     (workplace.folder / "mine.py").write_text(STOP_AT_SEVEN)
     return workplace
-
-
-def weights(directory: Path) -> bytes:
-    return (directory / "model" / "model.safetensors").read_bytes()
 
 
 def test_twice_and_by_hand_and_over_two_ranks_it_is_the_same_run(workplace: Workplace) -> None:

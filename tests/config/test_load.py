@@ -164,6 +164,12 @@ def test_an_override_of_the_length_replaces_the_files(run_file: Path, override: 
     assert loaded.origins["train.steps"] == f"override {override}"
 
 
+def test_no_length_in_an_override_leaves_the_files(run_file: Path) -> None:
+    loaded = load_run(run_file, ["train.epochs=null"])
+    assert loaded.config.train.steps == load_run(run_file).config.train.steps
+    assert loaded.config.train.steps is not None
+
+
 def test_two_lengths_on_the_command_line_conflict(run_file: Path) -> None:
     path, message, place, hint = only_fault(run_file, "train.tokens=1e6", "train.epochs=2")
     assert path == "train.epochs"

@@ -93,6 +93,12 @@ def prepared(tokenizer: Tokenizer, tmp_path: Path) -> Preparing:
     return make
 
 
+@pytest.fixture
+def store(prepared: Preparing, corpus: Path) -> Store:
+    """The corpus, a fifth of it held out."""
+    return prepared([f"{corpus}/*.txt"], validation=0.2)
+
+
 @pytest.fixture(scope="session")
 def gpt2() -> Tokenizer:
     """GPT-2's own tokenizer, where the folder of data for trials is."""

@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import http.client
 import re
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ssl import SSLContext
 from typing import ClassVar
+
+from tests.loopback import ANY_PORT, Quiet, answering
 
 CODES: Mapping[int, str] = {403: "AccessDenied", 503: "SlowDown"}
 
@@ -53,7 +54,7 @@ class Site:
         return self.faults.popleft() if self.faults else self.always
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet, BaseHTTPRequestHandler):
     """Serves a site."""
 
     protocol_version = "HTTP/1.1"
@@ -128,24 +129,14 @@ class Handler(BaseHTTPRequestHandler):
         }
         return answer.status, dict(kept), body
 
-    def log_message(self, *_: object) -> None:
-        """Tests are quiet."""
-
 
 @contextmanager
 def serving(site: Site, tls: SSLContext | None = None) -> Iterator[Site]:
     """Serve the site on a free port of loopback, for as long as the context lasts."""
     handler = type("SiteHandler", (Handler,), {"site": site})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = ThreadingHTTPServer(ANY_PORT, handler)
     if tls is not None:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    site.url = f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}"
-    try:
+    with answering(server) as url:
+        site.url = url if tls is None else url.replace("http:", "https:")
         yield site
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

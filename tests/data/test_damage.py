@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launcher.data.damage import verify_store
 from launcher.data.duplicates import find_duplicates
+from launcher.data.shards import HEADER
 from launcher.data.store import MANIFEST, Store, open_store
 from launcher.durable import Mark, mark_of
 from launcher.errors import StoreError
-
-
-@pytest.fixture
-def store(prepared: Any, corpus: Path) -> Store:
-    made: Store = prepared([f"{corpus}/*.txt"], validation=0.2)
-    return made
 
 
 def test_a_store_as_it_was_written(store: Store) -> None:
@@ -39,6 +33,16 @@ def test_a_flipped_byte_is_found_in_every_file(store: Store) -> None:
         assert path.name in str(damage)
         path.write_bytes(content)
     assert verify_store(store.path) == []
+
+
+def test_a_file_that_has_grown(store: Store) -> None:
+    with (store.path / "train-00000.bin").open("ab") as stream:
+        stream.write(b"x")
+    (damage,) = verify_store(store.path)
+    assert (damage.shard, damage.reason.split(" ")[1:3]) == ("train-00000", ["bytes", "where"])
+    opened = open_store(store.path)
+    with pytest.raises(StoreError, match=r"train-00000\.bin: .* bytes where the manifest says"):
+        opened.tokens(opened.shards("train", "text")[0])
 
 
 def test_a_missing_and_a_short_file(store: Store) -> None:

@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,6 +26,7 @@ import pytest
 from launcher.data.sources import Reading, list_files
 from launcher.errors import DataError
 from tests.data.conftest import documents
+from tests.loopback import ANY_PORT, Quiet, answering
 
 TEXTS = [f"text {i}" for i in range(2500)]
 
@@ -104,7 +104,7 @@ FILES = {
 COMMIT = "a" * 40
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Quiet, BaseHTTPRequestHandler):
     """The files of three data sets, at one commit each."""
 
     protocol_version = "HTTP/1.1"
@@ -162,19 +162,11 @@ class Hub(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        """Tests are quiet."""
-
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with answering(ThreadingHTTPServer(ANY_PORT, Hub)) as url:
+        yield url
 
 
 ASK = """

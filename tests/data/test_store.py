@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.data.damage import verify_store
-from launcher.data.store import MANIFEST, Manifest, Store, open_store, write_manifest
+from launcher.data.store import FORMAT_VERSION, MANIFEST, Manifest, Store, open_store, write_manifest
 from launcher.errors import StoreError
-
-
-@pytest.fixture
-def store(prepared: Any, corpus: Path) -> Store:
-    made: Store = prepared([f"{corpus}/*.txt"], validation=0.2)
-    return made
 
 
 @pytest.mark.parametrize("key", ["tokens", "documents"])
@@ -70,10 +63,11 @@ def test_a_folder_without_a_manifest_is_no_store(store: Store) -> None:
             read(store.path)
 
 
-def test_another_format_version_is_refused(store: Store) -> None:
-    content = store.manifest.content.model_copy(update={"format_version": 1})
+@pytest.mark.parametrize("version", [FORMAT_VERSION - 1, FORMAT_VERSION + 1])
+def test_another_format_version_is_refused(store: Store, version: int) -> None:
+    content = store.manifest.content.model_copy(update={"format_version": version})
     write_manifest(store.path, store.manifest.model_copy(update={"content": content}))
-    with pytest.raises(StoreError, match="format version 1"):
+    with pytest.raises(StoreError, match=f"format version {version}, not {FORMAT_VERSION}"):
         open_store(store.path)
 
 

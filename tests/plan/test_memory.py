@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from launcher.plan.memory import Memory, estimate
-from launcher.plan.shape import Shape, shape_of
 from launcher.plan.states import Sharding
 from launcher.worker.chunked_loss import linear_cross_entropy
+from tests.plan.shapes import shape
 from tests.plan.trace import HALF_OF, PRECISIONS, TRACED, build, peaks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MICRO_BATCH, BLOCK_SIZE, VOCAB = 4, 256, 2500
 GPT2 = {
@@ -40,21 +41,6 @@ LLAMA = {
     "intermediate_size": 352,
     "vocab_size": VOCAB,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These models are too small to share: with a test on every core, threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def shape(fields: dict[str, Any]) -> Shape:
-    found = shape_of(fields)
-    assert found is not None
-    return found
 
 
 def planned(
@@ -253,6 +239,28 @@ def test_categories_are_words_that_add_up_to_the_total() -> None:
 def test_a_second_rank_adds_buckets_as_large_as_the_gradients() -> None:
     alone, together = (planned(GPT2, "bf16", False, world_size=count, on_cpu=True) for count in (1, 2))
     assert together.total - alone.total == together.gradients
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "fsdp"])
+def test_on_a_cpu_offload_spares_nothing(strategy: str) -> None:
+    """What leaves the rank goes to its node's memory, which is the same."""
+    kept, moved = (
+        estimate(
+            shape(GPT2),
+            Sharding(strategy, 2, offload),
+            micro_batch=MICRO_BATCH,
+            accumulation=2,
+            block_size=BLOCK_SIZE,
+            precision="fp32",
+            gradient_checkpointing=False,
+            chunked_loss=False,
+            compiled=False,
+            on_cpu=True,
+        )
+        for offload in ("none", "optimizer")
+    )
+    assert moved.total >= kept.total
+    assert moved.optimizer >= kept.optimizer + kept.master_weights
 
 
 def test_checkpointing_never_costs_memory() -> None:

@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from launcher.config.architectures import DEFAULTS
 from launcher.config.presets import PRESETS
-from launcher.plan.shape import Shape, flops_per_token, parameters, shape_of
+from launcher.plan.shape import flops_per_token, parameters, shape_of
+from tests.plan.shapes import shape
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -29,12 +30,6 @@ def built(fields: dict[str, Any]) -> torch.nn.Module:
 
 def counted(fields: dict[str, Any]) -> int:
     return sum(parameter.numel() for parameter in built(fields).parameters())
-
-
-def shape(fields: dict[str, Any]) -> Shape:
-    found = shape_of(fields)
-    assert found is not None
-    return found
 
 
 @pytest.mark.parametrize(

@@ -17,20 +17,15 @@ from launcher.plan import speed
 from launcher.plan.batch import Batch
 from launcher.plan.collectives import Wires
 from launcher.plan.hardware import CATALOGUE, GPU, find_gpu
-from launcher.plan.shape import Shape, flops_per_token, shape_of
+from launcher.plan.shape import flops_per_token
 from launcher.plan.speed import Speed, step_speed, utilisation
 from launcher.plan.states import Sharding
 from launcher.plan.traffic import stack_of
 from scripts.replay_speeds import DOCS, document, error, fitted_and_held_out, predicted, published, table
+from tests.plan.shapes import shape
 
 FITTED, HELD_OUT = fitted_and_held_out(published())
 GPUS = tuple(gpu for gpu in CATALOGUE.values() if gpu.name != "cpu")
-
-
-def shape(preset: str = "gpt2") -> Shape:
-    found = shape_of(PRESETS[preset].config())
-    assert found is not None
-    return found
 
 
 def step(

@@ -17,6 +17,7 @@ from launcher.plan.memory import estimate
 from launcher.plan.shape import Shape, parameters, shape_of, weights_per_layer
 from launcher.plan.states import Sharding, checkpoint_bytes, partitions, states
 from tests.plan.engines import FIELDS, WIDE
+from tests.plan.shapes import shape
 
 WORLDS = (1, 2, 8, 64, 512)
 HELD = WORLDS if "LAUNCHER_LONG" in os.environ else (512,)
@@ -25,12 +26,6 @@ HELD = WORLDS if "LAUNCHER_LONG" in os.environ else (512,)
 STRATEGIES = ("zero1", "zero2", "zero3", "fsdp")
 FLAGS = 256
 """Bytes of what is not counted: a step counter for each tensor of the optimizer, and flags."""
-
-
-def shape(preset: str = "gpt2") -> Shape:
-    found = shape_of(PRESETS[preset].config())
-    assert found is not None
-    return found
 
 
 def allocated(*wanted: str) -> dict[str, dict[str, int]]:

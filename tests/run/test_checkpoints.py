@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.durable import Mark, mark_of
-from launcher.errors import RequestError
+from launcher.errors import RequestError, TrainingError
 from launcher.run import checkpoints as ledger
+from tests.conftest import lacks
 
 
 def save(folder: Path, step: int, content: bytes = b"weights") -> ledger.Checkpoint:
@@ -152,7 +155,7 @@ def test_what_cannot_be_deleted_yet_does_not_fail_the_save(tmp_path: Path) -> No
     busy.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(busy)], capture_output=True)
     if mounted.returncode:
-        pytest.skip(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
+        lacks(f"no file system can be mounted: {mounted.stderr.decode().strip()}")
     try:
         save(tmp_path, 10)
         ledger.prune(tmp_path, keep=1, protect=())
@@ -246,3 +249,38 @@ def test_what_was_set_aside_is_told_with_its_reason(tmp_path: Path) -> None:
         "step-00000010.2": "no readable MANIFEST.json",
     }
     assert ledger.quarantined(tmp_path / "elsewhere") == {}
+
+
+def test_a_crash_before_the_replaced_one_is_deleted_leaves_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5, b"before")
+    monkeypatch.setattr(ledger, "_delete", lambda folder: None)
+    save(tmp_path, 5, b"after!")
+    monkeypatch.undo()
+    assert (tmp_path / ".step-00000005.replaced").is_dir()
+    for turn in ("as the next attempt finds it", "and once it has begun to save"):
+        good = ledger.latest_good(tmp_path)
+        assert good is not None
+        assert (good.folder / "model.safetensors").read_bytes() == b"after!", turn
+        ledger.begin(tmp_path, 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step-00000010.writing", "step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [
+        ({"f_bavail": 100, "f_files": 0, "f_favail": 0}, None),
+        ({"f_bavail": 100, "f_files": 9, "f_favail": 2}, "about 3 files in .*, and there are inodes for 2"),
+        ({"f_bavail": 99, "f_files": 0, "f_favail": 0}, "needs about .* in .*, and .* are free"),
+    ],
+    ids=["inodes as they are needed", "no inodes", "what is left is root's"],
+)
+def test_room_is_what_anyone_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: dict[str, int], told: str | None
+) -> None:
+    found = SimpleNamespace(f_frsize=4096, f_bfree=200, f_ffree=there["f_files"], **there)
+    monkeypatch.setattr(os, "statvfs", lambda _: found)
+    expected = contextlib.nullcontext() if told is None else pytest.raises(TrainingError, match=told)
+    with expected:
+        ledger.check_room(tmp_path, size=100 * 4096, files=3)

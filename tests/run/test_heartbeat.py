@@ -81,6 +81,7 @@ def test_one_that_does_not_run_is_told_from_those_that_wait_for_it() -> None:
         (((12, True), (12, False), (12, True)), (1,)),
         (((12, True), (12, True)), (0, 1)),
         (((12, True), (11, True)), (1,)),
+        (((5, False), (6, False)), (0,)),
         (((12, False), (12, False)), (0, 1)),
         (((12, False), (12, True), (12, False)), (0, 2)),
     ],

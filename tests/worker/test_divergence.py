@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from launcher.run import checkpoints as ledger
 from launcher.run.directory import RunDirectory
-from launcher.worker.divergence import REPORTS, Diverged, Divergence
+from launcher.worker.divergence import EXPLODED, REPORTS, Diverged, Divergence
 
 UNIFORM = math.log(300)
 HERE = RunDirectory(Path("/nowhere/run"))
@@ -69,6 +69,26 @@ def test_a_checkpoint_made_in_an_explosion_is_to_be_moved_away(tmp_path: Path) -
     error = follows.error("the loss has exploded", 16)
     assert "in steps 11 to 16" in error.message
     assert f"move the checkpoints after step 10 out of {directory.checkpoints}" in (error.hint or "")
+
+
+def test_a_checkpoint_at_the_very_step_is_to_be_moved_away(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    ledger.commit(ledger.begin(directory.checkpoints, 20), step=20, samples=1, world_size=1, created=0.0)
+    follows = divergence(directory)
+    follows.report({"loss": 5.0}, 10)
+    error = follows.error("loss is nan", 20)
+    assert "training diverged in step 20: loss is nan at step 20" in error.message
+    assert f"move the checkpoints after step 19 out of {directory.checkpoints}" in (error.hint or "")
+    assert "'data.skip.steps=[20]'" in (error.hint or "")
+
+
+def test_what_an_exploded_loss_has_made_is_not_saved_though_it_is_finite() -> None:
+    model, follows = torch.nn.Linear(3, 4), divergence()
+    follows.report({"loss": 3.0}, 1)
+    for step in range(REPORTS):
+        assert follows.flaw(model.parameters()) is None
+        follows.report({"loss": 50.0}, 2 + step)
+    assert follows.flaw(model.parameters()) == EXPLODED
 
 
 def test_weights_that_are_not_finite_are_seen_in_every_parameter() -> None:

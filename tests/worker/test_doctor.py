@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,15 +18,9 @@ from launcher.worker.doctor import examine, main, short_copy
 from launcher.worker.tracing import compiled_so_far
 from tests.worker.parity import LENGTH, another_head, gpt2, llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAST = every_path()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def said(model: PreTrainedModel, **off: bool) -> dict[str, tuple[str, str]]:

@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.run.heartbeat import LIMIT_VARIABLE, LIMITS, Beat, limits, read_beat
-from launcher.worker.heart import Heart
+from launcher.worker.heart import GIVEN_UP_SECONDS, Heart
 
 
 @pytest.fixture
@@ -67,6 +68,48 @@ def test_it_tells_how_far_it_is_and_where_it_is_stuck(
     assert capfd.readouterr().err.count("in test_it_tells_how_far_it_is_and_where_it_is_stuck") == 1
     heart.beat()
     assert told(lambda beat: beat.quiet < 1).at is None
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Moves the clock of a heart by so many seconds."""
+    now = [1000.0]
+    monkeypatch.setattr(
+        "launcher.worker.heart.time", SimpleNamespace(monotonic=lambda: now[0], time=time.time)
+    )
+
+    def move(seconds: float) -> None:
+        now[0] += seconds
+
+    return move
+
+
+def test_what_is_no_training_is_none_of_a_step_s_time(tmp_path: Path, moved: Callable[[float], None]) -> None:
+    """Or one long evaluation would let every later step take ten times as long before it is a hang."""
+    heart = Heart(tmp_path / "beat", tmp_path / "stacks", 0, {})
+    heart.step(1)
+    moved(2.0)
+    with heart.during("evaluating"):
+        moved(500.0)
+    moved(1.0)
+    heart.step(2)
+    told = heart._now(quiet=0.0, limit=1.0)
+    assert (told.phase, told.step_seconds) == ("training", 3.0)
+
+
+def test_a_rank_waits_two_of_its_own_steps_before_it_waits_in_vain(
+    tmp_path: Path, moved: Callable[[float], None]
+) -> None:
+    heart = Heart(tmp_path / "beat", tmp_path / "stacks", 0, {}, handover=tmp_path / "handover")
+    (tmp_path / "handover").touch()
+    heart.step(1)
+    assert heart._waits_in_vain(GIVEN_UP_SECONDS + 1)
+    moved(2 * GIVEN_UP_SECONDS)
+    heart.step(2)
+    assert not heart._waits_in_vain(4 * GIVEN_UP_SECONDS - 1)
+    assert heart._waits_in_vain(4 * GIVEN_UP_SECONDS + 1)
+    (tmp_path / "handover").unlink()
+    assert not heart._waits_in_vain(4 * GIVEN_UP_SECONDS + 1)
 
 
 def test_it_ends_with_its_rank(tmp_path: Path, told: Callable[[Callable[[Beat], bool]], Beat]) -> None:

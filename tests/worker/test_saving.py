@@ -11,7 +11,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Workplace
+from tests.loopback import ANY_PORT, Quiet, answering
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz0123"
 REPOSITORY = "someone/small"
@@ -40,7 +40,7 @@ class Hub(ThreadingHTTPServer):
     """One repository, in memory. `refuses` is the beginning of the paths it answers with 403."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
+        super().__init__(ANY_PORT, Answers)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.refuses: str | None = None
         self.created: list[dict[str, Any]] = []
@@ -52,7 +52,7 @@ class Hub(ThreadingHTTPServer):
         return {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
 
 
-class Answers(BaseHTTPRequestHandler):
+class Answers(Quiet, BaseHTTPRequestHandler):
     server: Hub
 
     def do_POST(self) -> None:
@@ -110,21 +110,12 @@ class Answers(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        """Tests are quiet."""
-
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     server = Hub()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with answering(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture

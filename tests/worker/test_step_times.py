@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from launcher.plan.choose import Plan
 from launcher.worker.ceiling import matmul_flops
 from launcher.worker.step_times import (
     HostStopwatch,
@@ -27,100 +28,117 @@ PLAN = small_plan()
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-class Drive:
-    """Steps with the Trainer's own calls, in its order; sleeping stands for work."""
+class Clock:
+    """Stands in for the `time` of what is timed: only work moves it."""
 
-    def __init__(self, folder: Path, times: StepTimes) -> None:
-        self.times = times
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return 1.7e9 + self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr("launcher.worker.step_times.time", found)
+    return found
+
+
+class Drive:
+    """Steps with the Trainer's own calls, in its order."""
+
+    def __init__(self, folder: Path, clock: Clock, plan: Plan = PLAN) -> None:
+        self.times = StepTimes(plan, Agreement(1))
+        self._clock = clock
         self._about = (
             TrainingArguments(output_dir=str(folder), use_cpu=True),
             TrainerState(),
             TrainerControl(),
         )
-        times.on_train_begin(*self._about)
+        self.times.on_train_begin(*self._about)
 
     def step(
         self, *, data: float = 0.0, forward: float = 0.0, backward: float = 0.0, aside: float = 0.0
     ) -> None:
         def loader() -> Iterator[int]:
-            time.sleep(data)
+            self._clock.work(data)
             yield 1
 
         assert next(Timed(loader(), self.times.data_wait)) == 1
         self.times.on_step_begin(*self._about)
         with self.times.forward.running():
-            time.sleep(forward)
-        time.sleep(backward)
+            self._clock.work(forward)
+        self._clock.work(backward)
         self.times.on_step_end(*self._about)
-        time.sleep(aside)
+        self._clock.work(aside)
 
     def report(self) -> Spent:
         self.times.read(self.times.lap(), together=True)
         return self.times.spent
 
 
-def test_each_second_is_where_it_belongs(tmp_path: Path) -> None:
-    run = Drive(tmp_path, StepTimes(PLAN, Agreement(1)))
-    began = time.perf_counter()
+def test_each_second_is_where_it_belongs(tmp_path: Path, clock: Clock) -> None:
+    run = Drive(tmp_path, clock)
     for _ in range(2):
-        run.step(data=0.04, forward=0.02, backward=0.06, aside=0.1)
-    spent, reported = run.report(), time.perf_counter()
-    (own,) = spent.by_rank
-    assert 0.08 <= spent.data_wait == pytest.approx(2 * own.data_wait)
-    assert 0.04 <= 2 * own.forward <= spent.host - 0.12
-    assert spent.data_wait + spent.host <= reported - began - 0.2
-    run.step(data=0.01)
+        run.step(data=4.0, forward=2.0, backward=6.0, aside=10.0)
+    assert run.report() == Spent(8.0, 16.0, [OwnTime(4.0, 2.0)], 18.0 + 22.0, 2, clock.time())
+    run.step(data=1.0)
     again = run.report()
-    assert again.data_wait + again.host <= time.perf_counter() - reported, "each report begins anew"
+    assert (again.data_wait, again.host, again.training) == (1.0, 0.0, 1.0), "each report begins anew"
 
 
-def test_what_comes_after_its_end_is_not_in_a_report_that_is_read_late(tmp_path: Path) -> None:
-    run = Drive(tmp_path, StepTimes(PLAN, Agreement(1)))
-    run.step(data=0.01, forward=0.01)
+def test_what_comes_after_its_end_is_not_in_a_report_that_is_read_late(tmp_path: Path, clock: Clock) -> None:
+    run = Drive(tmp_path, clock)
+    run.step(data=1.0, forward=2.0)
     lap = run.times.lap()
-    run.step(data=0.2, forward=0.2)
+    run.step(data=20.0, forward=40.0)
     run.times.read(lap, together=True)
-    (own,) = run.times.spent.by_rank
-    assert 0.02 <= own.total < 0.2
-    assert run.times.spent.training < 0.2
-    assert run.report().by_rank[0].total >= 0.4
+    assert run.times.spent.by_rank == [OwnTime(1.0, 2.0)]
+    assert run.times.spent.training == 2.0
+    assert run.report().by_rank == [OwnTime(20.0, 40.0)]
 
 
-def test_training_time_leaves_out_evaluating_saving_and_what_is_before_the_first_step(tmp_path: Path) -> None:
-    run = Drive(tmp_path, StepTimes(PLAN, Agreement(1)))
-    time.sleep(0.3)
-    before = time.time()
-    for pause in (0.0, 0.3, 0.0):
-        run.step(forward=0.02)
+def test_training_time_leaves_out_evaluating_saving_and_what_is_before_the_first_step(
+    tmp_path: Path, clock: Clock
+) -> None:
+    run = Drive(tmp_path, clock)
+    clock.work(30.0)
+    for pause in (0.0, 30.0, 0.0):
+        run.step(forward=2.0)
         if pause:
             run.times.leave()
-            time.sleep(pause)
+            clock.work(pause)
     spent = run.report()
-    assert spent.steps == 3
-    assert 0.06 <= spent.training == pytest.approx(3 * spent.step_seconds)
-    assert spent.training < 0.3
-    assert before + 0.36 <= spent.ended <= time.time()
-    assert run.report().training < 0.3, "each report begins anew"
+    assert (spent.steps, spent.training, spent.step_seconds) == (3, 6.0, 2.0)
+    assert spent.ended == clock.time()
+    assert run.report().training == 0.0, "each report begins anew"
 
 
-def test_a_report_made_after_training_has_paused_ends_where_it_paused(tmp_path: Path) -> None:
-    run = Drive(tmp_path, StepTimes(PLAN, Agreement(1)))
-    run.step(forward=0.02)
+def test_a_report_made_after_training_has_paused_ends_where_it_paused(tmp_path: Path, clock: Clock) -> None:
+    run = Drive(tmp_path, clock)
+    run.step(forward=2.0)
     run.times.leave()
-    time.sleep(0.3)
+    clock.work(30.0)
     run.times.leave()
-    assert 0.02 <= run.report().training < 0.3
-    run.step(forward=0.02)
-    assert 0.02 <= run.report().training < 0.3
+    assert run.report().training == 2.0
+    run.step(forward=2.0)
+    assert run.report().training == 2.0
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
-def test_a_forward_pass_that_gathers_parameters_is_not_a_rank_s_own(tmp_path: Path, strategy: str) -> None:
-    run = Drive(tmp_path, StepTimes(replace(PLAN, strategy=strategy), Agreement(1)))
-    run.step(data=0.01, forward=0.01)
-    (own,) = run.report().by_rank
-    assert own.forward == 0.0
-    assert own.data_wait >= 0.01
+def test_a_forward_pass_that_gathers_parameters_is_not_a_rank_s_own(
+    tmp_path: Path, clock: Clock, strategy: str
+) -> None:
+    run = Drive(tmp_path, clock, replace(PLAN, strategy=strategy))
+    run.step(data=1.0, forward=2.0)
+    assert run.report().by_rank == [OwnTime(1.0, 0.0)]
 
 
 def test_an_iterator_that_ends_ends_when_timed() -> None:
