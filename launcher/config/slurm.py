@@ -39,13 +39,21 @@ OWN_OPTIONS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("dependency", "d"), "use `launcher submit --then`"),
     **dict.fromkeys(("chdir", "D"), "the job runs in the folder that you submit from"),
     "export": "set env",
+    **dict.fromkeys(("wait", "W"), "use `launcher submit --wait`"),
 }
 """Options of sbatch, long and short, that launcher writes itself, and what to do instead."""
 
+_OTHER_NAMES: Final = {"ARRAY": "ARRAY_INX", "TIME": "TIMELIMIT", "MEM": "MEM_PER_NODE"}
 _TIME_LIMIT = re.compile(r"(?:([0-9]+)-)?([0-9]+(?::[0-9]+){0,2})")
 _MEMORY = re.compile(r"([0-9]+)([KMGT]?)")
 UNITS: Final[Mapping[str, int]] = {"K": 1 << 10, "": 1 << 20, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _OPTION = re.compile(r"--?([A-Za-z][A-Za-z-]*)([= ].*)?")
+
+
+def variable(option: str) -> str:
+    """The environment variable by which sbatch takes a long option; it overrules the job script."""
+    name = option.upper().replace("-", "_")
+    return f"SBATCH_{_OTHER_NAMES.get(name, name)}"
 
 
 def time_limit_seconds(value: str) -> int:

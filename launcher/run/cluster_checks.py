@@ -122,7 +122,8 @@ def _allowed(cluster: ClusterConfig) -> Check:
     ]
     name, given = "account", cluster.slurm.account or "your default account"
     try:
-        slurm.said("sbatch", "--test-only", *asked, "--output=/dev/null", "--wrap=true")
+        env = slurm.submission_environment(cluster.slurm)
+        slurm.said("sbatch", "--test-only", *asked, "--output=/dev/null", "--wrap=true", env=env)
     except MachineError as error:
         return Check("sbatch", "missing", error.message, error.hint)
     except RequestError as error:

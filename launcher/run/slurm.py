@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from launcher.config.slurm import time_limit_seconds
+from launcher.config.schema import SlurmSection
+from launcher.config.slurm import OWN_OPTIONS, time_limit_seconds, variable
 from launcher.errors import MachineError, RequestError
 
 ANSWER_SECONDS: Final = 60.0
@@ -49,8 +50,10 @@ UNAMBIGUOUS: Final[Mapping[str, str]] = {"TZ": "UTC0", "SLURM_TIME_FORMAT": "sta
 """Environment in which SLURM writes times that can be read: by themselves they have no time zone, an hour of
 each autumn is there twice, and a user may have asked for words such as `Tomorr 15:00`."""
 
-OF_ANOTHER_JOB: Final = ("SLURM_ARRAY_", "SLURM_RESTART_COUNT", "SRUN_CPUS_PER_TASK")
-"""What begins so in the environment of a job is no business of another that is submitted from inside it."""
+OF_THE_CLUSTER: Final = frozenset(("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"))
+"""Which SLURM is meant. Every other variable of SLURM's own describes the job that a process is in."""
+OVERRULING: Final = frozenset(variable(option) for option in OWN_OPTIONS if option != "export")
+"""Variables by which sbatch would take another value than the job script has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +256,20 @@ def own_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def submit(script: Path, *options: str) -> str:
-    """Hand a job script in; returns the job's id. Raises what `said` does."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(OF_ANOTHER_JOB)}
+def submission_environment(asked: SlurmSection) -> dict[str, str]:
+    """The environment to submit a job in: nothing of the job that this process may be in, and no option that
+    is the cluster file's to give. An account, a partition or a QOS of the environment stands where `asked`
+    has none."""
+    person = {variable(key) for key in ("account", "partition", "qos") if getattr(asked, key) is None}
+    dropped = OVERRULING - person
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in OF_THE_CLUSTER or not (name.startswith(("SLURM_", "SRUN_")) or name in dropped)
+    }
+
+
+def submit(script: Path, asked: SlurmSection, *options: str) -> str:
+    """Hand in a job script that asks for `asked`; returns the job's id. Raises what `said` does."""
+    env = submission_environment(asked)
     return said("sbatch", "--parsable", *options, str(script), env=env).split(";")[0]
