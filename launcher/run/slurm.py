@@ -188,9 +188,9 @@ def seconds_in(value: str | None) -> int | None:
 
 
 def partitions() -> list[tuple[Partition, bool]]:
-    """Every partition, and whether it is the one that is taken where none is named."""
+    """Every partition, hidden ones too, and whether it is the one that is taken where none is named."""
     found = []
-    for line in said("scontrol", "--oneliner", "show", "partition").splitlines():
+    for line in said("scontrol", "--oneliner", "--all", "show", "partition").splitlines():
         fields = fields_of(line)
         limit = fields["MaxTime"]
         found.append(
