@@ -207,6 +207,10 @@ def partitions() -> list[tuple[Partition, bool]]:
     return found
 
 
+OUT: Final = frozenset(("DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "NOT_RESPONDING"))
+"""Of the words in a node's state, those of one that takes no job."""
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A node: `memory` in MiB, `state` as SLURM writes it (`IDLE+DRAIN`), `reason` why it is out."""
@@ -220,10 +224,10 @@ class Node:
 
     @property
     def is_out(self) -> bool:
-        """Whether no job can start on it for now, and not only because others have it."""
-        return any(word in self.state for word in ("DOWN", "DRAIN", "FAIL", "NOT_RESPONDING")) or (
-            self.state.endswith("*")
-        )
+        """Whether no job can start on it for now, and not only because others have it, or it is powered down
+        until one comes."""
+        words = self.state.replace("*", "+NOT_RESPONDING").split("+")
+        return not OUT.isdisjoint(words)
 
 
 def nodes(names: str = "") -> Iterator[Node]:

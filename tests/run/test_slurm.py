@@ -9,6 +9,7 @@ import pytest
 from launcher.config.schema import SlurmSection
 from launcher.errors import MachineError, RequestError
 from launcher.run.slurm import (
+    Node,
     fields_of,
     gpus_in,
     own_job,
@@ -74,6 +75,18 @@ def test_a_value_may_hold_spaces() -> None:
 )
 def test_gpus_among_generic_resources(gres: str, count: int) -> None:
     assert gpus_in(gres) == count
+
+
+@pytest.mark.parametrize(
+    "state", ["IDLE+DRAIN", "DOWN*", "MIXED+DRAIN", "DOWN+NOT_RESPONDING", "IDLE*+DRAIN"]
+)
+def test_a_node_that_takes_no_job(state: str) -> None:
+    assert Node("n1", state, 1, 1, 0, None).is_out
+
+
+@pytest.mark.parametrize("state", ["IDLE", "ALLOCATED", "IDLE+CLOUD+POWERED_DOWN", "IDLE+POWERING_DOWN"])
+def test_a_node_that_is_powered_down_comes_up_for_a_job(state: str) -> None:
+    assert not Node("n1", state, 1, 1, 0, None).is_out
 
 
 @pytest.mark.parametrize(("value", "seconds"), [("30 sec", 30), ("0", 0), ("UNLIMITED", None), (None, None)])
