@@ -192,7 +192,9 @@ def _demands(
 ) -> Iterator[tuple[str, str, int, Callable[[slurm.Node], int]]]:
     """What each node must have: (what it is, key, how much, how much a node has)."""
     if not place.is_cpu:
-        yield "GPUs", "gpus_per_node", place.ranks_per_node, lambda node: node.gpus
+        kind = cluster.slurm.gpu_type
+        name = f"{kind} GPUs" if kind else "GPUs"
+        yield name, "gpus_per_node", place.ranks_per_node, lambda node: slurm.gpus_in(node.gres, kind)
     if place.cores is not None:
         yield "CPUs", "slurm.cpus_per_node", place.cores, lambda node: node.cpus
     if (memory := memory_bytes(cluster.slurm.memory)) is not None:

@@ -197,7 +197,7 @@ def partitions() -> list[tuple[Partition, bool]]:
             (
                 Partition(
                     fields["PartitionName"],
-                    None if limit == "UNLIMITED" else time_limit_seconds(limit),
+                    None if limit == "UNLIMITED" else int(time_limit_seconds(limit)),
                     seconds_in(fields["GraceTime"]) or 0,
                     hosts(_given(fields["Nodes"]) or ""),
                 ),
@@ -213,13 +213,14 @@ OUT: Final = frozenset(("DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node: `memory` in MiB, `state` as SLURM writes it (`IDLE+DRAIN`), `reason` why it is out."""
+    """A node: `memory` in MiB, `state` and `gres` as SLURM writes them (`IDLE+DRAIN`, `gpu:a100:8`), `reason`
+    why it is out."""
 
     name: str
     state: str
     cpus: int
     memory: int
-    gpus: int
+    gres: str
     reason: str | None
 
     @property
@@ -239,16 +240,17 @@ def nodes(names: str = "") -> Iterator[Node]:
             fields["State"],
             int(fields["CPUTot"]),
             int(fields["RealMemory"]),
-            gpus_in(fields.get("Gres", "")),
+            fields.get("Gres", ""),
             _given(fields.get("Reason")),
         )
 
 
-def gpus_in(gres: str) -> int:
-    """How many GPUs generic resources such as `gpu:a100:8(S:0-1),nvme:1` hold."""
+def gpus_in(gres: str, kind: str | None = None) -> int:
+    """How many GPUs, of this `kind` or any, generic resources such as `gpu:a100:8(S:0-1),nvme:1` hold."""
     without_sockets = re.sub(r"\([^)]*\)", "", gres)
     counts = (part.split(":") for part in without_sockets.split(",") if part.split(":")[0] == "gpu")
-    return sum(int(words[-1]) if words[-1].isdecimal() else 1 for words in counts)
+    wanted = (words for words in counts if kind is None or kind in words[1:])
+    return sum(int(words[-1]) if words[-1].isdecimal() else 1 for words in wanted)
 
 
 def own_job() -> str | None:

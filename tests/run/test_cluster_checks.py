@@ -65,6 +65,14 @@ def test_every_partition_of_a_list_is_to_be_there() -> None:
     assert (check.found, check.remedy) == ("there is no partition nope", "one of: short, hidden")
 
 
+def test_gpus_are_counted_by_the_type_that_is_asked_for() -> None:
+    assert missing(2, 8, gpu_type="a100") == []
+    assert missing(1, 4, gpu_type="v100") == []
+    (check,) = missing(1, 6, gpu_type="v100")
+    assert (check.name, check.key) == ("v100 GPUs", "gpus_per_node")
+    assert check.found.endswith("the most that one has is 4")
+
+
 def test_where_no_partition_would_do_the_first_says_why() -> None:
     (check,) = missing(3, 8, partition="hidden,short")
     assert check.found.startswith("8 are asked for on each node; 2 nodes of partition hidden have them")

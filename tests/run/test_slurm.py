@@ -77,16 +77,21 @@ def test_gpus_among_generic_resources(gres: str, count: int) -> None:
     assert gpus_in(gres) == count
 
 
+@pytest.mark.parametrize(("kind", "count"), [("a100", 4), ("a100_1g.5gb", 7), ("h100", 0), (None, 11)])
+def test_gpus_of_a_type(kind: str | None, count: int) -> None:
+    assert gpus_in("gpu:a100:4(S:0),gpu:a100_1g.5gb:7", kind) == count
+
+
 @pytest.mark.parametrize(
     "state", ["IDLE+DRAIN", "DOWN*", "MIXED+DRAIN", "DOWN+NOT_RESPONDING", "IDLE*+DRAIN"]
 )
 def test_a_node_that_takes_no_job(state: str) -> None:
-    assert Node("n1", state, 1, 1, 0, None).is_out
+    assert Node("n1", state, 1, 1, "", None).is_out
 
 
 @pytest.mark.parametrize("state", ["IDLE", "ALLOCATED", "IDLE+CLOUD+POWERED_DOWN", "IDLE+POWERING_DOWN"])
 def test_a_node_that_is_powered_down_comes_up_for_a_job(state: str) -> None:
-    assert not Node("n1", state, 1, 1, 0, None).is_out
+    assert not Node("n1", state, 1, 1, "", None).is_out
 
 
 @pytest.mark.parametrize(("value", "seconds"), [("30 sec", 30), ("0", 0), ("UNLIMITED", None), (None, None)])
