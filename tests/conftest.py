@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -53,6 +54,11 @@ def pytest_configure(config: pytest.Config) -> None:
     folder.chmod(0o755)  # who runs a SLURM cluster's daemons comes by
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def stale(*_: object, **__: object) -> None:
+    """What a network file system may answer for a moment, in place of any function that asks it."""
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 @dataclass(frozen=True)

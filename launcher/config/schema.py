@@ -366,13 +366,21 @@ class SlurmSection(Section):
     qos: str | None = Field(None, description="The quality of service.")
     time_limit: Annotated[str, AfterValidator(check_time_limit)] | None = Field(
         None,
-        description="The job's time limit, as SLURM writes it: `HH:MM:SS`, `D-HH:MM:SS` or minutes. A longer "
-        "run goes on by itself in the same job, requeued. null: the partition's.",
+        description="The job's time limit, as SLURM writes it: `HH:MM:SS`, `D-HH:MM:SS`, minutes or "
+        "`UNLIMITED`. A longer run goes on by itself in the same job, requeued. null: the partition's.",
     )
     constraint: str | None = Field(None, description="Features that the nodes must have.")
     reservation: str | None = Field(None, description="The reservation to run in.")
     exclude: list[str] = Field(default_factory=list, description="Nodes never to run on.")
-    exclusive: bool = Field(False, description="Share the nodes with no other job.")
+    exclusive: bool | Literal["user", "mcs"] = Field(
+        False,
+        description="Share the nodes with no other job; `user`, `mcs`: only with the same user's or group's.",
+    )
+    gpu_type: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="The type of GPU to ask for, if several are there, as `sinfo --format='%P %G'` has it. "
+        "null: any.",
+    )
     cpus_per_node: Count | None = Field(
         None,
         description="CPUs on each node. null: all of them where `exclusive`; else 8 for each GPU, and 1 for "

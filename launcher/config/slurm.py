@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -12,7 +13,7 @@ SLURM_KEYS: Final = tuple(
     f"slurm.{name}"
     for name in (
         *("partition", "account", "qos", "time_limit", "constraint", "reservation", "exclude", "exclusive"),
-        *("cpus_per_node", "memory", "setup", "container", "extra", "template"),
+        *("gpu_type", "cpus_per_node", "memory", "setup", "container", "extra", "template"),
     )
 )
 """Every key of `slurm`, in the order of the schema."""
@@ -39,20 +40,30 @@ OWN_OPTIONS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("dependency", "d"), "use `launcher submit --then`"),
     **dict.fromkeys(("chdir", "D"), "the job runs in the folder that you submit from"),
     "export": "set env",
+    **dict.fromkeys(("wait", "W"), "use `launcher submit --wait`"),
 }
 """Options of sbatch, long and short, that launcher writes itself, and what to do instead."""
 
+_OTHER_NAMES: Final = {"ARRAY": "ARRAY_INX", "TIME": "TIMELIMIT", "MEM": "MEM_PER_NODE"}
 _TIME_LIMIT = re.compile(r"(?:([0-9]+)-)?([0-9]+(?::[0-9]+){0,2})")
 _MEMORY = re.compile(r"([0-9]+)([KMGT]?)")
 UNITS: Final[Mapping[str, int]] = {"K": 1 << 10, "": 1 << 20, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _OPTION = re.compile(r"--?([A-Za-z][A-Za-z-]*)([= ].*)?")
 
 
-def time_limit_seconds(value: str) -> int:
-    """Seconds in a time limit as sbatch takes it: `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M` or `D-H:M:S`.
+def variable(option: str) -> str:
+    """The environment variable by which sbatch takes a long option; it overrules the job script."""
+    name = option.upper().replace("-", "_")
+    return f"SBATCH_{_OTHER_NAMES.get(name, name)}"
+
+
+def time_limit_seconds(value: str) -> float:
+    """Seconds in a time limit as sbatch takes it: `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`; UNLIMITED.
 
     Raises ValueError for anything else, and for no time at all.
     """
+    if value == "UNLIMITED":
+        return math.inf
     match = _TIME_LIMIT.fullmatch(value)
     if match is None:
         raise ValueError("expected a time limit such as 24:00:00, 2-00:00:00 or 90 (minutes)")
@@ -129,7 +140,12 @@ def options_as_written(extra: list[str]) -> Iterator[Fault]:
             yield Fault(
                 f"slurm.extra.{index}", f"{text!r} is no option of sbatch", hint="write it as --mail-type=END"
             )
-        elif match[1] in OWN_OPTIONS:
+        elif match[1] in OWN_OPTIONS and not _other_resources(match[1], match[2] or ""):
             yield Fault(
                 f"slurm.extra.{index}", f"launcher writes --{match[1]} itself", hint=OWN_OPTIONS[match[1]]
             )
+
+
+def _other_resources(option: str, value: str) -> bool:
+    """Whether it asks for generic resources, such as a disk of the node's own, and no GPUs among them."""
+    return option == "gres" and "gpu" not in re.findall(r"\w+", value)

@@ -147,6 +147,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
             "time_limit": "time",
         }.items()
     },
+    "cluster.slurm.gpu_type": _option("gpus-per-node"),
     "cluster.slurm.memory": (*_option("mem"), *_plan("memory_available"), *FIT),
     "cluster.slurm.exclusive": (
         *_option("exclusive", *CPUS),

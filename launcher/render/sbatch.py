@@ -61,7 +61,7 @@ def prepare_command(launcher: str, directory: str, count: int) -> str:
 
 def cpus_per_node(slurm: SlurmSection, ranks: int, *, on_cpu: bool) -> int | None:
     """CPUs to ask for on a node with `ranks` ranks; None: all that an exclusive node has."""
-    if slurm.cpus_per_node is not None or slurm.exclusive:
+    if slurm.cpus_per_node is not None or slurm.exclusive is True:
         return slurm.cpus_per_node
     return ranks if on_cpu else ranks * CPUS_PER_GPU
 
@@ -94,6 +94,7 @@ def _values(job: Job) -> dict[str, Any]:
         options.append(("mem", slurm.memory))
     if slurm.exclude:
         options.append(("exclude", ",".join(slurm.exclude)))
+    gpus = job.gpus_per_node
     index = "%A_%a" if job.array else "%j"
     return {
         "name": job.name,
@@ -101,7 +102,7 @@ def _values(job: Job) -> dict[str, Any]:
         "directory": job.directory,
         "command": job.command,
         "nodes": job.nodes,
-        "gpus_per_node": job.gpus_per_node,
+        "gpus_per_node": f"{slurm.gpu_type}:{gpus}" if gpus and slurm.gpu_type else gpus,
         "cpus_per_node": job.cpus_per_node,
         "options": options,
         "exclusive": slurm.exclusive,

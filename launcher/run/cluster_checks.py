@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -65,28 +65,42 @@ def examine_cluster(
         yield Check("slurm", "missing", error.message, error.hint)
         return
     yield _version(settings)
-    wanted = cluster.slurm.partition
-    found = next(
-        (each for each, default in partitions if each.name == wanted or (default and not wanted)), None
-    )
-    if found is None:
-        names = ", ".join(each.name for each, _ in partitions)
-        said = f"there is no partition {wanted}" if wanted else "no partition is the default"
+    asked = cluster.slurm.partition
+    wanted = asked.split(",") if asked else [each.name for each, default in partitions if default]
+    known = {each.name: each for each, _ in partitions}
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        names = ", ".join(known)
+        said = f"there is no partition {unknown[0]}" if unknown else "no partition is the default"
         yield Check("partition", "missing", said, f"one of: {names}", "slurm.partition")
     else:
-        without = slurm.hosts(",".join(cluster.slurm.exclude))
-        # A node may be named in a partition and not be there yet (State=FUTURE).
-        within = [nodes[name] for name in found.nodes if name in nodes and name not in without]
-        yield Check("partition", "ok", f"{found.name}: {len(within)} nodes")
-        yield _time_limit(cluster, found)
         yield _allowed(cluster)
-        yield from _nodes(cluster, place, found.name, within)
-        if need is not None:
-            yield from stop_checks(settings, found, need)
+        tried = [list(_partition(cluster, place, known[name], nodes, settings, need)) for name in wanted]
+        # SLURM starts the job in any of them: one that would do is enough.
+        yield from min(tried, key=lambda checks: any(check.state == "missing" for check in checks))
     yield _folder(folder)
 
 
-def _version(settings: dict[str, str]) -> Check:
+def _partition(
+    cluster: ClusterConfig,
+    place: Place,
+    partition: slurm.Partition,
+    nodes: Mapping[str, slurm.Node],
+    settings: Mapping[str, str],
+    need: Need | None,
+) -> Iterator[Check]:
+    """Whether the job could run in this partition; `nodes` are those of the cluster, by name."""
+    without = slurm.hosts(",".join(cluster.slurm.exclude))
+    # A node may be named in a partition and not be there yet (State=FUTURE).
+    within = [nodes[name] for name in partition.nodes if name in nodes and name not in without]
+    yield Check("partition", "ok", f"{partition.name}: {len(within)} nodes")
+    yield _time_limit(cluster, partition)
+    yield from _nodes(cluster, place, partition.name, within)
+    if need is not None:
+        yield from stop_checks(settings, partition, need)
+
+
+def _version(settings: Mapping[str, str]) -> Check:
     version = settings.get("SLURM_VERSION", "")
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers < OLDEST:
@@ -122,7 +136,8 @@ def _allowed(cluster: ClusterConfig) -> Check:
     ]
     name, given = "account", cluster.slurm.account or "your default account"
     try:
-        slurm.said("sbatch", "--test-only", *asked, "--output=/dev/null", "--wrap=true")
+        env = slurm.submission_environment(cluster.slurm)
+        slurm.said("sbatch", "--test-only", *asked, "--output=/dev/null", "--wrap=true", env=env)
     except MachineError as error:
         return Check("sbatch", "missing", error.message, error.hint)
     except RequestError as error:
@@ -177,14 +192,16 @@ def _demands(
 ) -> Iterator[tuple[str, str, int, Callable[[slurm.Node], int]]]:
     """What each node must have: (what it is, key, how much, how much a node has)."""
     if not place.is_cpu:
-        yield "GPUs", "gpus_per_node", place.ranks_per_node, lambda node: node.gpus
+        kind = cluster.slurm.gpu_type
+        name = f"{kind} GPUs" if kind else "GPUs"
+        yield name, "gpus_per_node", place.ranks_per_node, lambda node: slurm.gpus_in(node.gres, kind)
     if place.cores is not None:
         yield "CPUs", "slurm.cpus_per_node", place.cores, lambda node: node.cpus
     if (memory := memory_bytes(cluster.slurm.memory)) is not None:
         yield "MiB of memory", "slurm.memory", memory >> 20, lambda node: node.memory
 
 
-def stop_checks(settings: dict[str, str], partition: slurm.Partition, need: Need) -> Iterator[Check]:
+def stop_checks(settings: Mapping[str, str], partition: slurm.Partition, need: Need) -> Iterator[Check]:
     """Whether a safe stop fits into what the cluster gives before it kills."""
     kill_wait = slurm.seconds_in(settings.get("KillWait")) or 0
     given = partition.grace or kill_wait

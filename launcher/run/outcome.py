@@ -64,10 +64,11 @@ class RankEnd:
 
 
 def read_end(file: Path) -> RankEnd | None:
-    """The last word in `file`; None where the rank was killed before it could say one."""
+    """The last word in `file`; None where the rank was killed before it could say one, or in it, and where
+    the file system does not say for once."""
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
     return RankEnd(**{**said, "outcome": Outcome(said["outcome"])})
 

@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from launcher.config.slurm import time_limit_seconds
+from launcher.config.schema import SlurmSection
+from launcher.config.slurm import OWN_OPTIONS, time_limit_seconds, variable
 from launcher.errors import MachineError, RequestError
 
 ANSWER_SECONDS: Final = 60.0
@@ -49,8 +50,10 @@ UNAMBIGUOUS: Final[Mapping[str, str]] = {"TZ": "UTC0", "SLURM_TIME_FORMAT": "sta
 """Environment in which SLURM writes times that can be read: by themselves they have no time zone, an hour of
 each autumn is there twice, and a user may have asked for words such as `Tomorr 15:00`."""
 
-OF_ANOTHER_JOB: Final = ("SLURM_ARRAY_", "SLURM_RESTART_COUNT", "SRUN_CPUS_PER_TASK")
-"""What begins so in the environment of a job is no business of another that is submitted from inside it."""
+OF_THE_CLUSTER: Final = frozenset(("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"))
+"""Which SLURM is meant. Every other variable of SLURM's own describes the job that a process is in."""
+OVERRULING: Final = frozenset(variable(option) for option in OWN_OPTIONS if option != "export")
+"""Variables by which sbatch would take another value than the job script has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,16 +184,16 @@ def seconds_in(value: str | None) -> int | None:
 
 
 def partitions() -> list[tuple[Partition, bool]]:
-    """Every partition, and whether it is the one that is taken where none is named."""
+    """Every partition, hidden ones too, and whether it is the one that is taken where none is named."""
     found = []
-    for line in said("scontrol", "--oneliner", "show", "partition").splitlines():
+    for line in said("scontrol", "--oneliner", "--all", "show", "partition").splitlines():
         fields = fields_of(line)
         limit = fields["MaxTime"]
         found.append(
             (
                 Partition(
                     fields["PartitionName"],
-                    None if limit == "UNLIMITED" else time_limit_seconds(limit),
+                    None if limit == "UNLIMITED" else int(time_limit_seconds(limit)),
                     seconds_in(fields["GraceTime"]) or 0,
                     hosts(_given(fields["Nodes"]) or ""),
                 ),
@@ -200,23 +203,28 @@ def partitions() -> list[tuple[Partition, bool]]:
     return found
 
 
+OUT: Final = frozenset(("DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "NOT_RESPONDING"))
+"""Of the words in a node's state, those of one that takes no job."""
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node: `memory` in MiB, `state` as SLURM writes it (`IDLE+DRAIN`), `reason` why it is out."""
+    """A node: `memory` in MiB, `state` and `gres` as SLURM writes them (`IDLE+DRAIN`, `gpu:a100:8`), `reason`
+    why it is out."""
 
     name: str
     state: str
     cpus: int
     memory: int
-    gpus: int
+    gres: str
     reason: str | None
 
     @property
     def is_out(self) -> bool:
-        """Whether no job can start on it for now, and not only because others have it."""
-        return any(word in self.state for word in ("DOWN", "DRAIN", "FAIL", "NOT_RESPONDING")) or (
-            self.state.endswith("*")
-        )
+        """Whether no job can start on it for now, and not only because others have it, or it is powered down
+        until one comes."""
+        words = self.state.replace("*", "+NOT_RESPONDING").split("+")
+        return not OUT.isdisjoint(words)
 
 
 def nodes(names: str = "") -> Iterator[Node]:
@@ -228,16 +236,17 @@ def nodes(names: str = "") -> Iterator[Node]:
             fields["State"],
             int(fields["CPUTot"]),
             int(fields["RealMemory"]),
-            gpus_in(fields.get("Gres", "")),
+            fields.get("Gres", ""),
             _given(fields.get("Reason")),
         )
 
 
-def gpus_in(gres: str) -> int:
-    """How many GPUs generic resources such as `gpu:a100:8(S:0-1),nvme:1` hold."""
+def gpus_in(gres: str, kind: str | None = None) -> int:
+    """How many GPUs, of this `kind` or any, generic resources such as `gpu:a100:8(S:0-1),nvme:1` hold."""
     without_sockets = re.sub(r"\([^)]*\)", "", gres)
     counts = (part.split(":") for part in without_sockets.split(",") if part.split(":")[0] == "gpu")
-    return sum(int(words[-1]) if words[-1].isdecimal() else 1 for words in counts)
+    wanted = (words for words in counts if kind is None or kind in words[1:])
+    return sum(int(words[-1]) if words[-1].isdecimal() else 1 for words in wanted)
 
 
 def own_job() -> str | None:
@@ -249,7 +258,20 @@ def own_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def submit(script: Path, *options: str) -> str:
-    """Hand a job script in; returns the job's id. Raises what `said` does."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(OF_ANOTHER_JOB)}
+def submission_environment(asked: SlurmSection) -> dict[str, str]:
+    """The environment to submit a job in: nothing of the job that this process may be in, and no option that
+    is the cluster file's to give. An account, a partition or a QOS of the environment stands where `asked`
+    has none."""
+    person = {variable(key) for key in ("account", "partition", "qos") if getattr(asked, key) is None}
+    dropped = OVERRULING - person
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in OF_THE_CLUSTER or not (name.startswith(("SLURM_", "SRUN_")) or name in dropped)
+    }
+
+
+def submit(script: Path, asked: SlurmSection, *options: str) -> str:
+    """Hand in a job script that asks for `asked`; returns the job's id. Raises what `said` does."""
+    env = submission_environment(asked)
     return said("sbatch", "--parsable", *options, str(script), env=env).split(";")[0]

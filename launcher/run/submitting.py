@@ -76,7 +76,7 @@ def submit_run(directory: RunDirectory, after: str | None, say: Say) -> str:
     if excluded:
         say(f"note: the job stays away from {', '.join(excluded)}: {why_avoided(directory, excluded)}")
         options = [f"--exclude={exclude_list(asked.slurm, excluded)}"]
-    job = slurm.submit(directory.job, *_dependency(after), *options)
+    job = slurm.submit(directory.job, asked.slurm, *_dependency(after), *options)
     journal.record(directory.journal, "submitted", job=job, after=after, exclude=list(excluded))
     return job
 
@@ -92,7 +92,7 @@ def submit_sweep(drafts: Sequence[Assembly], folder: Path, launcher: str) -> str
     script = RunDirectory(folder).job
     write_text(script, sweep_script(drafts, folder, launcher))
     (folder / "logs").mkdir(exist_ok=True)
-    array = slurm.submit(script)
+    array = slurm.submit(script, drafts[0].cluster.config.slurm)
     for index, directory in enumerate(directories):
         directory.logs(1).parent.mkdir(parents=True, exist_ok=True)
         journal.record(directory.journal, "submitted", job=f"{array}_{index}", after=None)
@@ -133,7 +133,7 @@ def submit_preparation(
     script = directory.root / PREPARE_SCRIPT
     write_text(script, preparation_script(assembly, directory, launcher, count))
     directory.logs(1).parent.mkdir(parents=True, exist_ok=True)
-    array = slurm.submit(script)
+    array = slurm.submit(script, assembly.cluster.config.slurm)
     journal.record(directory.journal, "preparation_submitted", job=array, count=count)
     return submit_run(directory, array, say)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -171,8 +172,12 @@ class Cadence(TrainerCallback):
         return control
 
     def is_asked_to_stop(self) -> bool:
-        """Whether this rank knows of a wish to stop. Only rank 0 looks for the file."""
-        return self._signals.ask_to_stop or (self._rank == 0 and self._stop_request.exists())
+        """Whether this rank knows of a wish to stop. Only rank 0 looks for the file, in each step: what the
+        file system does not say in one (ESTALE, EIO), it says in the next."""
+        asked = self._signals.ask_to_stop
+        with contextlib.suppress(OSError):
+            asked = asked or (self._rank == 0 and self._stop_request.exists())
+        return asked
 
     def _wishes(self) -> Wishes:
         leads = self._rank == 0

@@ -140,13 +140,15 @@ class Heart:
             limit = self._limit()
             if quiet < limit:
                 faulthandler.dump_traceback_later(max(limit - quiet, INTERVAL), file=sys.stderr)
+            # What the file system does not say now (ESTALE, EIO), it says in the next second.
+            with contextlib.suppress(OSError):
+                asked = self._stacks_request.exists()
+                if asked and not stacks_told:
+                    faulthandler.dump_traceback(file=sys.stderr)
+                stacks_told = asked
             with contextlib.suppress(OSError):
                 self._leave_if_given_up(quiet)
                 write_beat(self._file, self._now(quiet, limit))
-            asked = self._stacks_request.exists()
-            if asked and not stacks_told:
-                faulthandler.dump_traceback(file=sys.stderr)
-            stacks_told = asked
             self._wake.wait(INTERVAL)
             self._wake.clear()
 

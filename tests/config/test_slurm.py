@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -26,9 +27,17 @@ def test_the_keys_are_those_of_the_schema() -> None:
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("5", 300), ("5:30", 330), ("1:02:03", 3723), ("1-2", 93600), ("1-2:3", 93780), ("2-03:04:05", 183845)],
+    [
+        ("5", 300),
+        ("5:30", 330),
+        ("1:02:03", 3723),
+        ("1-2", 93600),
+        ("1-2:3", 93780),
+        ("2-03:04:05", 183845),
+        ("UNLIMITED", math.inf),
+    ],
 )
-def test_a_time_limit_as_the_manual_of_sbatch_has_it(value: str, seconds: int) -> None:
+def test_a_time_limit_as_the_manual_of_sbatch_has_it(value: str, seconds: float) -> None:
     assert time_limit_seconds(value) == seconds
 
 
@@ -57,6 +66,12 @@ def test_a_cluster_that_goes_through_slurm_loads(tmp_path: Path) -> None:
     assert slurm.container.mounts == []
 
 
+def test_other_resources_than_gpus_may_be_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"{WHERE}slurm: {{extra: ['--gres=lscratch:100'], exclusive: user}}\n")
+    slurm = load_cluster(tmp_path / "c.yaml").config.slurm
+    assert (slurm.extra, slurm.exclusive) == (["--gres=lscratch:100"], "user")
+
+
 def test_the_login_node_is_not_looked_at(tmp_path: Path) -> None:
     found = faults(tmp_path, "launch: slurm\n")
     assert [fault.path for fault in found] == ["gpus_per_node", "gpu"]
@@ -81,6 +96,8 @@ def test_slurms_keys_need_slurm(tmp_path: Path) -> None:
         ("{extra: ['--mail-type=END', '--requeue']}", "slurm.extra.1", "launcher writes --requeue itself"),
         ("{extra: ['-N 3']}", "slurm.extra.0", "launcher writes --N itself"),
         ("{extra: ['#SBATCH --gres=gpu:8']}", "slurm.extra.0", "launcher writes --gres itself"),
+        ("{extra: ['--gres=lscratch:100,gpu:a100:8']}", "slurm.extra.0", "launcher writes --gres itself"),
+        ("{exclusive: topo}", "slurm.exclusive", "mcs"),
         ("{container: {runtime: docker, image: x}}", "slurm.container.runtime", "pyxis"),
         ("{partiton: gpu}", "slurm.partiton", "unknown"),
     ],

@@ -96,6 +96,7 @@ ANOTHER: Mapping[str, object] = {
     "cluster.slurm.reservation": "ours",
     "cluster.slurm.exclude": ["n1", "n2"],
     "cluster.slurm.exclusive": True,
+    "cluster.slurm.gpu_type": "a100",
     "cluster.slurm.cpus_per_node": 7,
     "cluster.slurm.memory": "20G",
     "cluster.slurm.setup": ["module load cuda", "cd /work"],

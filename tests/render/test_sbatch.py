@@ -63,6 +63,13 @@ def test_every_key_is_an_option() -> None:
     }
 
 
+def test_a_type_of_gpu_and_with_whom_the_nodes_are_shared() -> None:
+    rendered = lines(job(gpu_type="a100", exclusive="user"))
+    assert {"#SBATCH --gpus-per-node=a100:4", "#SBATCH --exclusive=user"} <= set(rendered)
+    on_cpu = replace(job(gpu_type="a100"), gpus_per_node=None)
+    assert not [line for line in lines(on_cpu) if "gpus" in line]
+
+
 def test_what_is_not_asked_for_is_not_there() -> None:
     rendered = "\n".join(lines(job()))
     for option in (
@@ -91,6 +98,7 @@ def test_no_gpu_is_asked_for_on_the_cpu() -> None:
         (SlurmSection(), False, 32),
         (SlurmSection(), True, 4),
         (SlurmSection(exclusive=True), False, None),
+        (SlurmSection(exclusive="user"), False, 32),
         (SlurmSection(exclusive=True, cpus_per_node=5), False, 5),
     ],
 )

@@ -25,6 +25,7 @@ from launcher.run.outcome import (
     read_end,
     what_next,
 )
+from tests.conftest import stale
 
 WORDS = (Outcome.FINISHED, Outcome.STOPPED, *sorted(FAILURES))
 """What a rank may say of itself."""
@@ -104,11 +105,21 @@ def test_a_last_word_is_read_as_it_was_said(tmp_path: Path, outcome: Outcome) ->
 
 def test_a_rank_that_could_not_say_anything(tmp_path: Path) -> None:
     assert read_end(tmp_path / "nothing.json") is None
-    RankEnd(0, Outcome.CRASHED, 1, 1.0, "half").write(tmp_path / "half.json")
+    RankEnd(0, Outcome.CRASHED, 1, 1.0, "hälf").write(tmp_path / "half.json")
     whole = (tmp_path / "half.json").read_bytes()
-    for cut in (0, 1, len(whole) // 2):
+    for cut in range(len(whole) - 1):
         (tmp_path / "half.json").write_bytes(whole[:cut])
         assert read_end(tmp_path / "half.json") is None
+
+
+def test_a_file_system_that_does_not_say_for_once_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RankEnd(0, Outcome.FINISHED, 1, 1.0).write(tmp_path / "end.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", stale)
+        assert read_end(tmp_path / "end.json") is None
+    assert read_end(tmp_path / "end.json") is not None
 
 
 F, S, C, M, D = (

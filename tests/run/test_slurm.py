@@ -6,8 +6,19 @@ from datetime import UTC, datetime
 
 import pytest
 
+from launcher.config.schema import SlurmSection
 from launcher.errors import MachineError, RequestError
-from launcher.run.slurm import fields_of, gpus_in, own_job, read_job, refusal, said, seconds_in
+from launcher.run.slurm import (
+    Node,
+    fields_of,
+    gpus_in,
+    own_job,
+    read_job,
+    refusal,
+    said,
+    seconds_in,
+    submission_environment,
+)
 
 JOB = (
     "JobId=9 JobName=my run UserId=root(0) GroupId=root(0) MCS_label=N/A Priority=4294901751 Nice=0 "
@@ -60,6 +71,23 @@ def test_gpus_among_generic_resources(gres: str, count: int) -> None:
     assert gpus_in(gres) == count
 
 
+@pytest.mark.parametrize(("kind", "count"), [("a100", 4), ("a100_1g.5gb", 7), ("h100", 0), (None, 11)])
+def test_gpus_of_a_type(kind: str | None, count: int) -> None:
+    assert gpus_in("gpu:a100:4(S:0),gpu:a100_1g.5gb:7", kind) == count
+
+
+@pytest.mark.parametrize(
+    "state", ["IDLE+DRAIN", "DOWN*", "MIXED+DRAIN", "DOWN+NOT_RESPONDING", "IDLE*+DRAIN"]
+)
+def test_a_node_that_takes_no_job(state: str) -> None:
+    assert Node("n1", state, 1, 1, "", None).is_out
+
+
+@pytest.mark.parametrize("state", ["IDLE", "ALLOCATED", "IDLE+CLOUD+POWERED_DOWN", "IDLE+POWERING_DOWN"])
+def test_a_node_that_is_powered_down_comes_up_for_a_job(state: str) -> None:
+    assert not Node("n1", state, 1, 1, "", None).is_out
+
+
 @pytest.mark.parametrize(("value", "seconds"), [("30 sec", 30), ("0", 0), ("UNLIMITED", None), (None, None)])
 def test_seconds_of_a_setting(value: str | None, seconds: int | None) -> None:
     assert seconds_in(value) == seconds
@@ -110,6 +138,19 @@ def test_an_element_of_an_array_goes_by_its_own_name(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "46")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     assert own_job() == "46_0"
+
+
+def test_a_job_has_nothing_of_the_one_that_it_is_submitted_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no variable of sbatch's overrules the job script: a time limit, an array, a job without requeue."""
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "mine", "SBATCH_EXPORT": "NONE", "SLURMS": "x"}
+    gone = {"SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SRUN_CPUS_PER_TASK", "SBATCH_TIMELIMIT", "SBATCH_ARRAY_INX"}
+    gone |= {"SBATCH_NO_REQUEUE", "SBATCH_MEM_PER_NODE", "SBATCH_GPUS_PER_NODE", "SBATCH_PARTITION"}
+    for name, value in {**kept, **dict.fromkeys(gone, "1")}.items():
+        monkeypatch.setenv(name, value)
+    found = submission_environment(SlurmSection(partition="gpu"))
+    assert {name: found.get(name) for name in kept} == kept
+    assert not gone & set(found)
+    assert found["PATH"]
 
 
 @pytest.mark.parametrize("state", ["REQUEUED", "REQUEUE_HOLD", "STAGE_OUT"])

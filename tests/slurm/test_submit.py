@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.config.load import load_cluster, load_run
+from launcher.config.schema import SlurmSection
 from launcher.errors import MachineError, RequestError
 from launcher.run import slurm as commands
 from launcher.run.assemble import assemble
@@ -98,7 +99,7 @@ def test_slurms_own_words_and_ours(slurm: Cluster, place: Place, monkeypatch: py
     script = place.folder / "job.sh"
     script.write_text("#!/bin/sh\ntrue\n")
     with pytest.raises(RequestError) as caught:
-        commands.submit(script, "--account=nobody")
+        commands.submit(script, SlurmSection(), "--account=nobody")
     assert "Invalid account or account/partition combination" in caught.value.message
     assert caught.value.key == "slurm.account"
 
@@ -260,13 +261,14 @@ def test_times_are_read_in_every_time_zone(slurm: Cluster, monkeypatch: pytest.M
 def test_a_job_submitted_from_a_job_is_another(
     slurm: Cluster, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inside = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_RESTART_COUNT": "7"}
+    inside = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_RESTART_COUNT": "7", "SBATCH_NO_REQUEUE": "1"}
     for name, value in {**slurm.environment, **inside}.items():
         monkeypatch.setenv(name, value)
     said = place.folder / "said"
     script = place.folder / "job.sh"
     script.write_text(f'#!/bin/sh\necho "<$SLURM_ARRAY_JOB_ID$SLURM_RESTART_COUNT>" > {said}\n')
-    commands.submit(script, "--output=/dev/null")
+    job = commands.submit(script, SlurmSection(), "--output=/dev/null")
+    assert slurm.job(job)["Requeue"] == "1"
     slurm.wait(lambda: said.exists() and said.read_text() == "<>\n", "the job has its own variables", 30)
 
 

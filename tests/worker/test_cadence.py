@@ -20,7 +20,7 @@ from launcher.worker.cadence import BestEvaluation, Cadence, Clock
 from launcher.worker.divergence import Diverged, Divergence
 from launcher.worker.stop import Agreement, StopSignals
 from launcher.worker.trainer import LauncherTrainer
-from tests.conftest import small_plan
+from tests.conftest import small_plan, stale
 
 STEPS = 12
 PLAN = replace(small_plan(), steps=STEPS, samples=96, eval_every=Every(), checkpoint_every=Every())
@@ -174,6 +174,18 @@ def test_only_rank_0_reads_the_file_and_every_rank_its_signals(tmp_path: Path) -
     run = Drive(tmp_path, PLAN, rank=1)
     run.signals.received = signal.SIGTERM
     assert run.go().last == 1
+
+
+def test_a_file_system_that_does_not_say_for_once_is_asked_in_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Drive(tmp_path, PLAN)
+    run.request.parent.mkdir()
+    run.request.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stale)
+        assert not run.cadence.is_asked_to_stop()
+    assert run.cadence.is_asked_to_stop()
 
 
 def test_asked_at_the_last_step_it_has_finished_rather_than_stopped(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from launcher.run.heartbeat import LIMIT_VARIABLE, LIMITS, Beat, limits, read_beat
 from launcher.worker.heart import GIVEN_UP_SECONDS, Heart
+from tests.conftest import stale
 
 
 @pytest.fixture
@@ -118,6 +119,17 @@ def test_it_ends_with_its_rank(tmp_path: Path, told: Callable[[Callable[[Beat], 
     assert told(lambda beat: True).limit == limits(12 * 70_000_000_000)["starting"] > LIMITS["starting"]
     heart.stop()
     assert not [thread for thread in threading.enumerate() if thread.name == "heart"]
+
+
+def test_it_beats_on_after_a_fault_of_the_file_system_that_passes(
+    heart: Heart, told: Callable[[Callable[[Beat], bool]], Beat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told(lambda beat: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stale)
+        time.sleep(1.5)
+    heart.step(7)
+    told(lambda beat: beat.step == 7)
 
 
 def test_a_process_leaves_once_another_attempt_has_begun(tmp_path: Path) -> None:
