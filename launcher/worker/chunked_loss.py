@@ -107,10 +107,10 @@ def prove_chunked_loss(
     return f"chunked loss: {told}"
 
 
-def replace_forward(model: PreTrainedModel, forward: Any, path: str) -> None:
-    """Give this one model another forward pass, of the same signature, that says which fast path it is."""
+def replace_forward(model: PreTrainedModel, forward: Any, *paths: str) -> None:
+    """Give this one model another forward pass, of the same signature, that says which fast paths it is."""
     forward.__signature__ = inspect.signature(getattr(model.forward, "__func__", model.forward))
-    forward.fast_paths = {path, *getattr(model.forward, "fast_paths", ())}
+    forward.fast_paths = {*paths, *getattr(model.forward, "fast_paths", ())}
     model.forward = MethodType(forward, model)
 
 

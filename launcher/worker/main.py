@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
@@ -31,6 +32,7 @@ from launcher.data.mixture import training_order
 from launcher.data.phases import Phases, phases_text
 from launcher.data.store import SPLITS, TOKENIZER_FOLDER, open_store
 from launcher.errors import LauncherError, RequestError
+from launcher.plan.choose import Plan
 from launcher.plan.orders import Orders
 from launcher.plan.shape import flops_per_token
 from launcher.plan.sharding import zero_stage
@@ -54,6 +56,7 @@ from launcher.worker.divergence import Diverged, Divergence
 from launcher.worker.fast import cache_whole_graphs, make_fast, set_matmul_precision, taken_by
 from launcher.worker.heart import Heart
 from launcher.worker.isolation import Isolate, prove_isolation
+from launcher.worker.loss_share import share_loss
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import load_tokenizer, trained_model
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
@@ -232,8 +235,7 @@ def train(
     check_length(phases, plan, start_step)
     set_matmul_precision(plan.fast)
     model = trained_model(orders, tokenizer, run.seed)
-    fell_back = make_fast(model, plan.fast, block_size=plan.block_size)
-    recompute(model, plan.gradient_checkpointing)
+    fell_back = make_ready(model, plan)
     agreement = Agreement(rank.world_size)
     times = StepTimes(plan, agreement)
     divergence = Divergence(
@@ -310,6 +312,17 @@ def train(
             upload(directory, run, rank)
         barrier()
     return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
+
+
+def make_ready(model: PreTrainedModel, plan: Plan) -> dict[str, str]:
+    """Have `model` train as planned. Returns the fast paths that it cannot take, each with the reason."""
+    fell_back = make_fast(model, plan.fast, block_size=plan.block_size)
+    if "chunked_loss" not in taken_by(model):
+        said = share_loss(model, block_size=plan.block_size)
+        if said is not None:
+            print(said, flush=True)
+    recompute(model, plan.gradient_checkpointing)
+    return fell_back
 
 
 def upload(directory: RunDirectory, run: RunConfig, rank: Rank) -> None:

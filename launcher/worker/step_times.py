@@ -239,9 +239,6 @@ class StepTimes(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self._left is not None:
-            self._aside.append((self._left, self._now()))
-            self._left = None
         self._step_began = time.perf_counter()
 
     def on_step_end(
@@ -250,8 +247,14 @@ class StepTimes(TrainerCallback):
         self._host += time.perf_counter() - self._step_began
         self._steps += 1
 
+    def go_on(self) -> None:
+        """Training goes on: a step's micro-batches are asked for, which is waited for like any other's."""
+        if self._left is not None:
+            self._aside.append((self._left, self._now()))
+            self._left = None
+
     def leave(self) -> None:
-        """Training pauses here until the next step, for an evaluation or a save."""
+        """Training pauses here until it goes on, for an evaluation or a save."""
         self._left = self._left or self._now()
 
     def lap(self) -> Lap:

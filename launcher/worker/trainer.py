@@ -235,6 +235,7 @@ class LauncherTrainer(ReportingTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """A step's micro-batches. What the loader takes for them is timed; counting labels is not."""
+        self._times.go_on()
         return super().get_batch_samples(Timed(epoch_iterator, self._times.data_wait), num_batches, device)
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Any:

@@ -71,6 +71,7 @@ class Drive:
             self._clock.work(data)
             yield 1
 
+        self.times.go_on()
         assert next(Timed(loader(), self.times.data_wait)) == 1
         self.times.on_step_begin(*self._about)
         with self.times.forward.running():
@@ -88,7 +89,7 @@ def test_each_second_is_where_it_belongs(tmp_path: Path, clock: Clock) -> None:
     run = Drive(tmp_path, clock)
     for _ in range(2):
         run.step(data=4.0, forward=2.0, backward=6.0, aside=10.0)
-    assert run.report() == Spent(8.0, 16.0, [OwnTime(4.0, 2.0)], 18.0 + 22.0, 2, clock.time())
+    assert run.report() == Spent(8.0, 16.0, [OwnTime(4.0, 2.0)], 22.0 + 22.0, 2, clock.time())
     run.step(data=1.0)
     again = run.report()
     assert (again.data_wait, again.host, again.training) == (1.0, 0.0, 1.0), "each report begins anew"
@@ -101,7 +102,7 @@ def test_what_comes_after_its_end_is_not_in_a_report_that_is_read_late(tmp_path:
     run.step(data=20.0, forward=40.0)
     run.times.read(lap, together=True)
     assert run.times.spent.by_rank == [OwnTime(1.0, 2.0)]
-    assert run.times.spent.training == 2.0
+    assert run.times.spent.training == 1.0 + 2.0, "of the first step too: its data is waited for"
     assert run.report().by_rank == [OwnTime(20.0, 40.0)]
 
 
@@ -111,12 +112,13 @@ def test_training_time_leaves_out_evaluating_saving_and_what_is_before_the_first
     run = Drive(tmp_path, clock)
     clock.work(30.0)
     for pause in (0.0, 30.0, 0.0):
-        run.step(forward=2.0)
+        run.step(data=0.5, forward=2.0)
         if pause:
             run.times.leave()
             clock.work(pause)
     spent = run.report()
-    assert (spent.steps, spent.training, spent.step_seconds) == (3, 6.0, 2.0)
+    training = (spent.steps, spent.training, spent.step_seconds)
+    assert training == (3, 7.5, 2.5), "what is waited for after a pause is training"
     assert spent.ended == clock.time()
     assert run.report().training == 0.0, "each report begins anew"
 
