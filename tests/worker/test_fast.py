@@ -23,6 +23,8 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     EvalPrediction,
+    FalconConfig,
+    FalconForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -336,6 +338,16 @@ def mistral() -> PreTrainedModel:
     )  # fmt: skip
 
 
+def falcon() -> PreTrainedModel:
+    """Its own attention layer reads the mask's shape."""
+    fields: dict[str, Any] = {"alibi": True, "new_decoder_architecture": False}
+    return FalconForCausalLM(
+        FalconConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **fields
+        )
+    )  # fmt: skip
+
+
 def eager() -> PreTrainedModel:
     return gpt2(attn_implementation="eager")
 
@@ -346,6 +358,7 @@ def eager() -> PreTrainedModel:
         (mistral, LENGTH, "attends to the last 8 tokens, and a block has 32"),
         (mistral, 8, None),
         (eager, LENGTH, "attention is eager"),
+        (falcon, LENGTH, "does not run without a mask"),
         (gpt2, LENGTH, None),
         (
             lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=2)),
@@ -353,7 +366,7 @@ def eager() -> PreTrainedModel:
             "",
         ),
     ],
-    ids=["window", "short block", "eager", "gpt2", "alibi"],
+    ids=["window", "short block", "eager", "needs one", "gpt2", "alibi"],
 )
 def test_attention_that_is_more_than_causal_keeps_its_mask(
     build: Callable[[], PreTrainedModel], block_size: int, why: str | None
