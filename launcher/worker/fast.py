@@ -212,7 +212,7 @@ def _other_than_causal(model: PreTrainedModel, block_size: int) -> str | None:
     if config._attn_implementation != "sdpa":
         return f"the model's attention is {config._attn_implementation}"
     window = getattr(config, "sliding_window", None)
-    if window is not None and window < block_size:
+    if window and window < block_size:
         return f"the model attends to the last {window:,} tokens, and a block has {block_size:,}"
     if getattr(config, "attention_chunk_size", None) is not None:
         return "the model attends within chunks"

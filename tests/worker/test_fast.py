@@ -28,6 +28,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 from transformers.activations import NewGELUActivation
 
@@ -338,6 +340,17 @@ def mistral() -> PreTrainedModel:
     )  # fmt: skip
 
 
+def qwen2_moe() -> PreTrainedModel:
+    """Its config says 0 where it has no window."""
+    config = Qwen2MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    assert config.sliding_window == 0
+    return Qwen2MoeForCausalLM(config)
+
+
 def falcon() -> PreTrainedModel:
     """Its own attention layer reads the mask's shape."""
     fields: dict[str, Any] = {"alibi": True, "new_decoder_architecture": False}
@@ -357,6 +370,7 @@ def eager() -> PreTrainedModel:
     [
         (mistral, LENGTH, "attends to the last 8 tokens, and a block has 32"),
         (mistral, 8, None),
+        (qwen2_moe, LENGTH, None),
         (eager, LENGTH, "attention is eager"),
         (falcon, LENGTH, "does not run without a mask"),
         (gpt2, LENGTH, None),
@@ -366,7 +380,7 @@ def eager() -> PreTrainedModel:
             "",
         ),
     ],
-    ids=["window", "short block", "eager", "needs one", "gpt2", "alibi"],
+    ids=["window", "short block", "no window", "eager", "needs one", "gpt2", "alibi"],
 )
 def test_attention_that_is_more_than_causal_keeps_its_mask(
     build: Callable[[], PreTrainedModel], block_size: int, why: str | None
