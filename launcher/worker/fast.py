@@ -92,7 +92,7 @@ def make_fast(model: PreTrainedModel, fast: Fast, *, block_size: int) -> dict[st
     if fast.tanh_gelu and not use_tanh_gelu_kernel(model):
         fell_back["tanh_gelu"] = "the model has no gelu_new"
     if fast.chunked_loss:
-        fell_back["chunked_loss"] = use_chunked_loss(model)
+        fell_back["chunked_loss"] = use_chunked_loss(model, block_size)
     if fast.causal_attention:
         fell_back["causal_attention"] = use_causal_attention(model, block_size)
     if fast.padded_vocabulary and not is_padded(model):
