@@ -10,7 +10,7 @@ pass compares a tensor with 1 on the host, which waits for the GPU each time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any, Final
@@ -49,21 +49,38 @@ def use_chunked_loss(model: PreTrainedModel, block_size: int) -> str | None:
     Without labels the forward pass is the stock one. The gradients are those of `ForCausalLMLoss` on the
     stock logits, in the precision that the matrix products are computed in.
     """
-    why = _other_than_plain(model, block_size)
-    if why is None:
-        give_chunked_loss(model)
-    return why
+    whys = []
+    for body in (whole_body, decoder):
+        whys.append(_other_than_plain(model, body(model), block_size))
+        if whys[-1] is None:
+            give_chunked_loss(model, body)
+            return None
+    return whys[0]
 
 
-def give_chunked_loss(model: PreTrainedModel) -> None:
-    """The same for a model whose forward pass is known to be the stock one."""
+def whole_body(model: PreTrainedModel) -> torch.nn.Module:
+    """All of the model but its head."""
+    found: torch.nn.Module = model.base_model
+    return found
+
+
+def decoder(model: PreTrainedModel) -> torch.nn.Module:
+    """What makes the head's input in a model that passes the rest of its body over, as OPT does."""
+    found: torch.nn.Module = model.get_decoder()
+    return found
+
+
+def give_chunked_loss(
+    model: PreTrainedModel, body: Callable[[PreTrainedModel], torch.nn.Module] = whole_body
+) -> None:
+    """The same for a model whose forward pass is known to be the stock one of its head on this body."""
     stock = model.forward
 
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
         if inputs.get("labels") is None or len(args) > 1 or _asks_for_more(inputs):
             return stock(*args, **inputs)
         labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
-        hidden = self.base_model(*args, **inputs)[0]
+        hidden = body(self)(*args, **inputs)[0]
         head = self.get_output_embeddings()
         following = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].reshape(-1)
         loss = linear_cross_entropy(
@@ -266,15 +283,15 @@ def _softmax_in_place(logits: torch.Tensor, target: torch.Tensor, vocabulary: in
     return (greatest - chosen) - logits.amax(1, keepdim=True).log()
 
 
-def _other_than_plain(model: PreTrainedModel, block_size: int) -> str | None:
-    """Why the model's loss is not the stock one of its head on its body's output; None if it is.
+def _other_than_plain(model: PreTrainedModel, body: torch.nn.Module, block_size: int) -> str | None:
+    """Why the model's loss is not the stock one of its head on this body's output; None if it is.
 
     Tried with a few tokens, as it trains and as it is evaluated: the body is given the ids themselves, the
     head the body's output, the loss function the head's and the labels, and the loss that is returned is the
     one it made. A model that scales or caps its logits, or adds another loss, or has a forward pass of
     another kind, is seen, and keeps its own.
     """
-    head, body = plain_head(model), model.base_model
+    head = plain_head(model)
     if head is None:
         return "the model has no plain linear head"
     hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]

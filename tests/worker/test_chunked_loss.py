@@ -36,6 +36,7 @@ from tests.worker.parity import (
     gpt2,
     llama,
     made,
+    opt,
     phi,
     reference,
     run,
@@ -151,7 +152,7 @@ def test_evaluation_makes_no_gradients() -> None:
 CHUNKED = Fast(chunked_loss=True)
 
 
-@pytest.mark.parametrize("build", [gpt2, llama, phi], ids=["tied", "untied", "with a bias"])
+@pytest.mark.parametrize("build", [gpt2, llama, phi, opt], ids=["tied", "untied", "with a bias", "decoder"])
 def test_a_model_with_a_linear_head_returns_its_loss_without_logits(
     build: Callable[[], PreTrainedModel],
 ) -> None:
