@@ -42,7 +42,8 @@ def gpt2(**fields: Any) -> GPT2LMHeadModel:
 
 
 def llama(**fields: Any) -> LlamaForCausalLM:
-    """Its head is its own, and two query heads share a key head."""
+    """Its head is its own, two query heads share a key head; with dropout unless `fields` say otherwise."""
+    fields = {"attention_dropout": 0.2, **fields}
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
