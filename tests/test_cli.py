@@ -103,6 +103,12 @@ def test_plan_explain_and_doctor_answer_in_json(workplace: Workplace) -> None:
     assert checks["cluster"] == checks["torch"] == "ok"
 
 
+def test_a_plan_follows_the_attention_that_a_run_asks_for(workplace: Workplace) -> None:
+    asked = "model.overrides.attn_implementation=flash_attention_2"
+    fast = workplace.answered("plan", "run.yaml", asked)["plan"]["fast"]
+    assert fast["reasons"]["causal_attention"] == "the model's attention is flash_attention_2"
+
+
 def test_the_same_for_people(workplace: Workplace) -> None:
     before = workplace.files()
     plan = workplace.run("plan", "run.yaml", "--cluster", "two.yaml")

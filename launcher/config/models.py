@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher.config.architectures import uneven_heads, wrong_values
+from launcher.config.faults import shown
 from launcher.config.keys import did_you_mean, nearest
 from launcher.config.presets import GPT2_FIELDS, GPT2_OTHER_NAMES, PRESETS, Preset
 from launcher.config.schema import ModelSection, TokenizerFromCorpus
 from launcher.errors import ConfigError, Fault, RequestError
 
 CONFIG = "config.json"
+ATTENTION = "attn_implementation"
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+"""What any model may be asked to attend with, though its config does not name it."""
 HUB_TIMEOUT = 5.0  # seconds for the one question asked of the Hub
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
@@ -158,6 +162,7 @@ def _overridden(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[st
     """`config` with the overrides applied. Raises ConfigError with every field that cannot be what it is."""
     is_gpt2 = config["model_type"] == "gpt2"
     known = GPT2_FIELDS if is_gpt2 else {name: None for name in config if name != "model_type"}
+    known = {**known, ATTENTION: None}
     merged = {**config, **{name: value for name, value in overrides.items() if name in known}}
     faults = [_unknown_override(name, known, is_gpt2) for name in overrides if name not in known]
     faults += [
@@ -166,6 +171,7 @@ def _overridden(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[st
         else Fault("model.name", f"{name} of its config: {wrong}", hint=f"mend {CONFIG}")
         for name, wrong in wrong_values(merged)
     ]
+    faults += _wrong_attention(overrides)
     if not faults:
         path = "model.overrides" if overrides else "model.name"
         faults = [Fault(path, wrong, hint=hint) for wrong, hint in uneven_heads(merged)]
@@ -182,6 +188,13 @@ def _unknown_override(name: str, known: Mapping[str, object], is_gpt2: bool) -> 
     close = nearest(name, known)
     hint = did_you_mean(close) if close else f"the config has {', '.join(known)}"
     return Fault(path, "the model's config has no such field", hint=hint)
+
+
+def _wrong_attention(overrides: Mapping[str, Any]) -> Iterator[Fault]:
+    value = overrides.get(ATTENTION, ATTENTIONS[0])
+    if value not in ATTENTIONS:
+        message = f"expected {', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}, got {shown(value)}"
+        yield Fault(f"model.overrides.{ATTENTION}", message)
 
 
 def _config_from_hub(hub_id: str) -> Path:

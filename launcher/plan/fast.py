@@ -108,6 +108,8 @@ def fast_paths(
         found = found.without("tf32", "train.precision is fp32")
     if vocabulary is not None and vocabulary % MULTIPLE == 0:
         found = found.without("padded_vocabulary", f"{vocabulary:,} is a multiple of {MULTIPLE}")
+    if run.train.extra.get("label_smoothing_factor"):
+        found = found.without("chunked_loss", "train.extra.label_smoothing_factor")
     if "optim" in run.train.extra:
         found = found.without("fused_adamw", "train.extra.optim")
     return _as_before(found, padded_before)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from launcher.config.load import load_cluster, load_run
 from launcher.config.models import find_model
-from launcher.config.schema import ModelSection
+from launcher.config.schema import DataSection, ModelSection
 from launcher.errors import LauncherError
-from launcher.plan.fast import every_path
+from launcher.plan.fast import Fast, every_path
 from launcher.run.assemble import assemble
 from launcher.run.checks import Check
 from launcher.run.directory import RunDirectory
@@ -40,16 +41,16 @@ def _asked(source: str, cluster: Path | None) -> dict[str, Any]:
     path = Path(source)
     if path.is_file():
         assembly = assemble(load_run(path, []), load_cluster(cluster), find_machine())
-        model, plan = assembly.model.config, assembly.plan
-        return {"model": dict(model), "fast": asdict(plan.fast), "block_size": plan.block_size}
-    if RunDirectory(path).orders.is_file():
-        orders = RunDirectory(path).read_orders()
-        plan = orders.plan
-        return {"model": dict(orders.model), "fast": asdict(plan.fast), "block_size": plan.block_size}
+        return _as_json(assembly.model.config, assembly.plan.fast, assembly.run.config.data)
+    directory = RunDirectory(path)
+    if directory.orders.is_file():
+        orders = directory.read_orders()
+        return _as_json(orders.model, orders.plan.fast, directory.read_config().data)
     config = find_model(ModelSection(name=source)).config
     positions = config.get("max_position_embeddings", config.get("n_positions", BLOCK_SIZE))
-    return {
-        "model": dict(config),
-        "fast": asdict(every_path()),
-        "block_size": min(BLOCK_SIZE, positions) if isinstance(positions, int) else BLOCK_SIZE,
-    }
+    block_size = min(BLOCK_SIZE, positions) if isinstance(positions, int) else BLOCK_SIZE
+    return _as_json(config, every_path(), DataSection(train=[source], block_size=block_size))
+
+
+def _as_json(model: Mapping[str, Any], fast: Fast, data: DataSection) -> dict[str, Any]:
+    return {"model": dict(model), "fast": asdict(fast), "data": data.model_dump(mode="json")}

@@ -10,7 +10,7 @@ pass compares a tensor with 1 on the host, which waits for the GPU each time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any, Final
@@ -25,13 +25,13 @@ from launcher.errors import TrainingError
 from launcher.plan.fast import chunk_rows, one_kernel
 from launcher.worker.dataset import IGNORED
 from launcher.worker.model import in_mode
-from launcher.worker.vocabulary import plain_head, real_columns
+from launcher.worker.vocabulary import RealColumns, plain_head, real_columns
 
 if find_spec("triton") is not None:
     from launcher.worker import loss_kernel
 
 PROVED: Final = 128
-"""Tokens that the live loss is compared on."""
+"""Tokens that a model is tried with, and the live loss compared on."""
 
 NOISE: Final[Mapping[str, float]] = {"fp32": 1e-4, "bf16": 1e-2}
 """How far rounding may move a loss, as a part of it."""
@@ -39,28 +39,48 @@ NOISE: Final[Mapping[str, float]] = {"fp32": 1e-4, "bf16": 1e-2}
 STOCK: Final = ("logits_to_keep", "shift_labels", "output_hidden_states", "output_attentions")
 """What a caller may ask a model for that only the stock forward pass gives."""
 
+Layout = tuple[int, torch.Size, tuple[int, ...], int]
+"""Of a tensor: where it lies, how, and how often it was changed there."""
 
-def use_chunked_loss(model: PreTrainedModel) -> str | None:
+
+def use_chunked_loss(model: PreTrainedModel, block_size: int) -> str | None:
     """Have `model`, given labels, return its loss without logits. Returns why it cannot, and is as it was.
 
     Without labels the forward pass is the stock one. The gradients are those of `ForCausalLMLoss` on the
     stock logits, in the precision that the matrix products are computed in.
     """
-    why = _other_than_plain(model)
-    if why is None:
-        give_chunked_loss(model)
-    return why
+    whys = []
+    for body in (whole_body, decoder):
+        whys.append(_other_than_plain(model, body(model), block_size))
+        if whys[-1] is None:
+            give_chunked_loss(model, body)
+            return None
+    return whys[0]
 
 
-def give_chunked_loss(model: PreTrainedModel) -> None:
-    """The same for a model whose forward pass is known to be the stock one."""
+def whole_body(model: PreTrainedModel) -> torch.nn.Module:
+    """All of the model but its head."""
+    found: torch.nn.Module = model.base_model
+    return found
+
+
+def decoder(model: PreTrainedModel) -> torch.nn.Module:
+    """What makes the head's input in a model that passes the rest of its body over, as OPT does."""
+    found: torch.nn.Module = model.get_decoder()
+    return found
+
+
+def give_chunked_loss(
+    model: PreTrainedModel, body: Callable[[PreTrainedModel], torch.nn.Module] = whole_body
+) -> None:
+    """The same for a model whose forward pass is known to be the stock one of its head on this body."""
     stock = model.forward
 
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
         if inputs.get("labels") is None or len(args) > 1 or _asks_for_more(inputs):
             return stock(*args, **inputs)
         labels, items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
-        hidden = self.base_model(*args, **inputs)[0]
+        hidden = body(self)(*args, **inputs)[0]
         head = self.get_output_embeddings()
         following = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].reshape(-1)
         loss = linear_cross_entropy(
@@ -263,58 +283,87 @@ def _softmax_in_place(logits: torch.Tensor, target: torch.Tensor, vocabulary: in
     return (greatest - chosen) - logits.amax(1, keepdim=True).log()
 
 
-def _other_than_plain(model: PreTrainedModel) -> str | None:
-    """Why the model's loss is not the stock one of its head on its body's output; None if it is.
+def _other_than_plain(model: PreTrainedModel, body: torch.nn.Module, block_size: int) -> str | None:
+    """Why the model's loss is not the stock one of its head on this body's output; None if it is.
 
-    Tried with four tokens, as it trains and as it is evaluated: the head is given the body's output itself,
-    the loss function the head's, and the loss that is returned is the one it made. A model that scales or
-    caps its logits, or adds another loss, or has a forward pass of another kind, is seen, and keeps its own.
+    Tried with a few tokens, as it trains and as it is evaluated: the body is given the ids themselves, the
+    head the body's output, the loss function the head's and the labels, and the loss that is returned is the
+    one it made. A model that scales or caps its logits, or adds another loss, or has a forward pass of
+    another kind, is seen, and keeps its own.
     """
-    head, body = plain_head(model), model.base_model
+    head = plain_head(model)
     if head is None:
         return "the model has no plain linear head"
+    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    if not all(isinstance(hook, RealColumns) for hook in hooks):
+        return "the model's head has hooks"
     if body is model or model.loss_function is not ForCausalLMLoss:
         return "the model's loss is its own"
-    whys = [_passes_on(model, head, body, training=training) for training in (True, False)]
+    ids = torch.arange(min(PROVED, block_size), device=head.weight.device)[None] % real_columns(head)
+    whys = [_passes_on(model, head, body, ids, training=training) for training in (True, False)]
     return whys[0] or whys[1]
 
 
 @torch.no_grad()
 def _passes_on(
-    model: PreTrainedModel, head: torch.nn.Linear, body: torch.nn.Module, *, training: bool
+    model: PreTrainedModel,
+    head: torch.nn.Linear,
+    body: torch.nn.Module,
+    ids: torch.Tensor,
+    *,
+    training: bool,
 ) -> str | None:
-    """Why one pass hands on something else than the stock one does; None if it does not."""
-    seen: dict[str, torch.Tensor] = {}
+    """Why one pass hands on something else than the stock one does; None if it does not.
 
-    def loss_function(logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = ForCausalLMLoss(logits, *args, **kwargs)
-        seen.update(given=logits, loss=loss.clone())  # which the model may add to where it is
+    What is handed on must be the very tensor, unchanged: another one of the same values may be another
+    function of the weights, which are still what they began as.
+    """
+    seen: dict[str, tuple[torch.Tensor, Layout]] = {}
+
+    def see(**tensors: torch.Tensor) -> None:
+        seen.update({name: (tensor, _layout(tensor)) for name, tensor in tensors.items()})
+
+    def loss_function(logits: torch.Tensor, labels: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+        shifted = more.get("shift_labels")
+        see(given=logits, told=labels if shifted is None else shifted)
+        loss: torch.Tensor = ForCausalLMLoss(logits, labels, *args, **more)
+        see(loss=loss)
         return loss
 
-    hooks = [
-        body.register_forward_hook(lambda _module, _inputs, output: seen.update(body=output[0].clone())),
-        head.register_forward_hook(
-            lambda _module, inputs, output: seen.update(hidden=inputs[0], logits=output.clone())
-        ),
-    ]
-    ids = torch.arange(4, device=head.weight.device)[None] % head.out_features
+    def of_body(_module: torch.nn.Module, args: Any, more: Mapping[str, Any], output: Any) -> None:
+        asked = more.get("input_ids", args[0] if args else None)
+        see(body=output[0], **({} if asked is None else {"asked": asked}))
+
+    def of_head(_module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        see(hidden=inputs[0], logits=output)
+
+    hooks = [body.register_forward_hook(of_body, with_kwargs=True), head.register_forward_hook(of_head)]
     model.loss_function = loss_function
+    labels = ids.clone()
+    see(ids=ids, labels=labels)
     try:
         with in_mode(model, training=training), torch.random.fork_rng(devices=[]):
-            found = model(input_ids=ids, labels=ids).loss
+            see(found=model(input_ids=ids, labels=labels).loss)
     except Exception as error:  # noqa: BLE001 - a model of any kind, which is then left alone
         return f"the model does not run with input_ids and labels alone: {error}"
     finally:
         del model._loss_function
         for hook in hooks:
             hook.remove()
-    if not {"body", "hidden", "given"} <= seen.keys():
+    if not {"asked", "hidden", "given"} <= seen.keys():
         return "the model has a forward pass of its own"
     for one, other, why in (
-        (seen["body"], seen["hidden"], "the model changes its body's output before the head"),
-        (seen["logits"], seen["given"], "the model changes its logits before the loss"),
-        (seen["loss"], found, "the model adds to its loss"),
+        ("ids", "asked", "the model changes its input before its body"),
+        ("body", "hidden", "the model changes its body's output before the head"),
+        ("logits", "given", "the model changes its logits before the loss"),
+        ("labels", "told", "the model changes its labels before the loss"),
+        ("loss", "found", "the model adds to its loss"),
     ):
-        if not torch.equal(one, other):
+        if seen[one][1] != seen[other][1]:
             return why
     return None
+
+
+def _layout(tensor: torch.Tensor) -> Layout:
+    """Two tensors that are held at once are one and the same where this is."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor._version

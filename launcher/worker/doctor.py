@@ -1,7 +1,8 @@
 """Which fast paths a model takes, tried on a short copy of it: what `launcher doctor --model` runs.
 
 `python -m launcher.worker.doctor`: JSON with `model` (its transformers config), `fast` (the plan's) and
-`block_size` on standard input; a list of checks, each with name, state, found and remedy, on standard output.
+`data` (the run's section) on standard input; a list of checks, each with name, state, found and remedy, on
+standard output.
 """
 
 from __future__ import annotations
@@ -9,21 +10,26 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from launcher.config.schema import DataSection
 from launcher.plan.fast import Fast
+from launcher.worker.dataset import IGNORED, Tensors
 from launcher.worker.fast import make_fast
-from launcher.worker.tracing import compiled, watch
+from launcher.worker.main import collate_of
+from launcher.worker.tracing import Pass, compiled, watch
 
 LAYERS = 2
-"""Of the copy: what holds for two layers holds for all."""
+"""Of the copy, or as many as it takes to have one of each type: what holds for these holds for all."""
 
 TOKENS = 64
-ROWS = 2
+END_OF_TEXT = 0
 
 Check = Mapping[str, str | None]
 
@@ -32,36 +38,38 @@ def short_copy(fields: Mapping[str, Any]) -> PreTrainedModel:
     """The model of these config fields, in fp32 with few layers and random weights."""
     rest = {key: value for key, value in fields.items() if key != "model_type"}
     config = AutoConfig.for_model(fields["model_type"], **rest)
-    config.num_hidden_layers = min(LAYERS, config.num_hidden_layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    _shorten(config.get_text_config())
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.loss_type = "ForCausalLM"
     model.config.use_cache = False
     return model
 
 
-def examine(model: PreTrainedModel, fast: Fast, block_size: int) -> Iterator[Check]:
-    """A check for each planned path of the model, then what a pass through it shows."""
-    fell_back = make_fast(model, fast, block_size=block_size)
+def _shorten(config: Any) -> None:
+    types = getattr(config, "layer_types", None) or []
+    layers = max([LAYERS, *(1 + types.index(each) for each in set(types))])
+    with suppress(AttributeError):  # the number has another name, or the types are worked out from it
+        config.num_hidden_layers = min(layers, config.num_hidden_layers)
+        config.layer_types = config.layer_types[:layers]
+
+
+def examine(model: PreTrainedModel, fast: Fast, data: DataSection) -> Iterator[Check]:
+    """A check for each planned path of the model, then what a pass through it on rows of `data` shows."""
+    fell_back = make_fast(model, fast, block_size=data.block_size)
     for name in ("tanh_gelu", "causal_attention", "chunked_loss", "padded_vocabulary"):
         key = f"train.fast.{name}"
         if name in fell_back:
             yield _check(key, "warning", f"falls back: {fell_back[name]}")
         else:
             yield _check(key, "ok", f"off: {fast.off[name]}" if name in fast.off else "taken")
-    ids = torch.arange(ROWS * min(TOKENS, block_size)).reshape(ROWS, -1)
-    ids = ids % model.config.get_text_config().vocab_size
-    inputs = {"input_ids": ids, "labels": ids, "num_items_in_batch": torch.tensor(ids.numel())}
+    inputs = _batch(model, data)
     model.train()
-    seen, graphs = watch(model, inputs), compiled(model, inputs)
-    if not seen.attentions:
-        how = f"no fused attention: {model.config._attn_implementation}"
-        yield _check("attention", "warning", how, "set attn_implementation: sdpa in model.overrides")
-    elif seen.masked:
-        yield _check("attention", "warning", f"a dense mask in {seen.masked} of {seen.attentions} layers")
-    else:
-        yield _check("attention", "ok", "fused and causal, without a mask")
+    try:
+        seen, graphs = watch(model, inputs), compiled(model, inputs)
+    except Exception as error:  # noqa: BLE001 - a model of any kind
+        yield _check("pass", "warning", f"the model does not run here on rows of this data: {error}")
+        return
+    yield from _of_attention(model, seen, data)
     if graphs.masked:
         yield _check("attention, compiled", "warning", f"a dense mask in {graphs.masked} layers")
     if seen.waits:
@@ -77,6 +85,31 @@ def examine(model: PreTrainedModel, fast: Fast, block_size: int) -> Iterator[Che
         yield _check("torch.compile", "warning", broken)
 
 
+def _batch(model: PreTrainedModel, data: DataSection) -> Tensors:
+    """Two rows of two documents, as the run makes tensors of them; one is shorter where rows may be."""
+    vocabulary, tokens = model.config.get_text_config().vocab_size, min(TOKENS, data.block_size)
+    flash = str(model.config._attn_implementation).startswith("flash")
+    collate = collate_of(data, END_OF_TEXT, END_OF_TEXT, flash=flash)
+    row = (np.arange(tokens) + 1) % vocabulary
+    row[tokens // 2 - 1] = END_OF_TEXT
+    batch = collate([row, row if data.packing == "concat" else row[: -tokens // 4]])
+    return {**batch, "num_items_in_batch": batch["labels"].ne(IGNORED).sum()}
+
+
+def _of_attention(model: PreTrainedModel, seen: Pass, data: DataSection) -> Iterator[Check]:
+    if not seen.attentions:
+        how = f"no fused attention: {model.config._attn_implementation}"
+        remedy = "set attn_implementation: sdpa in model.overrides" if model._supports_sdpa else None
+        yield _check("attention", "warning", how, remedy)
+    elif seen.masked:
+        apart = data.packing != "concat" or data.isolate_documents
+        remedy = "data.packing: concat, without data.isolate_documents, needs none" if apart else None
+        how = f"a dense mask in {seen.masked} of {seen.attentions} layers"
+        yield _check("attention", "warning", how, remedy)
+    else:
+        yield _check("attention", "ok", "fused and causal, without a mask")
+
+
 def _check(name: str, state: str, found: str, remedy: str | None = None) -> Check:
     return {"name": name, "state": state, "found": found, "remedy": remedy}
 
@@ -86,10 +119,10 @@ def main() -> int:
     logging.set_verbosity_error()
     try:
         model = short_copy(asked["model"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
         checks = [_check("model", "missing", f"cannot be built: {error}", "check model.name and overrides")]
     else:
-        checks = list(examine(model, Fast(**asked["fast"]), asked["block_size"]))
+        checks = list(examine(model, Fast(**asked["fast"]), DataSection.model_validate(asked["data"])))
     json.dump(checks, sys.stdout)
     return 0
 

@@ -78,13 +78,20 @@ class Verify(TrainerCallback):
     """Compares the live run with the plan once everything is built and before step 1."""
 
     def __init__(
-        self, directory: RunDirectory, orders: Orders, run: RunConfig, rows: Rows, start_step: int
+        self,
+        directory: RunDirectory,
+        orders: Orders,
+        run: RunConfig,
+        rows: Rows,
+        start_step: int,
+        attention: str,
     ) -> None:
         self._directory = directory
         self._orders = orders
         self._run = run
         self._rows = rows
         self._start_step = start_step
+        self._attention = attention
         self._begun: float | None = None
         self.trainer: LauncherTrainer | None = None
 
@@ -115,6 +122,7 @@ class Verify(TrainerCallback):
             self._orders,
             self._run.train,
             self._start_step,
+            self._attention,
         )
         print(said, flush=True)
         assert self._orders.vocabulary is not None
@@ -235,6 +243,7 @@ def train(
     check_length(phases, plan, start_step)
     set_matmul_precision(plan.fast)
     model = trained_model(orders, tokenizer, run.seed)
+    attention = model.config._attn_implementation
     fell_back = make_ready(model, plan)
     agreement = Agreement(rank.world_size)
     times = StepTimes(plan, agreement)
@@ -258,7 +267,7 @@ def train(
         world_size=rank.world_size,
         keep=run.checkpoint.keep,
     )
-    checks = Verify(directory, orders, run, rows, start_step)
+    checks = Verify(directory, orders, run, rows, start_step, attention)
     reached.step = start_step
     # Times stop before anything waits. The writer waits for the last checkpoint before the report is closed.
     callbacks: list[TrainerCallback] = [checks, times, reached, cadence, writer]

@@ -76,7 +76,15 @@ def build_model(
             model = AutoModelForCausalLM.from_pretrained(
                 weights, dtype=torch.float32, trust_remote_code=False
             )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as error:
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:
         source = weights or fields.get("model_type")
         raise RequestError(
             f"model.name: {source} cannot be built: {error}", hint="check model.name and model.overrides"

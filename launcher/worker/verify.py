@@ -42,14 +42,16 @@ def verify(
     orders: Orders,
     train: TrainSection,
     start_step: int,
+    attention: str,
 ) -> str:
     """Compare live objects with the plan, and ranks with each other. Returns the one line that says all hold.
 
-    Raises TrainingError listing every difference with both values.
+    `attention`: what transformers chose for the model when it was built. Raises TrainingError listing every
+    difference with both values.
     """
     plan = orders.plan
     layers = len(layers_of(trainer.bare_model))
-    asked = planned(orders, train, trainer.fell_back, layers) | {
+    asked = planned(orders, train, trainer.fell_back, layers, attention) | {
         "samples of the first step": trainer.phases.samples_of_step(start_step).tolist()
     }
     live = found(trainer) | {"samples of the first step": _live_samples(trainer, plan)}
@@ -76,10 +78,13 @@ def verify(
     )
 
 
-def planned(orders: Orders, train: TrainSection, fell_back: Mapping[str, str], layers: int) -> Facts:
+def planned(
+    orders: Orders, train: TrainSection, fell_back: Mapping[str, str], layers: int, attention: str
+) -> Facts:
     """What the plan says of everything that `found` reads, but for the fast paths that `fell_back`.
 
-    `layers`: how many the live model has that can be checkpointed one by one.
+    `layers`: how many the live model has that can be checkpointed one by one. `attention`: the model's own,
+    for a config that asks for none.
     """
     plan = orders.plan
     fast = sorted(set(plan.fast.taken) - fell_back.keys())
@@ -101,7 +106,7 @@ def planned(orders: Orders, train: TrainSection, fell_back: Mapping[str, str], l
         "compile": plan.compile,
         "attention": CAUSAL
         if "causal_attention" in fast
-        else orders.model.get("attn_implementation") or "sdpa",
+        else orders.model.get("attn_implementation") or attention,
         "fast paths": fast,
         "loss scale": f"dynamic, from {2**LOSS_SCALE_POWER}" if plan.precision == "fp16" else None,
     }

@@ -126,6 +126,12 @@ def test_overrides_change_the_config() -> None:
             "make n_embd a multiple of n_head",
         ),
         ({"model_type": "llama"}, "model.overrides.model_type", "the model's config has no such field", None),
+        (
+            {"attn_implementation": "flash"},
+            "model.overrides.attn_implementation",
+            'expected sdpa, eager or flash_attention_2, got the text "flash"',
+            None,
+        ),
     ],
 )
 def test_a_wrong_override_is_refused(
@@ -165,6 +171,13 @@ def test_a_folder_with_a_config_is_the_model_even_under_a_presets_name(here: Pat
 def test_a_folder_without_a_config_does_not_hide_a_preset(here: Path) -> None:
     folder_with(here / "gpt2", {"notes.txt": "x"})
     assert find(name="gpt2").kind == "preset"
+
+
+def test_any_model_may_be_asked_for_its_attention(here: Path) -> None:
+    folder_with(here / "llama", {"config.json": LLAMA})
+    for name in ("gpt2", "llama"):
+        config = find(name=name, overrides={"attn_implementation": "eager"}).config
+        assert config["attn_implementation"] == "eager"
 
 
 def test_a_config_of_another_family_lists_the_fields_that_may_be_overridden(here: Path) -> None:

@@ -86,6 +86,12 @@ def test_each_can_be_switched_off_alone(name: str) -> None:
             {"padded_vocabulary": "50,304 is a multiple of 64"},
         ),
         ("h100-sxm-80gb", {"extra": {"optim": "adafactor"}}, {"fused_adamw": "train.extra.optim"}),
+        (
+            "h100-sxm-80gb",
+            {"extra": {"label_smoothing_factor": 0.1}},
+            {"chunked_loss": "train.extra.label_smoothing_factor"},
+        ),
+        ("h100-sxm-80gb", {"extra": {"label_smoothing_factor": 0.0}}, {}),
     ],
 )
 def test_what_rules_a_path_out_is_said(gpu: str, keys: dict[str, Any], off: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ def test_a_run_s_own_model_is_tried_with_the_paths_that_its_plan_takes(
         {
             "name": "run",
             "model": {"name": "gpt2", "overrides": overrides},
-            "data": {"train": ["text"], "block_size": 32},
+            "data": {"train": ["text"], "block_size": 32, "packing": "pad"},
             "train": {"batch_size": 1, "steps": 1, "fast": {"causal_attention": False}},
         },
     )
@@ -34,6 +34,7 @@ def test_a_run_s_own_model_is_tried_with_the_paths_that_its_plan_takes(
         "train.fast.chunked_loss": "taken",
         "train.fast.padded_vocabulary": "off: a CPU gains nothing",
     }
+    assert checks["attention"].found == "a dense mask in 2 of 2 layers", "its padded rows have one"
     assert checks["attention, compiled"].found == "a dense mask in 2 layers"
     assert checks["host"].state == "warning"
 

@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
@@ -40,7 +42,8 @@ def gpt2(**fields: Any) -> GPT2LMHeadModel:
 
 
 def llama(**fields: Any) -> LlamaForCausalLM:
-    """Its head is its own, and two query heads share a key head."""
+    """Its head is its own, two query heads share a key head; with dropout unless `fields` say otherwise."""
+    fields = {"attention_dropout": 0.2, **fields}
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -61,6 +64,17 @@ def phi() -> PhiForCausalLM:
     model = PhiForCausalLM(config)
     torch.nn.init.normal_(model.lm_head.bias)
     return model
+
+
+def opt() -> OPTForCausalLM:
+    """Its head is given the output of a decoder within its body. Without biases: the keys' moves nothing."""
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=LENGTH, word_embed_proj_dim=32, dropout=0.0, enable_bias=False,
+            pad_token_id=END, eos_token_id=END, bos_token_id=END,
+        )
+    )  # fmt: skip
 
 
 class Head(torch.nn.Sequential):

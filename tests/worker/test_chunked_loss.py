@@ -28,6 +28,7 @@ from launcher.worker.chunked_loss import (
 )
 from launcher.worker.dataset import IGNORED
 from tests.worker.parity import (
+    LENGTH,
     NOTHING,
     VOCABULARY,
     another_head,
@@ -35,6 +36,7 @@ from tests.worker.parity import (
     gpt2,
     llama,
     made,
+    opt,
     phi,
     reference,
     run,
@@ -150,7 +152,7 @@ def test_evaluation_makes_no_gradients() -> None:
 CHUNKED = Fast(chunked_loss=True)
 
 
-@pytest.mark.parametrize("build", [gpt2, llama, phi], ids=["tied", "untied", "with a bias"])
+@pytest.mark.parametrize("build", [gpt2, llama, phi, opt], ids=["tied", "untied", "with a bias", "decoder"])
 def test_a_model_with_a_linear_head_returns_its_loss_without_logits(
     build: Callable[[], PreTrainedModel],
 ) -> None:
@@ -193,13 +195,78 @@ class OwnForward(GPT2LMHeadModel):
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
-class Doubled(GPT2LMHeadModel):
-    """Its head is given something else than its body's output."""
+class Steps(GPT2LMHeadModel):
+    """The stock forward pass, of which a subclass changes a step."""
 
     def forward(self, input_ids: Any, labels: Any = None, **_: Any) -> Any:
-        logits = self.lm_head(2 * self.transformer(input_ids)[0])
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        hidden = self.transformer(**self.given(input_ids))[0]
+        logits = self.logits(hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, self.labels(labels), self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def given(self, input_ids: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids}
+
+    def logits(self, hidden: Any) -> Any:
+        return self.lm_head(hidden)
+
+    def labels(self, labels: Any) -> Any:
+        return labels
+
+
+class Doubled(Steps):
+    """Its head is given something else than its body's output."""
+
+    def logits(self, hidden: Any) -> Any:
+        return self.lm_head(2 * hidden)
+
+
+class Embedded(Steps):
+    """Its body is given vectors."""
+
+    def given(self, input_ids: Any) -> dict[str, Any]:
+        return {"inputs_embeds": 2 * self.transformer.wte(input_ids)}
+
+
+class Adapted(Steps):
+    """Adds to its logits what is zero until it has learned (Hu et al. 2021, LoRA)."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.down = torch.nn.Linear(config.n_embd, 2, bias=False)
+        self.up = torch.nn.Linear(2, config.vocab_size, bias=False)
+        torch.nn.init.zeros_(self.up.weight)
+
+    def logits(self, hidden: Any) -> Any:
+        return self.lm_head(hidden) + self.up(self.down(hidden))
+
+
+class Scaled(Steps):
+    """Scales its logits, where they are, by what is 1 until it has learned."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def logits(self, hidden: Any) -> Any:
+        return self.lm_head(hidden).mul_(self.scale)
+
+
+class LateLabels(Steps):
+    """Learns nothing from the first tokens of a long row."""
+
+    def labels(self, labels: Any) -> Any:
+        late = torch.arange(labels.shape[1]) >= 8
+        return labels if labels.shape[1] <= 8 else labels.masked_fill(~late, IGNORED)
+
+
+def hooked() -> PreTrainedModel:
+    """A hook caps its logits, which are far below the cap at first."""
+    model = gpt2()
+    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits.clamp(-30, 30))
+    return model
 
 
 def own_loss() -> PreTrainedModel:
@@ -215,11 +282,19 @@ def own_loss() -> PreTrainedModel:
         (mixtral, "adds to its loss"),
         (lambda: OwnForward(gpt2().config), "forward pass of its own"),
         (lambda: Doubled(gpt2().config), "changes its body's output"),
+        (lambda: Embedded(gpt2().config), "forward pass of its own"),
+        (lambda: Adapted(gpt2().config), "changes its logits before the loss"),
+        (lambda: Scaled(gpt2().config), "changes its logits before the loss"),
+        (lambda: LateLabels(gpt2().config), "changes its labels before the loss"),
+        (hooked, "head has hooks"),
         (lambda: another_head(gpt2()), "no plain linear head"),
         (own_loss, "loss is its own"),
     ],
-    ids=["scaled logits", "another loss", "own forward", "other input", "another head", "own loss"],
-)
+    ids=[
+        "scaled logits", "another loss", "own forward", "other input", "vectors", "adapter", "own scale",
+        "late labels", "hook", "another head", "own loss",
+    ],
+)  # fmt: skip
 def test_a_model_that_does_otherwise_keeps_its_own_loss_and_says_why(
     build: Callable[[], PreTrainedModel], why: str
 ) -> None:
@@ -229,7 +304,7 @@ def test_a_model_that_does_otherwise_keeps_its_own_loss_and_says_why(
     batch = batches()["concat"]
     torch.manual_seed(5)
     before = model(**batch)
-    said = use_chunked_loss(model)
+    said = use_chunked_loss(model, LENGTH)
     assert said is not None
     assert why in said
     assert replaced_forward(model) == set()

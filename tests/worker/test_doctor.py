@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from launcher.config.presets import PRESETS
+from launcher.config.schema import DataSection
 from launcher.plan.fast import every_path
 from launcher.worker.doctor import examine, main, short_copy
 from launcher.worker.tracing import compiled_so_far
-from tests.worker.parity import LENGTH, another_head, gpt2, llama
+from tests.worker.parity import LENGTH, VOCABULARY, another_head, gpt2, llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAST = every_path()
 
 
-def said(model: PreTrainedModel, **off: bool) -> dict[str, tuple[str, str]]:
+def said(
+    model: PreTrainedModel, data: Mapping[str, Any] = MappingProxyType({}), **off: bool
+) -> dict[str, tuple[str, str]]:
     """State and finding, by check."""
     model.loss_type = "ForCausalLM"
     model.config.use_cache = False
     reasons = dict.fromkeys(off, "train.fast")
     return {
         str(check["name"]): (str(check["state"]), str(check["found"]))
-        for check in examine(model, replace(FAST, **off, reasons=reasons), LENGTH)
+        for check in examine(
+            model,
+            replace(FAST, **off, reasons=reasons),
+            DataSection(train=["text"], block_size=LENGTH, **data),
+        )
     }
 
 
@@ -78,21 +86,46 @@ def looking_back() -> PreTrainedModel:
     return model
 
 
+def sliding() -> PreTrainedModel:
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, sliding_window=8,
+        )
+    )  # fmt: skip
+
+
+def refusing() -> PreTrainedModel:
+    """A layer that runs on a GPU alone."""
+    model = gpt2()
+
+    def look(_module: torch.nn.Module, _inputs: Any) -> None:
+        raise RuntimeError("no GPU")
+
+    model.get_submodule("transformer.h.0.mlp").register_forward_pre_hook(look)
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "check", "found"),
     [
         (llama, "train.fast.tanh_gelu", "falls back: the model has no gelu_new"),
         (eager, "train.fast.causal_attention", "falls back: the model's attention is eager"),
         (eager, "attention", "no fused attention: eager"),
+        (sliding, "attention", "a dense mask in 2 of 2 layers"),
         (lambda: another_head(gpt2()), "train.fast.chunked_loss", "falls back: the model has no plain"),
         (lambda: another_head(gpt2()), "train.fast.padded_vocabulary", "falls back: the model has no plain"),
         (talking, "host", "waits for the GPU 1 times"),
         (masking, "host", "waits for the GPU 1 times"),
         (looking_back, "host", "waits for the GPU 1 times"),
         (talking, "torch.compile", " graphs: "),
+        (refusing, "pass", "the model does not run here on rows of this data: no GPU"),
     ],
-    ids=["activation", "attention", "kernel", "head", "vocabulary", "host", "mask", "backward", "graph"],
-)
+    ids=[
+        "activation", "attention", "kernel", "window", "head", "vocabulary", "host", "mask", "backward",
+        "graph", "pass",
+    ],
+)  # fmt: skip
 def test_what_falls_off_a_path_is_caught(
     build: Callable[[], PreTrainedModel], check: str, found: str
 ) -> None:
@@ -129,15 +162,56 @@ def test_without_the_path_the_stock_model_has_a_mask_when_compiled() -> None:
     assert checks["host"][0] == "warning", "stock transformers looks for packed rows"
 
 
+@pytest.mark.parametrize("data", [{"packing": "pad"}, {"isolate_documents": True}], ids=["pad", "isolated"])
+def test_rows_are_the_run_s_own(data: Mapping[str, Any]) -> None:
+    checks = said(gpt2(), data, causal_attention=False)
+    assert checks["attention"] == ("warning", "a dense mask in 2 of 2 layers")
+
+
+def test_sdpa_is_proposed_to_a_model_that_has_it() -> None:
+    data = DataSection(train=["text"], block_size=LENGTH)
+    for supported, remedy in ((True, "set attn_implementation: sdpa in model.overrides"), (False, None)):
+        model = eager()
+        model._supports_sdpa = supported
+        checks = {check["name"]: check for check in examine(model, FAST, data)}
+        assert checks["attention"]["remedy"] == remedy
+
+
+def layers(fields: Mapping[str, Any]) -> int:
+    return sum(name.endswith(".mlp") for name, _ in short_copy(fields).named_modules())
+
+
 def test_a_large_model_is_tried_with_few_layers() -> None:
-    copy = short_copy({**PRESETS["gpt2"].config(), "n_embd": 48, "n_layer": 48})
-    assert sum(name.endswith(".mlp") for name, _ in copy.named_modules()) == 2
+    assert layers({**PRESETS["gpt2"].config(), "n_embd": 48, "n_layer": 48}) == 2
+
+
+GEMMA: Mapping[str, Any] = {
+    "model_type": "gemma3_text", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+}  # fmt: skip
+
+
+def test_each_type_of_layer_is_tried() -> None:
+    """Of Gemma 3's layers the first five attend to a window, the sixth to all."""
+    assert layers(GEMMA) == 6
+
+
+def test_a_model_of_several_parts_is_shortened_where_its_text_is() -> None:
+    text = {name: value for name, value in GEMMA.items() if name != "model_type"}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    copy = short_copy({"model_type": "gemma3", "text_config": text, "vision_config": vision})
+    assert copy.config.get_text_config().num_hidden_layers == 6
+
+
+def test_types_that_follow_from_the_number_of_layers_are_left_to_it() -> None:
+    fields = {"vocab_size": VOCABULARY, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 12}
+    assert short_copy({"model_type": "mamba", **fields}).config.num_hidden_layers == 2
 
 
 def test_a_model_that_cannot_be_built_is_said_to_be_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = {"model": {"model_type": "unheard-of"}, "fast": {}, "block_size": 32}
+    asked = {"model": {"model_type": "unheard-of"}, "fast": {}, "data": {"train": ["text"]}}
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asked)))
     assert main() == 0
     (check,) = json.loads(capsys.readouterr().out)

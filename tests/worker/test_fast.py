@@ -23,24 +23,35 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     EvalPrediction,
+    FalconConfig,
+    FalconForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Trainer,
 )
 from transformers.activations import NewGELUActivation
 
+from launcher.config.schema import RunConfig
 from launcher.plan.fast import Fast
+from launcher.plan.orders import Orders
+from launcher.run.directory import RunDirectory
 from launcher.worker.dataset import stack
 from launcher.worker.evaluate import evaluate
 from launcher.worker.fast import (
     CAUSAL,
     TanhGELU,
     cache_whole_graphs,
+    set_matmul_precision,
     taken_by,
     use_causal_attention,
     use_tanh_gelu_kernel,
 )
+from launcher.worker.trainer import training_arguments
 from launcher.worker.vocabulary import take_out_padding
+from tests.conftest import small_plan, small_run
 from tests.worker.parity import (
     ALL,
     LENGTH,
@@ -212,7 +223,9 @@ def test_a_micro_batch_asks_nothing_of_the_host() -> None:
     assert counts[1] == 0
 
 
-@pytest.mark.parametrize("build", [lambda: gpt2(**STILL), llama], ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "build", [lambda: gpt2(**STILL), lambda: llama(attention_dropout=0.0)], ids=["gpt2", "llama"]
+)
 def test_compiled_it_is_one_graph_without_a_mask(build: Callable[[], PreTrainedModel]) -> None:
     graphs = []
 
@@ -258,11 +271,56 @@ def test_compiled_the_activation_is_tanh_gelu_by_another_formula(dtype: torch.dt
     x = torch.linspace(-12, 12, 997, dtype=dtype).requires_grad_()
     outer = torch.linspace(-1, 2, 997, dtype=dtype)
     torch._dynamo.reset()
-    compiled: Any = torch.compile(TanhGELU(), backend="aot_eager", fullgraph=True)
+    written: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        written.extend(each.code for each in graph.modules() if isinstance(each, torch.fx.GraphModule))
+        return aot_eager(graph, inputs)
+
+    compiled: Any = torch.compile(TanhGELU(), backend=backend, fullgraph=True)
     found, expected = compiled(x), torch.nn.functional.gelu(x, approximate="tanh")
     torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
     ours, theirs = (torch.autograd.grad(each, x, outer)[0] for each in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=rounding, atol=4 * rounding)
+    assert "sigmoid" in "".join(written), "the other formula"
+    assert "gelu" not in "".join(written)
+
+
+def optimizer(model: PreTrainedModel, folder: Path, *, fused: bool) -> torch.optim.Optimizer:
+    """The one that the Trainer makes for a plan with `fused_adamw` or without."""
+    run = RunConfig.model_validate(small_run())
+    plan = replace(small_plan(), fast=Fast(fused_adamw=fused))
+    orders = Orders("0", "", plan, {}, weights=None, store=None, vocabulary=None)
+    arguments = training_arguments(run, orders, RunDirectory(folder))
+    return Trainer(model, arguments).create_optimizer()
+
+
+def test_the_planned_optimizer_is_built_and_fused_it_takes_the_same_steps(tmp_path: Path) -> None:
+    weights = []
+    for fused in (True, False):
+        model, batch = made(lambda: gpt2(**STILL), NOTHING)[0], batches()["concat"]
+        adamw = optimizer(model, tmp_path, fused=fused)
+        assert isinstance(adamw, torch.optim.AdamW)
+        assert [bool(group["fused"]) for group in adamw.param_groups] == [fused, fused]
+        for _ in range(5):
+            adamw.zero_grad()
+            model(**batch).loss.backward()
+            adamw.step()
+        weights.append(torch.cat([each.detach().flatten() for each in model.parameters()]))
+    began = torch.cat([each.detach().flatten() for each in made(gpt2, NOTHING)[0].parameters()])
+    assert float((weights[1] - began).norm()) > 0.1
+    assert float((weights[0] - weights[1]).norm()) < 1e-4 * float((weights[1] - began).norm())
+
+
+@pytest.mark.parametrize(("tf32", "precision"), [(True, "high"), (False, "highest")])
+def test_the_precision_of_products_is_the_plan_s_whatever_was_set(tf32: bool, precision: str) -> None:
+    try:
+        for before in ("medium", "high", "highest"):
+            torch.set_float32_matmul_precision(before)
+            set_matmul_precision(Fast(tf32=tf32))
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_paths_that_a_model_takes_are_read_from_it() -> None:
@@ -327,6 +385,27 @@ def mistral() -> PreTrainedModel:
     )  # fmt: skip
 
 
+def qwen2_moe() -> PreTrainedModel:
+    """Its config says 0 where it has no window."""
+    config = Qwen2MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    assert config.sliding_window == 0
+    return Qwen2MoeForCausalLM(config)
+
+
+def falcon() -> PreTrainedModel:
+    """Its own attention layer reads the mask's shape."""
+    fields: dict[str, Any] = {"alibi": True, "new_decoder_architecture": False}
+    return FalconForCausalLM(
+        FalconConfig(
+            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **fields
+        )
+    )  # fmt: skip
+
+
 def eager() -> PreTrainedModel:
     return gpt2(attn_implementation="eager")
 
@@ -336,7 +415,9 @@ def eager() -> PreTrainedModel:
     [
         (mistral, LENGTH, "attends to the last 8 tokens, and a block has 32"),
         (mistral, 8, None),
+        (qwen2_moe, LENGTH, None),
         (eager, LENGTH, "attention is eager"),
+        (falcon, LENGTH, "does not run without a mask"),
         (gpt2, LENGTH, None),
         (
             lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=2)),
@@ -344,7 +425,7 @@ def eager() -> PreTrainedModel:
             "",
         ),
     ],
-    ids=["window", "short block", "eager", "gpt2", "alibi"],
+    ids=["window", "short block", "no window", "eager", "needs one", "gpt2", "alibi"],
 )
 def test_attention_that_is_more_than_causal_keeps_its_mask(
     build: Callable[[], PreTrainedModel], block_size: int, why: str | None

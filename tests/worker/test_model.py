@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,17 @@ def test_a_pad_token_of_its_own_is_kept(tmp_path: Path) -> None:
     end = tokenizer.eos_token_id
     assert ids_of(model) == {(300, end, end)}
     assert rows(model) == 301
+
+
+def test_it_attends_as_its_config_asks(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = build_model({**FIELDS, "attn_implementation": "eager"}, None, tokenizer, seed=1)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_a_kernel_that_is_not_installed_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(RequestError, match="FlashAttention2"):
+        build_model({**FIELDS, "attn_implementation": "flash_attention_2"}, None, tokenizer, seed=1)
 
 
 def test_from_scratch_it_is_the_stock_model_of_that_seed(tokenizer: PreTrainedTokenizerBase) -> None:

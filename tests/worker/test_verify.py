@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPTNeoConfig
 
 from launcher.config.schema import TrainSection
 from launcher.plan.orders import Orders
 from launcher.worker import verify as verifying
 from scripts.check_strategies import Bench, Cell
-from tests.conftest import sentences, small_plan, write_json
+from tests.conftest import Workplace, sentences, small_plan, write_json
 from tests.worker import tampering
 
 FOUND: Mapping[str, str] = {
@@ -147,7 +148,7 @@ def test_where_a_run_goes_on_its_loss_scale_may_have_moved() -> None:
     train = TrainSection.model_validate({"batch_size": 8, "steps": 20})
 
     def asked_and_found() -> tuple[dict[str, object], dict[str, object]]:
-        return verifying.planned(orders, train, {}, layers=2), {"loss scale": verifying._loss_scale(trainer)}
+        return verifying.planned(orders, train, {}, 2, "sdpa"), {"loss scale": verifying._loss_scale(trainer)}
 
     def differ(asked: dict[str, object], live: dict[str, object]) -> bool:
         return asked["loss scale"] != live["loss scale"]
@@ -158,3 +159,16 @@ def test_where_a_run_goes_on_its_loss_scale_may_have_moved() -> None:
     assert not differ(*map(verifying.with_any_scale, asked_and_found()))
     trainer.accelerator.scaler = None
     assert differ(*map(verifying.with_any_scale, asked_and_found())), "there is none"
+
+
+def test_a_config_that_asks_for_no_attention_trains_with_transformers_own_choice(
+    workplace: Workplace,
+) -> None:
+    """GPT-Neo has no fused attention: it is built with the eager one."""
+    shape: dict[str, Any] = {"hidden_size": 32, "num_heads": 2, "num_layers": 2}
+    kinds = [[["global", "local"], 1]]
+    config = GPTNeoConfig(**shape, attention_types=kinds, max_position_embeddings=64)
+    config.save_pretrained(workplace.folder / "neo")
+    directory = workplace.train("model.name=./neo", "model.overrides={}", "train.steps=1")
+    log = (directory / "logs" / "attempt-001" / "rank-0.log").read_text()
+    assert "train.fast.causal_attention: the model's attention is eager" in log
