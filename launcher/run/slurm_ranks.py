@@ -17,7 +17,7 @@ from types import FrameType
 from typing import ClassVar, Final, Self
 
 from launcher.config.schema import ClusterConfig
-from launcher.errors import Interrupted, LauncherError, MachineError
+from launcher.errors import Interrupted, LauncherError, MachineError, RequestError
 from launcher.plan.orders import Orders
 from launcher.render.srun import Step, check_command, srun_command, step_environment, step_name
 from launcher.run import excluding, journal, node_check, slurm
@@ -147,11 +147,19 @@ class Slurm:
         return facts_of(seen, now=0.0, need=0.0)
 
     def hands_over(self, outcome: Outcome, why: str) -> bool:
-        """Have the job requeued where the nodes are to be taken away, or may be at fault."""
+        """Have the job requeued where the nodes are to be taken away, or may be at fault. Raises MachineError
+        where SLURM does not, which ends the run."""
         if outcome not in UNLIMITED and outcome is not Outcome.HUNG:
             return False
         outlive_own_requeue()
-        self._requeue()
+        try:
+            self._requeue()
+        except RequestError as error:  # a job that may not be, or none that was handed in by sbatch
+            end = End(outcome, f"{why}; SLURM does not queue job {self.job} again: {error.message}")
+            step = newest_step(self._directory.checkpoints)
+            record_run_end(self._directory, end, step, MachineError.exit_code)
+            hint = "hand the run in again with `launcher submit`: it goes on from its last checkpoint"
+            raise MachineError(end.reason, hint=hint) from error
         # Only now: who cannot reach slurmctld may be cut off, and is not to blame a node that is not.
         if outcome is Outcome.HUNG and (host := self._hung_host()) is not None:
             excluding.avoid(self._directory, [host], why, time.time())
@@ -195,7 +203,12 @@ class Slurm:
 
         Raises Interrupted where the job is queued again, and MachineError where that would not help.
         """
-        now = time.time()
+        now, planned = time.time(), self._orders.plan.nodes
+        if len(self._hosts) < planned:
+            raise MachineError(
+                f"job {self.job} has {len(self._hosts)} of the {planned} nodes that the run is planned for",
+                hint="the job script asks for as many: launcher submit, or sbatch with it as it is",
+            )
         if set(self._hosts) <= node_check.proven(self._directory, now):
             return
         plan = self._orders.plan

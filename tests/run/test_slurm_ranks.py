@@ -3,12 +3,20 @@ from __future__ import annotations
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launcher.config.schema import ClusterConfig
+from launcher.errors import MachineError, RequestError
+from launcher.run import journal, slurm_ranks
+from launcher.run.directory import RunDirectory
+from launcher.run.outcome import Outcome
 from launcher.run.slurm_facts import Seen, facts_of
-from launcher.run.slurm_ranks import Look, outlive_own_requeue, words_of_slurmstepd
+from launcher.run.slurm_ranks import Look, Slurm, outlive_own_requeue, words_of_slurmstepd
+from tests.conftest import small_plan
 
 
 def test_slurmstepd_speaks_where_the_ranks_of_its_node_write(tmp_path: Path) -> None:
@@ -51,3 +59,35 @@ def test_a_requeue_may_be_asked_for_in_any_thread() -> None:
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    """Job 7 on one node, of which slurmctld says nothing."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    monkeypatch.setattr("launcher.run.slurm.hosts", lambda _: ("n1",))
+    monkeypatch.setattr("launcher.run.slurm.job_state", lambda *_: None)
+    monkeypatch.setattr(slurm_ranks, "outlive_own_requeue", lambda: None)
+    return Slurm(RunDirectory(tmp_path), ClusterConfig(name="c", launch="slurm", gpu="cpu", gpus_per_node=1))
+
+
+def test_a_job_that_may_not_be_queued_again_ends_its_run_in_words(
+    job: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: str) -> str:
+        raise RequestError("SLURM refuses: Requested operation is presently disabled for job 7")
+
+    monkeypatch.setattr("launcher.run.slurm.said", refuses)
+    with pytest.raises(MachineError, match="does not queue job 7 again: SLURM refuses") as told:
+        job.hands_over(Outcome.TIME_LIMIT, "the time limit")
+    assert "launcher submit" in (told.value.hint or "")
+    (end,) = journal.events(RunDirectory(tmp_path).journal, "ended")
+    assert (end["outcome"], end["step"]) == ("TIME_LIMIT", 0)
+
+
+def test_a_job_of_too_few_nodes_is_not_begun(job: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = SimpleNamespace(plan=replace(small_plan(), nodes=2))
+    monkeypatch.setattr(RunDirectory, "read_orders", lambda _: orders)
+    with pytest.raises(MachineError, match="job 7 has 1 of the 2 nodes that the run is planned for"):
+        job.check_nodes()
