@@ -30,14 +30,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
-    Trainer,
 )
 from transformers.activations import NewGELUActivation
 
-from launcher.config.schema import RunConfig
 from launcher.plan.fast import Fast
-from launcher.plan.orders import Orders
-from launcher.run.directory import RunDirectory
 from launcher.worker.dataset import stack
 from launcher.worker.evaluate import evaluate
 from launcher.worker.fast import (
@@ -49,9 +45,7 @@ from launcher.worker.fast import (
     use_causal_attention,
     use_tanh_gelu_kernel,
 )
-from launcher.worker.trainer import training_arguments
 from launcher.worker.vocabulary import take_out_padding
-from tests.conftest import small_plan, small_run
 from tests.worker.parity import (
     ALL,
     LENGTH,
@@ -284,32 +278,6 @@ def test_compiled_the_activation_is_tanh_gelu_by_another_formula(dtype: torch.dt
     torch.testing.assert_close(ours, theirs, rtol=rounding, atol=4 * rounding)
     assert "sigmoid" in "".join(written), "the other formula"
     assert "gelu" not in "".join(written)
-
-
-def optimizer(model: PreTrainedModel, folder: Path, *, fused: bool) -> torch.optim.Optimizer:
-    """The one that the Trainer makes for a plan with `fused_adamw` or without."""
-    run = RunConfig.model_validate(small_run())
-    plan = replace(small_plan(), fast=Fast(fused_adamw=fused))
-    orders = Orders("0", "", plan, {}, weights=None, store=None, vocabulary=None)
-    arguments = training_arguments(run, orders, RunDirectory(folder))
-    return Trainer(model, arguments).create_optimizer()
-
-
-def test_the_planned_optimizer_is_built_and_fused_it_takes_the_same_steps(tmp_path: Path) -> None:
-    weights = []
-    for fused in (True, False):
-        model, batch = made(lambda: gpt2(**STILL), NOTHING)[0], batches()["concat"]
-        adamw = optimizer(model, tmp_path, fused=fused)
-        assert isinstance(adamw, torch.optim.AdamW)
-        assert [bool(group["fused"]) for group in adamw.param_groups] == [fused, fused]
-        for _ in range(5):
-            adamw.zero_grad()
-            model(**batch).loss.backward()
-            adamw.step()
-        weights.append(torch.cat([each.detach().flatten() for each in model.parameters()]))
-    began = torch.cat([each.detach().flatten() for each in made(gpt2, NOTHING)[0].parameters()])
-    assert float((weights[1] - began).norm()) > 0.1
-    assert float((weights[0] - weights[1]).norm()) < 1e-4 * float((weights[1] - began).norm())
 
 
 @pytest.mark.parametrize(("tf32", "precision"), [(True, "high"), (False, "highest")])

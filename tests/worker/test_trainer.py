@@ -1,8 +1,9 @@
-"""What the Trainer refuses to save, and when it writes what it saves."""
+"""What the Trainer refuses to save, when it writes what it saves, and with what it steps."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import start_processes
-from transformers import TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
+from launcher.config.schema import RunConfig
+from launcher.plan.fast import Fast
+from launcher.plan.orders import Orders
 from launcher.run.directory import RunDirectory
 from launcher.worker.checkpoint import CheckpointWriter
 from launcher.worker.divergence import Diverged, Divergence
 from launcher.worker.heart import Heart
 from launcher.worker.stop import Agreement
-from launcher.worker.trainer import LauncherTrainer
-from tests.conftest import small_plan
-from tests.worker.parity import gpt2
+from launcher.worker.trainer import LauncherTrainer, training_arguments
+from tests.conftest import small_plan, small_run
+from tests.worker.parity import NOTHING, STILL, batches, gpt2, made
 
 
 def refused(directory: RunDirectory, rank: int, world: int, *, sound: bool) -> str:
@@ -84,3 +88,29 @@ def test_without_memory_for_a_copy_the_state_is_written_before_training_goes_on(
     write()
     assert all(file.exists() for file in files)
     assert load_file(files[0])["transformer.ln_f.bias"].tolist() == [0.0] * len(bias)
+
+
+def optimizer(model: PreTrainedModel, folder: Path, *, fused: bool) -> torch.optim.Optimizer:
+    """The one that the Trainer makes for a plan with `fused_adamw` or without."""
+    run = RunConfig.model_validate(small_run())
+    plan = replace(small_plan(), fast=Fast(fused_adamw=fused))
+    orders = Orders("0", "", plan, {}, weights=None, store=None, vocabulary=None)
+    arguments = training_arguments(run, orders, RunDirectory(folder))
+    return Trainer(model, arguments).create_optimizer()
+
+
+def test_the_planned_optimizer_is_built_and_fused_it_takes_the_same_steps(tmp_path: Path) -> None:
+    weights = []
+    for fused in (True, False):
+        model, batch = made(lambda: gpt2(**STILL), NOTHING)[0], batches()["concat"]
+        adamw = optimizer(model, tmp_path, fused=fused)
+        assert isinstance(adamw, torch.optim.AdamW)
+        assert [bool(group["fused"]) for group in adamw.param_groups] == [fused, fused]
+        for _ in range(5):
+            adamw.zero_grad()
+            model(**batch).loss.backward()
+            adamw.step()
+        weights.append(torch.cat([each.detach().flatten() for each in model.parameters()]))
+    began = torch.cat([each.detach().flatten() for each in made(gpt2, NOTHING)[0].parameters()])
+    assert float((weights[1] - began).norm()) > 0.1
+    assert float((weights[0] - weights[1]).norm()) < 1e-4 * float((weights[1] - began).norm())
