@@ -206,6 +206,12 @@ SCENARIOS: Mapping[str, Scenario] = {
         | {"train.strategy", "train.offload"},
         another={"cluster.gpu": "a100-sxm-80gb"},
     ),
+    "a job on GPUs": Scenario(
+        run_of({"name": "gpt2"}, {}, {"batch_size": 512, "steps": 1000, "micro_batch": 4}),
+        {"launch": "slurm", "gpu": "a100-sxm-80gb", "gpus_per_node": 2},
+        prepared=False,
+        keys=frozenset({"cluster.slurm.gpu_type", "cluster.gpus_per_node"}),
+    ),
     "sharded": Scenario(
         run_of(
             {"name": "gpt2"}, {}, {"batch_size": 512, "steps": 1000, "micro_batch": 4, "strategy": "zero3"}
