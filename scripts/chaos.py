@@ -45,6 +45,9 @@ from launcher.worker import main as worker
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/benchmarks/reliability.md"
 STEPS = 120
+LONG_STEPS = 5 * STEPS
+"""Of a run in which a rank is frozen: found, it is let go on while it writes its stacks, and is not to finish
+in these seconds."""
 SKEW_SECONDS = 2.0
 HANG_SECONDS = 120.0
 """An attempt that takes longer hangs."""
@@ -98,8 +101,8 @@ def weights_of(directory: RunDirectory) -> bytes:
 
 @dataclass
 class Bench:
-    """Run directories that are ready to be trained, by world size and kind: with dropout, without, under
-    zero2, with streamed text."""
+    """Run directories that are ready to be trained, by world size and kind: with dropout, without, longer,
+    under zero2, with streamed text."""
 
     folder: Path
     rng: random.Random
@@ -138,6 +141,7 @@ class Bench:
         kinds: dict[str, dict[str, Any]] = {
             "drop": {},
             "quiet": {"model": {**run["model"], "overrides": {**run["model"]["overrides"], **quiet}}},
+            "long": {"train": {**run["train"], "steps": LONG_STEPS}},
             "zero2": {"train": {**run["train"], "strategy": "zero2"}},
             "stream": {"data": {**run["data"], "mode": "stream"}},
         }
@@ -161,7 +165,7 @@ class Bench:
             attempt = Attempt(directory, ranks)
             assert attempt.wait() == {Outcome.FINISHED}, attempt.said()
             trained = [row for rows in rows_of(directory).values() for row in rows]
-            assert len(trained) == len(set(trained)) == 8 * STEPS
+            assert len(trained) == len(set(trained)) == 8 * (LONG_STEPS if kind == "long" else STEPS)
             self.undisturbed[kind, ranks] = directory
         return self.undisturbed[kind, ranks]
 
@@ -507,19 +511,20 @@ def supervised(bench: Bench, count: int) -> Row:
     command again."""
     for number in range(count):
         name = f"supervised-{number}"
+        what = ("supervisor", "rank", "everything", "freeze", "accelerate")[number % 5]
+        kind = "long" if what == "freeze" else "drop"
         directory = RunDirectory(bench.folder / "runs" / name)
         command = [
             sys.executable,
             "-m",
             "launcher",
             "train",
-            "drop.yaml",
+            f"{kind}.yaml",
             f"name={name}",
             "--cluster",
             "2.yaml",
         ]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAUNCHER_HANG_SECONDS": "8"}
-        what = ("supervisor", "rank", "everything", "freeze", "accelerate")[number % 5]
         code = None
         for attempt in range(4):
             process = subprocess.Popen(
@@ -535,7 +540,7 @@ def supervised(bench: Bench, count: int) -> Row:
             if code == 0:
                 break
         outcomes = [each["outcome"] for each in journal.read(directory.journal) if "outcome" in each]
-        wrong = f"{what}: it ended with {code}, {outcomes}" if code else bench.differs(directory, "drop", 2)
+        wrong = f"{what}: it ended with {code}, {outcomes}" if code else bench.differs(directory, kind, 2)
         yield wrong or ("" if what != "freeze" or "HUNG" in outcomes else f"frozen, and only {outcomes}")
 
 

@@ -23,8 +23,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from launcher.errors import TrainingError
 from launcher.plan.fast import chunk_rows, one_kernel
-from launcher.worker.dataset import IGNORED
+from launcher.worker.collate import IGNORED
 from launcher.worker.model import in_mode
+from launcher.worker.probe import next_token_loss, probe_ids
 from launcher.worker.vocabulary import RealColumns, plain_head, real_columns
 
 if find_spec("triton") is not None:
@@ -111,13 +112,12 @@ def prove_chunked_loss(
     Every rank calls it at once, as a sharded model needs. Its mode and the random generators are left as they
     were. Returns the one line that says they agree; raises TrainingError, with both, where they do not.
     """
-    ids = (torch.arange(min(PROVED, block_size), device=device)[None] * 31) % vocabulary
+    ids = probe_ids(min(PROVED, block_size), vocabulary=vocabulary, device=device)
     seeds = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     # DeepSpeed has the model itself compiled: two more graphs, which nothing would use again.
     with in_mode(model, training=False), seeds, torch.compiler.set_stance("force_eager"):
         found = model(input_ids=ids, labels=ids)
-        logits = model(input_ids=ids).logits.float()
-    whole = functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+        whole = next_token_loss(model(input_ids=ids).logits, ids)
     told = f"{float(found.loss):.6g} by itself, {float(whole):.6g} from all logits"
     if found.logits is not None or not abs(float(found.loss - whole)) <= NOISE[precision] * float(whole):
         raise TrainingError(
@@ -299,7 +299,8 @@ def _other_than_plain(model: PreTrainedModel, body: torch.nn.Module, block_size:
         return "the model's head has hooks"
     if body is model or model.loss_function is not ForCausalLMLoss:
         return "the model's loss is its own"
-    ids = torch.arange(min(PROVED, block_size), device=head.weight.device)[None] % real_columns(head)
+    tokens = min(PROVED, block_size)
+    ids = probe_ids(tokens, vocabulary=real_columns(head), device=head.weight.device)
     whys = [_passes_on(model, head, body, ids, training=training) for training in (True, False)]
     return whys[0] or whys[1]
 

@@ -1,4 +1,4 @@
-"""`data/` as torch sees it: which rows this rank takes at each step, and rows as tensors."""
+"""`data/` as torch sees it: which rows this rank takes at each step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,19 +20,10 @@ from launcher.data.phases import Banned, Phase, Phases, Samples
 from launcher.data.skipping import bans
 from launcher.data.stream import Cursors
 from launcher.plan.batch import Batch
+from launcher.worker.collate import Collate, Row
 
-IGNORED = -100
-"""The label that cross-entropy leaves out."""
-
-Row = npt.NDArray[np.int64]
 Lengths = Callable[[Sequence[int]], npt.NDArray[np.int64]]
 Deal = Callable[[list[int], Batch], list[int]]
-Tensors = dict[str, Any]
-"""What the model is called with: tensors by name, and numbers where FlashAttention asks for them."""
-
-
-class Collate(Protocol):
-    def __call__(self, rows: Sequence[Row]) -> Tensors: ...
 
 
 class TrainingRows(Dataset[Row], ABC):
@@ -157,43 +148,6 @@ class RankBatches(Sampler[list[int]]):
 def by_length(samples: Sequence[int], lengths: Lengths) -> list[int]:
     """The samples of one step, the longest first and those of one length in their own order."""
     return [samples[place] for place in np.argsort(-lengths(samples), kind="stable")]
-
-
-def stack(rows: Sequence[Row]) -> Tensors:
-    """Blocks of one length as `input_ids` and `labels`, int64[rows, block_size]; no mask, so that
-    attention keeps its causal fast path."""
-    ids = torch.from_numpy(np.stack(rows))
-    return {"input_ids": ids, "labels": ids}
-
-
-class PadToLongest:
-    """Rows of unequal length, padded on the right to the longest of them: `input_ids`,
-    `attention_mask` and `labels`, int64[rows, longest]."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self._pad = pad_token_id
-
-    def __call__(self, rows: Sequence[Row]) -> Tensors:
-        ids, real = padded(rows, self._pad)
-        return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~real, IGNORED)}
-
-
-def padded(rows: Sequence[Row], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows padded on the right, int64[rows, longest], and where they hold tokens of their own, bool of the
-    same shape."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), pad_token_id, dtype=torch.int64)
-    for target, row in zip(ids, rows, strict=True):
-        target[: len(row)] = torch.from_numpy(row)
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
-
-
-def to_device(batch: Tensors, device: torch.device) -> Tensors:
-    """The batch with its tensors on `device`."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
 
 
 def training_loader(

@@ -20,9 +20,8 @@ from transformers.utils import logging
 
 from launcher.config.schema import DataSection
 from launcher.plan.fast import Fast
-from launcher.worker.dataset import IGNORED, Tensors
+from launcher.worker.collate import IGNORED, Tensors, collate_of
 from launcher.worker.fast import make_fast
-from launcher.worker.main import collate_of
 from launcher.worker.tracing import Pass, compiled, watch
 
 LAYERS = 2

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from transformers import EvalPrediction
 
-from launcher.worker.dataset import IGNORED, Collate, ValidationRows, to_device
+from launcher.worker.collate import IGNORED, Collate, to_device
+from launcher.worker.dataset import ValidationRows
+from launcher.worker.model import in_mode
 from launcher.worker.together import as_rank_0_has_it, of_all_ranks
 
 Metric = Callable[[EvalPrediction], Mapping[str, float]]
@@ -42,30 +44,29 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     predicted: list[np.ndarray[Any, Any]] = []
     expected: list[np.ndarray[Any, Any]] = []
-    model.eval()
-    for turn in range(passes):
-        if not goes_on():
-            model.train()
-            return None
-        first = (turn * world_size + rank) * micro_batch
-        mine = range(first, min(first + micro_batch, len(rows)))
-        inputs = to_device(collate([rows[index] for index in mine] or [rows[0]]), device)
-        outputs = model(**inputs)
-        if not mine:
-            continue
-        tokens = inputs["labels"][:, 1:].ne(IGNORED).sum()
-        # A row of one token has no label, and the model's mean over nothing is NaN.
-        total = torch.where(tokens > 0, outputs.loss.double() * tokens, 0.0)
-        sums += torch.stack([total, tokens.double()])
-        if metrics:
-            logits = outputs.logits
-            if logits is None:  # of a model that makes its loss without them
-                logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
-            expected.append(_widen(inputs["labels"][:, 1:], block_size - 1))
-            predicted.append(_widen(logits[:, :-1].argmax(-1), block_size - 1))
+    with in_mode(model, training=False):
+        for turn in range(passes):
+            if not goes_on():
+                return None
+            first = (turn * world_size + rank) * micro_batch
+            mine = range(first, min(first + micro_batch, len(rows)))
+            inputs = to_device(collate([rows[index] for index in mine] or [rows[0]]), device)
+            outputs = model(**inputs)
+            if not mine:
+                continue
+            tokens = inputs["labels"][:, 1:].ne(IGNORED).sum()
+            # A row of one token has no label, and the model's mean over nothing is NaN.
+            total = torch.where(tokens > 0, outputs.loss.double() * tokens, 0.0)
+            sums += torch.stack([total, tokens.double()])
+            if metrics:
+                logits = outputs.logits
+                if logits is None:  # of a model that makes its loss without them
+                    without_labels = {name: value for name, value in inputs.items() if name != "labels"}
+                    logits = model(**without_labels).logits
+                expected.append(_widen(inputs["labels"][:, 1:], block_size - 1))
+                predicted.append(_widen(logits[:, :-1].argmax(-1), block_size - 1))
     if world_size > 1:
         dist.all_reduce(sums)
-    model.train()
     loss = float(sums[0] / sums[1])
     found = {
         "eval_loss": loss,

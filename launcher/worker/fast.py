@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from launcher.plan.fast import Fast
 from launcher.worker.chunked_loss import replace_forward, replaced_forward, use_chunked_loss
 from launcher.worker.model import in_mode
+from launcher.worker.probe import probe_ids
 from launcher.worker.vocabulary import is_padded, pad_vocabulary
 
 M_TRIM_THRESHOLD: Final = -1
@@ -190,8 +191,8 @@ def use_causal_attention(model: PreTrainedModel, block_size: int) -> str | None:
                 return stock(*args, **inputs)
         return stock(*args, **inputs)
 
-    ids = torch.arange(min(PROBE, block_size), device=model.device)[None].expand(2, -1)
-    ids = ids % model.config.get_text_config().vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = probe_ids(min(PROBE, block_size), vocabulary=vocabulary, device=model.device).expand(2, -1)
     try:
         with torch.no_grad(), in_mode(model, training=False):
             expected = model(input_ids=ids, use_cache=False).logits

@@ -9,57 +9,20 @@ positions leaks without a word, so nothing is believed: see `prove_isolation`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from launcher.errors import TrainingError
-from launcher.worker.dataset import IGNORED, Row, Tensors, padded, to_device
+from launcher.worker.collate import Isolate, to_device
 from launcher.worker.model import in_mode
 
 SHORT = 8  # tokens of the probe's two documents: attention is spread over few, so a leak is large
 FEWEST = 4  # tokens in a row that holds two documents
 NOISE: Mapping[str, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 2e-2}
 """How far rounding may move a logit, as a part of the largest: a few hundred times the precision's step."""
-
-
-class Isolate:
-    """Rows as `input_ids`, `position_ids` and `labels`, int64[rows, longest], without an attention mask.
-
-    A document begins with the row and after every end-of-text token, and there positions start from 0. Its
-    first token is no label: it would be predicted from another document. What pads a shorter row on the right
-    is a document apart, without labels. `flash`: FlashAttention is told of the documents too.
-    """
-
-    def __init__(self, end_of_text_id: int, pad_token_id: int, *, flash: bool = False) -> None:
-        self.end_of_text_id = end_of_text_id
-        self._pad = pad_token_id
-        self._flash = flash
-
-    def __call__(self, rows: Sequence[Row]) -> Tensors:
-        ids, real = padded(rows, self._pad)
-        begins = torch.ones_like(real)
-        begins[:, 1:] = (ids[:, :-1] == self.end_of_text_id) | (real[:, :-1] & ~real[:, 1:])
-        place = torch.arange(ids.shape[1]).expand_as(ids)
-        positions = place - torch.where(begins, place, 0).cummax(dim=1).values
-        labels = ids.masked_fill(begins | ~real, IGNORED)
-        batch = {"input_ids": ids, "position_ids": positions, "labels": labels}
-        return {**batch, **_end_to_end(begins)} if self._flash else batch
-
-
-def _end_to_end(begins: torch.Tensor) -> Tensors:
-    """Where documents begin and end with all rows laid end to end, and a length that none exceeds."""
-    starts = begins.flatten().nonzero().flatten()
-    ends = torch.nn.functional.pad(starts, (0, 1), value=begins.numel()).int()
-    longest = begins.shape[1]
-    return {
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
 
 
 @torch.no_grad()

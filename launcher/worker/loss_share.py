@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from launcher.errors import RequestError
 from launcher.worker.chunked_loss import replace_forward
-from launcher.worker.dataset import IGNORED
+from launcher.worker.collate import IGNORED
 from launcher.worker.model import in_mode
+from launcher.worker.probe import next_token_loss, probe_ids
 
 PROBE: Final = 16
 """Tokens that show how a model's loss is made."""
@@ -44,7 +45,7 @@ def share_loss(model: PreTrainedModel, *, block_size: int) -> str | None:
         if labels is None:
             return outputs
         if not self.training and getattr(outputs, "aux_loss", None) is not None:
-            outputs.loss = _of_next(outputs.logits, labels)
+            outputs.loss = next_token_loss(outputs.logits, labels)
         if items is not None:
             counted = labels[..., 1:].ne(IGNORED).sum()
             # The mean over no label is NaN.
@@ -60,7 +61,7 @@ def share_loss(model: PreTrainedModel, *, block_size: int) -> str | None:
 def _probe(model: PreTrainedModel, block_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The loss of some tokens, and where it takes their number that of the same as one half of a step."""
     vocabulary = model.config.get_text_config().vocab_size
-    ids = (torch.arange(min(PROBE, block_size), device=model.device)[None] * 31) % vocabulary
+    ids = probe_ids(min(PROBE, block_size), vocabulary=vocabulary, device=model.device)
     takes = any(
         each.kind is each.VAR_KEYWORD for each in inspect.signature(model.forward).parameters.values()
     )
@@ -69,21 +70,13 @@ def _probe(model: PreTrainedModel, block_size: int) -> tuple[torch.Tensor, torch
         items = torch.tensor(2 * (ids.shape[1] - 1), device=model.device)
         doubled = model(input_ids=ids, labels=ids, num_items_in_batch=items).loss if takes else None
     itself = functional.cross_entropy(found.logits[0].float(), ids[0])
-    if _close(found.loss, itself) and not _close(found.loss, _of_next(found.logits, ids)):
+    if _close(found.loss, itself) and not _close(found.loss, next_token_loss(found.logits, ids)):
         raise RequestError(
             f"model.name: {type(model).__name__} compares each token with itself, not with the next one",
             hint="take a model that is trained on the next token, such as gpt2 or one of Llama's kind",
             key="model.name",
         )
     return found.loss, doubled
-
-
-def _of_next(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mean over all labels of what predicts them."""
-    following = labels[..., 1:].reshape(-1)
-    return functional.cross_entropy(
-        logits[..., :-1, :].float().reshape(len(following), -1), following, ignore_index=IGNORED
-    )
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:

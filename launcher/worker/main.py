@@ -26,7 +26,7 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
-from launcher.config.schema import DataSection, RunConfig
+from launcher.config.schema import RunConfig
 from launcher.data.blocks import Blocks
 from launcher.data.mixture import training_order
 from launcher.data.phases import Phases, phases_text
@@ -43,19 +43,12 @@ from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
 from launcher.worker.checkpoint import CheckpointWriter, newest_good
 from launcher.worker.chunked_loss import prove_chunked_loss
-from launcher.worker.dataset import (
-    Collate,
-    PadToLongest,
-    StoredRows,
-    StoredValidationRows,
-    TrainingRows,
-    ValidationRows,
-    stack,
-)
+from launcher.worker.collate import Isolate, collate_of, stack
+from launcher.worker.dataset import StoredRows, StoredValidationRows, TrainingRows, ValidationRows
 from launcher.worker.divergence import Diverged, Divergence
 from launcher.worker.fast import cache_whole_graphs, make_fast, set_matmul_precision, taken_by
 from launcher.worker.heart import Heart
-from launcher.worker.isolation import Isolate, prove_isolation
+from launcher.worker.isolation import prove_isolation
 from launcher.worker.loss_share import share_loss
 from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import load_tokenizer, trained_model
@@ -371,13 +364,6 @@ def open_store_of(orders: Orders, run: RunConfig) -> tuple[Path, TrainingRows, V
     training, validation = (Blocks(store, split, run.data.block_size, run.data.packing) for split in SPLITS)
     rows = StoredRows(training, training_order(training, run.data, run.seed), orders.plan.samples)
     return store.path / TOKENIZER_FOLDER, rows, StoredValidationRows(validation)
-
-
-def collate_of(data: DataSection, end_of_text_id: int, pad_token_id: int, *, flash: bool) -> Collate:
-    """How this text's rows become tensors. Under `pad` a row holds one document: there is none to see."""
-    if data.isolate_documents and data.packing != "pad":
-        return Isolate(end_of_text_id, pad_token_id, flash=flash)
-    return stack if data.packing == "concat" else PadToLongest(pad_token_id)
 
 
 def reports(

@@ -25,7 +25,8 @@ from launcher.plan.batch import Batch
 from launcher.plan.choose import Every
 from launcher.plan.orders import Orders
 from launcher.run.directory import RunDirectory
-from launcher.worker.dataset import Row, TrainingRows, ValidationRows
+from launcher.worker.collate import Row
+from launcher.worker.dataset import TrainingRows, ValidationRows
 from launcher.worker.together import of_all_ranks
 
 

@@ -31,16 +31,8 @@ from launcher.run.directory import RunDirectory
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
 from launcher.worker.checkpoint import CheckpointWriter, has_room_for_copy, host_copy
-from launcher.worker.dataset import (
-    Collate,
-    RankBatches,
-    Row,
-    Tensors,
-    TrainingRows,
-    ValidationRows,
-    to_device,
-    training_loader,
-)
+from launcher.worker.collate import Collate, Row, Tensors, to_device
+from launcher.worker.dataset import RankBatches, TrainingRows, ValidationRows, training_loader
 from launcher.worker.divergence import Divergence
 from launcher.worker.engine import engine_arguments, fsdp_policy, innermost, is_sharded
 from launcher.worker.evaluate import Metric, evaluate

@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PhiConfig,
@@ -21,9 +23,8 @@ from transformers import (
 )
 
 from launcher.plan.fast import Fast
-from launcher.worker.dataset import IGNORED, PadToLongest, stack
+from launcher.worker.collate import IGNORED, Isolate, PadToLongest, stack
 from launcher.worker.fast import make_fast
-from launcher.worker.isolation import Isolate
 
 VOCABULARY, LENGTH, ROWS, END = 97, 32, 4, 96
 STILL: Mapping[str, float] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -49,6 +50,16 @@ def llama(**fields: Any) -> LlamaForCausalLM:
             vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH,
             pad_token_id=END, eos_token_id=END, bos_token_id=END, **fields,
+        )
+    )  # fmt: skip
+
+
+def mistral() -> MistralForCausalLM:
+    """It attends to the last eight tokens."""
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, sliding_window=8,
         )
     )  # fmt: skip
 

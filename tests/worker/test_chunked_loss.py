@@ -26,7 +26,7 @@ from launcher.worker.chunked_loss import (
     replaced_forward,
     use_chunked_loss,
 )
-from launcher.worker.dataset import IGNORED
+from launcher.worker.collate import IGNORED
 from tests.worker.parity import (
     LENGTH,
     NOTHING,

@@ -17,7 +17,8 @@ from launcher.data.prepare import prepare
 from launcher.data.store import open_store
 from launcher.data.tokenizers import train_tokenizer
 from launcher.plan.batch import Batch
-from launcher.worker.dataset import IGNORED, PadToLongest, RankBatches, StoredValidationRows, by_length, stack
+from launcher.worker.collate import IGNORED, PadToLongest, stack
+from launcher.worker.dataset import RankBatches, StoredValidationRows, by_length
 from tests.conftest import sentences
 
 SMALL = st.integers(1, 6)

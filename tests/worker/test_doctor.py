@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from launcher.config.presets import PRESETS
 from launcher.config.schema import DataSection
 from launcher.plan.fast import every_path
 from launcher.worker.doctor import examine, main, short_copy
 from launcher.worker.tracing import compiled_so_far
-from tests.worker.parity import LENGTH, VOCABULARY, another_head, gpt2, llama
+from tests.worker.parity import LENGTH, VOCABULARY, another_head, gpt2, llama, mistral
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,15 +86,6 @@ def looking_back() -> PreTrainedModel:
     return model
 
 
-def sliding() -> PreTrainedModel:
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, sliding_window=8,
-        )
-    )  # fmt: skip
-
-
 def refusing() -> PreTrainedModel:
     """A layer that runs on a GPU alone."""
     model = gpt2()
@@ -112,7 +103,7 @@ def refusing() -> PreTrainedModel:
         (llama, "train.fast.tanh_gelu", "falls back: the model has no gelu_new"),
         (eager, "train.fast.causal_attention", "falls back: the model's attention is eager"),
         (eager, "attention", "no fused attention: eager"),
-        (sliding, "attention", "a dense mask in 2 of 2 layers"),
+        (mistral, "attention", "a dense mask in 2 of 2 layers"),
         (lambda: another_head(gpt2()), "train.fast.chunked_loss", "falls back: the model has no plain"),
         (lambda: another_head(gpt2()), "train.fast.padded_vocabulary", "falls back: the model has no plain"),
         (talking, "host", "waits for the GPU 1 times"),

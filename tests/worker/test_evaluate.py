@@ -23,9 +23,9 @@ from launcher.data.packing import Packing
 from launcher.data.prepare import prepare
 from launcher.data.store import open_store
 from launcher.data.tokenizers import train_tokenizer
-from launcher.worker.dataset import IGNORED, Row, StoredValidationRows, stack
+from launcher.worker.collate import IGNORED, Row, collate_of, stack
+from launcher.worker.dataset import StoredValidationRows
 from launcher.worker.evaluate import evaluate
-from launcher.worker.main import collate_of
 from tests.conftest import sentences
 
 BLOCK = 16

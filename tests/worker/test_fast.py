@@ -25,8 +25,6 @@ from transformers import (
     EvalPrediction,
     FalconConfig,
     FalconForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -34,7 +32,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 
 from launcher.plan.fast import Fast
-from launcher.worker.dataset import stack
+from launcher.worker.collate import stack
 from launcher.worker.evaluate import evaluate
 from launcher.worker.fast import (
     CAUSAL,
@@ -58,6 +56,7 @@ from tests.worker.parity import (
     gpt2,
     llama,
     made,
+    mistral,
     reference,
     run,
 )
@@ -342,15 +341,6 @@ def test_the_config_that_is_saved_still_names_the_function() -> None:
     model = gpt2()
     assert use_tanh_gelu_kernel(model) == 2
     assert model.config.activation_function == "gelu_new"
-
-
-def mistral() -> PreTrainedModel:
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=2, sliding_window=8,
-        )
-    )  # fmt: skip
 
 
 def qwen2_moe() -> PreTrainedModel:

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.errors import TrainingError
-from launcher.worker.dataset import IGNORED, Row, Tensors
-from launcher.worker.isolation import Isolate, prove_isolation
+from launcher.worker.collate import IGNORED, Isolate, Row, Tensors
+from launcher.worker.isolation import prove_isolation
 from launcher.worker.leaving import leave
 
 END, PAD, VOCABULARY, WIDTH = 0, 1, 60, 32

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from launcher.worker.chunked_loss import linear_cross_entropy
-from launcher.worker.dataset import IGNORED
+from launcher.worker.collate import IGNORED
 
 has_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="Triton comes with PyTorch for GPUs, and is for Linux"
