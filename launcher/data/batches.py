@@ -49,7 +49,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class DocumentBatch:
     """Consecutive documents of one file: for each the text, `offsets: int64[n]` and `lengths: int64[n]`.
 
     A part of a long document is alone in its batch. `more` and `bad` are those of `Document`; a batch that
@@ -77,19 +77,19 @@ class Batch:
             yield Document(text, offset, length, self.more)
 
 
-def single(text: str, offset: int, length: int, more: bool = False) -> Batch:
+def single(text: str, offset: int, length: int, more: bool = False) -> DocumentBatch:
     """A batch of one document, or of one part."""
-    return Batch([text], np.array([offset], dtype=np.int64), np.array([length], dtype=np.int64), more)
+    return DocumentBatch([text], np.array([offset], dtype=np.int64), np.array([length], dtype=np.int64), more)
 
 
-def forgotten() -> Batch:
+def forgotten() -> DocumentBatch:
     """The batch that ends a long document which turned out bad."""
-    return Batch([], np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), bad=True)
+    return DocumentBatch([], np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), bad=True)
 
 
 def in_parts(
-    batch: Batch, cuts: Cuts, file: str, on_bad: OnBad, counted: Counted = "byte"
-) -> Iterator[Batch]:
+    batch: DocumentBatch, cuts: Cuts, file: str, on_bad: OnBad, counted: Counted = "byte"
+) -> Iterator[DocumentBatch]:
     """The batch, with its long texts in parts of at most LONG characters where there are places to cut.
 
     The first part of a text has the length of its record. `on_bad` is given those that cannot be cut.

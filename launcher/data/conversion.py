@@ -23,7 +23,7 @@ from launcher.data.cutting import CutsOnDemand
 from launcher.data.making import UnitRecord, publish, reveal, writing_to
 from launcher.data.pool import Tell
 from launcher.data.shards import ShardWriter, token_type
-from launcher.data.sources import Batch, Cuts, Reading, batches, changed
+from launcher.data.sources import Cuts, DocumentBatch, Reading, batches, changed
 from launcher.data.split import HeldOut
 from launcher.data.store import TOKENIZER_FOLDER, BadRecord, Origin, Shard, Split
 from launcher.data.tokenizers import Tokenizer, load_tokenizer
@@ -170,14 +170,14 @@ class _Writing:
         self._held_out = held_out
         self._stack = stack
         self._spool = spool
-        self._waiting: list[tuple[Piece, Batch]] = []
+        self._waiting: list[tuple[Piece, DocumentBatch]] = []
         self._size = 0
         self._long: _LongDocument | None = None
         self._shards: dict[Split, _OpenShard] = {}
         self.skipped_empty = 0
         self.tokens = 0
 
-    def take(self, piece: Piece, batch: Batch) -> bool:
+    def take(self, piece: Piece, batch: DocumentBatch) -> bool:
         """Take in what was read next. Returns whether anything was tokenised."""
         if batch.more or batch.bad or self._long is not None:
             self.flush()
@@ -232,7 +232,7 @@ class _Writing:
             self._shards[split] = _OpenShard(name, split, writer)
         return self._shards[split]
 
-    def _take_part(self, piece: Piece, batch: Batch) -> None:
+    def _take_part(self, piece: Piece, batch: DocumentBatch) -> None:
         """A part of a long document. With the last one it is known which split it belongs to."""
         if self._long is None:
             self._long = _LongDocument(self._spool, token_type(self._tokenizer.size), self._held_out)
@@ -335,7 +335,7 @@ class _OpenShard:
         )
 
 
-def _reached(piece: Piece, batch: Batch) -> int:
+def _reached(piece: Piece, batch: DocumentBatch) -> int:
     """Bytes of the piece, as stored, that lie behind the batch; of a file read whole, or a table, none."""
     if piece.end is None or not len(batch.offsets):
         return 0

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.data.order import permute, round_keys
-from launcher.data.sources import Batch, Cuts, Reading, batches, changed
+from launcher.data.sources import Cuts, DocumentBatch, Reading, batches, changed
 from launcher.data.split import HeldOut
 from launcher.data.tokenizers import Tokenizer
 from launcher.data.units import Piece, Unit
@@ -212,5 +212,5 @@ def _is_long_one_held_out(text: SourceText, piece: Piece, number: int) -> bool:
     return text.held_out.holds(digest)
 
 
-def _batches(text: SourceText, piece: Piece) -> Iterator[Batch]:
+def _batches(text: SourceText, piece: Piece) -> Iterator[DocumentBatch]:
     return batches(piece.file, text.reading, piece.start, piece.end, cuts=text.cuts)

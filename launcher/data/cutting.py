@@ -33,7 +33,7 @@ NEIGHBOURS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class CutRule:
     """One kind of place: before, or `after`, one of the characters `marks` where `pattern` finds it."""
 
     marks: str
@@ -57,10 +57,10 @@ class Rule:
         return place
 
 
-RULES: Mapping[str, Rule] = {
-    "after a newline between two characters": Rule("\n", re.compile(r"\n(?<=\S\n)(?=\S)"), after=True),
-    "before a space between two characters": Rule(" ", re.compile(r" (?<=\S )(?=\S)")),
-    "before a stop between two ideographs": Rule(
+RULES: Mapping[str, CutRule] = {
+    "after a newline between two characters": CutRule("\n", re.compile(r"\n(?<=\S\n)(?=\S)"), after=True),
+    "before a space between two characters": CutRule(" ", re.compile(r" (?<=\S )(?=\S)")),
+    "before a stop between two ideographs": CutRule(
         STOPS, re.compile(f"[{STOPS}](?<={IDEOGRAPH}[{STOPS}])(?={IDEOGRAPH})")
     ),
 }
@@ -68,7 +68,7 @@ RULES: Mapping[str, Rule] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Cuts:
+class ProvenCuts:
     """Places where a text may be cut and tokenised in parts with the same ids: proven for one tokenizer."""
 
     rules: tuple[str, ...]
@@ -85,7 +85,7 @@ class Anywhere:
     """Cuts a long text where it is: good enough for a sample, which no whole document need be read for."""
 
     def last(self, text: str) -> int | None:
-        """A place in `text`, as `Cuts.last`."""
+        """A place in `text`, as `ProvenCuts.last`."""
         return len(text) - 1
 
 
@@ -97,18 +97,18 @@ class CutsOnDemand:
         self._sample = sample
 
     @cached_property
-    def _proven(self) -> Cuts:
+    def _proven(self) -> ProvenCuts:
         return prove_cuts(self._tokenizer, self._sample)
 
     def last(self, text: str) -> int | None:
-        """As `Cuts.last`."""
+        """As `ProvenCuts.last`."""
         return self._proven.last(text)
 
 
-def prove_cuts(tokenizer: Tokenizer, sample: Sequence[str]) -> Cuts:
+def prove_cuts(tokenizer: Tokenizer, sample: Sequence[str]) -> ProvenCuts:
     """The rules that hold for a tokenizer. `sample`: texts of the corpus."""
     added = from_json(tokenizer.specification).get("added_tokens") or []
-    return Cuts(
+    return ProvenCuts(
         tuple(
             name
             for name, rule in RULES.items()
@@ -119,7 +119,7 @@ def prove_cuts(tokenizer: Tokenizer, sample: Sequence[str]) -> Cuts:
     )
 
 
-def _lies_across(token: Mapping[str, Any], rule: Rule) -> bool:
+def _lies_across(token: Mapping[str, Any], rule: CutRule) -> bool:
     """Whether an added token could span the rule's places, or looks at or swallows what stands around it."""
     wide = any(token.get(key) for key in ("single_word", "lstrip", "rstrip"))
     return wide or any(mark in token["content"] for mark in rule.marks)
@@ -136,7 +136,7 @@ def _holds(tokenizer: Tokenizer, parts: Iterable[tuple[str, str]]) -> bool:
     return all(pieces[a] + pieces[b] == pieces[a + b] for a, b in pairs)
 
 
-def _between_neighbours(rule: Rule) -> Iterator[tuple[str, str]]:
+def _between_neighbours(rule: CutRule) -> Iterator[tuple[str, str]]:
     for before, mark, after in product(NEIGHBOURS, rule.marks, NEIGHBOURS):
         text = before + mark + after
         place = len(before) + rule.after
@@ -144,7 +144,7 @@ def _between_neighbours(rule: Rule) -> Iterator[tuple[str, str]]:
             yield text[:place], text[place:]
 
 
-def _in_sample(rule: Rule, sample: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _in_sample(rule: CutRule, sample: Sequence[str]) -> Iterator[tuple[str, str]]:
     for text in sample:
         for place in rule.places(text):
             yield text[max(0, place - AROUND) : place], text[place : place + AROUND]

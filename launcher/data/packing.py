@@ -33,7 +33,7 @@ class Span(NamedTuple):
     stop: int
 
 
-class Plan(Protocol):
+class PackingPlan(Protocol):
     """Blocks over the shards of one source and split."""
 
     @property

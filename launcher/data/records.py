@@ -60,7 +60,7 @@ class NoPlaceToCutError(Exception):
     """A long record without a place to cut it."""
 
 
-class Rule(Protocol):
+class RecordRule(Protocol):
     """How the bytes of a file fall into records."""
 
     def leading(self, held: bytes) -> int:
@@ -198,7 +198,7 @@ class Records:
     `inside`: a record was given out in part.
     """
 
-    def __init__(self, stream: BinaryIO, rule: Rule, start: int, end: int | None) -> None:
+    def __init__(self, stream: BinaryIO, rule: RecordRule, start: int, end: int | None) -> None:
         self._stream = stream
         self._rule = rule
         self._end = end

@@ -15,9 +15,9 @@ import numpy as np
 
 from launcher.data.batches import (
     LONG,
-    Batch,
     Cuts,
     Document,
+    DocumentBatch,
     OnBad,
     forgotten,
     in_parts,
@@ -32,8 +32,8 @@ from launcher.data.records import (
     NoPlaceToCutError,
     Paragraphs,
     Places,
+    RecordRule,
     Records,
-    Rule,
     Run,
     Whole,
 )
@@ -41,8 +41,17 @@ from launcher.data.tables import Table
 from launcher.errors import DataError, RequestError
 
 __all__ = [
-    "Batch", "Cuts", "Document", "OnBad", "Reading", "SourceFile", "batches", "changed", "file_format",
-    "list_files", "splittable",
+    "Cuts",
+    "Document",
+    "DocumentBatch",
+    "OnBad",
+    "Reading",
+    "SourceFile",
+    "batches",
+    "changed",
+    "file_format",
+    "list_files",
+    "splittable",
 ]  # fmt: skip
 
 JSON_LINES = frozenset({".jsonl", ".json", ".ndjson"})
@@ -51,7 +60,7 @@ LONGEST_LINE = 256 << 20  # bytes of a line of jsonl, which can only be read who
 COUNTED = 1 << 30  # bytes that are read again at most to tell the number of a line
 
 SampleBy = Literal["line", "paragraph", "document"]
-RULES: Mapping[SampleBy, Rule] = {"line": Lines(), "paragraph": Paragraphs(), "document": Whole()}
+RULES: Mapping[SampleBy, RecordRule] = {"line": Lines(), "paragraph": Paragraphs(), "document": Whole()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,7 @@ def batches(
     *,
     cuts: Cuts | None = None,
     on_bad: OnBad | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[DocumentBatch]:
     """The documents that start in bytes `[start, end)` of the decompressed file, in order.
 
     Of a parquet file, those in the row groups that start there. Empty documents are among them: whoever
@@ -146,10 +155,10 @@ class _Texts:
         self._cuts = cuts
         self._on_bad = on_bad
         self._parse = LineParser(reading.text_field) if file_format(file, reading) == "jsonl" else None
-        self._rule: Rule = RULES["line" if self._parse else reading.sample_by]
+        self._rule: RecordRule = RULES["line" if self._parse else reading.sample_by]
         self._records = Records(stream, self._rule, start, end)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[DocumentBatch]:
         limit = LONGEST_LINE if self._parse else LONG if self._cuts else None
         while not self._records.done:
             for run in self._records.runs(limit):
@@ -163,7 +172,7 @@ class _Texts:
         if self._rule is RULES["document"] and self._records.offset == 0:
             yield single("", 0, 0)
 
-    def _batch(self, run: Run) -> Batch:
+    def _batch(self, run: Run) -> DocumentBatch:
         """The documents of a run. Those that start after the range belong to the next one."""
         starts, stops = self._rule.split(run.data)
         if self._end is not None:
@@ -173,7 +182,7 @@ class _Texts:
             texts = self._texts(run.data, starts, stops)
         except (UnicodeDecodeError, BadLineError):
             texts, starts, stops = self._good(run, starts, stops)
-        return Batch(texts, starts + run.offset, stops - starts)
+        return DocumentBatch(texts, starts + run.offset, stops - starts)
 
     def _texts(self, data: bytes, starts: Places, stops: Places) -> list[str]:
         """The texts of the records there, the first ones in `data`."""
@@ -198,7 +207,7 @@ class _Texts:
                 self._report(error.reason, run.offset + start, lines, error.hint)
         return texts, starts[kept], stops[kept]
 
-    def _long(self) -> Iterator[Batch]:
+    def _long(self) -> Iterator[DocumentBatch]:
         """The long record that comes next."""
         records = self._records
         begun, lines = records.offset, records.lines

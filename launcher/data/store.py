@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from launcher.data.layout import Layout, layout_of
-from launcher.data.packing import ByDocument, ConcatPlan, LaidOutPlan, Packing, Plan
+from launcher.data.packing import ByDocument, ConcatPlan, LaidOutPlan, Packing, PackingPlan
 from launcher.data.shards import read_index, read_places, read_tokens, token_type
 from launcher.data.tokenizers import Tokenizer, load_tokenizer
 from launcher.durable import Mark, mark_of, sync, write_whole
@@ -259,7 +259,7 @@ class Store:
         """The tokenizer the store was made with."""
         return load_tokenizer(str(self.path / TOKENIZER_FOLDER))
 
-    def plan(self, split: Split, source: str, block_size: int, packing: Packing) -> Plan:
+    def plan(self, split: Split, source: str, block_size: int, packing: Packing) -> PackingPlan:
         """How one source's shards become blocks."""
         shards = self.shards(split, source)
         if packing == "concat":

@@ -31,7 +31,7 @@ from launcher.data.cursor import (
     encode,
     window_of,
 )
-from launcher.data.cutting import Anywhere, Cuts, prove_cuts
+from launcher.data.cutting import Anywhere, ProvenCuts, prove_cuts
 from launcher.data.manifest import listing_of
 from launcher.data.mixture import source_weights
 from launcher.data.order import Turns
@@ -201,7 +201,7 @@ def source_texts(
                 streams=source.streams,
                 reading=reading,
                 tokenizer=fast,
-                cuts=Cuts(text.cuts),
+                cuts=ProvenCuts(text.cuts),
                 held_out=HeldOut(0.0 if listing.held_out else fraction),
                 block_size=data.block_size,
                 seed=seed,

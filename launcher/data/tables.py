@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.data.batches import BATCH, Batch, Cuts, OnBad, in_parts
+from launcher.data.batches import BATCH, Cuts, DocumentBatch, OnBad, in_parts
 from launcher.data.files import SourceFile, opened
 from launcher.errors import DataError
 
@@ -35,7 +35,7 @@ class Table:
         self._cuts = cuts
         self._on_bad = on_bad
 
-    def parquet(self, start: int, end: int | None) -> Iterator[Batch]:
+    def parquet(self, start: int, end: int | None) -> Iterator[DocumentBatch]:
         """The batches of a parquet file. What is wrong with all of it is told by its first range."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -55,7 +55,7 @@ class Table:
                     yield from self._group(table, group, row)
                 row += meta.num_rows
 
-    def _group(self, table: Any, group: int, row: int) -> Iterator[Batch]:
+    def _group(self, table: Any, group: int, row: int) -> Iterator[DocumentBatch]:
         import pyarrow as pa
 
         try:
@@ -70,7 +70,7 @@ class Table:
         except (pa.ArrowException, OSError) as error:
             self._report(error, "parquet", row)
 
-    def arrow(self) -> Iterator[Batch]:
+    def arrow(self) -> Iterator[DocumentBatch]:
         """The batches of an Arrow file of either kind: a stream, or with an index."""
         import pyarrow as pa
 
@@ -110,7 +110,7 @@ class Table:
         hint = "get the file again, or leave it out of data.train"
         self._on_bad(DataError(reason, file=self._file.path, offset=row, counted="row", hint=hint))
 
-    def _batches(self, column: pa.Array, row: int) -> Iterator[Batch]:
+    def _batches(self, column: pa.Array, row: int) -> Iterator[DocumentBatch]:
         """The rows of a column from number `row` on, BATCH bytes at a time."""
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -132,17 +132,17 @@ class Table:
                 yield from in_parts(batch, self._cuts, self._file.path, self._on_bad, "row")
             first = stop
 
-    def _batch(self, column: pa.Array, row: int, lengths: NDArray[np.int64]) -> Batch:
+    def _batch(self, column: pa.Array, row: int, lengths: NDArray[np.int64]) -> DocumentBatch:
         rows = np.arange(row, row + len(column), dtype=np.int64)
         try:
             texts = column.to_pylist()
             if not column.null_count:
-                return Batch(texts, rows, lengths)
+                return DocumentBatch(texts, rows, lengths)
         except UnicodeDecodeError:
             pass
         texts = [self._text(column[number], row + number) for number in range(len(column))]
         kept = [number for number, text in enumerate(texts) if text is not None]
-        return Batch([texts[number] for number in kept], rows[kept], lengths[kept])
+        return DocumentBatch([texts[number] for number in kept], rows[kept], lengths[kept])
 
     def _text(self, cell: pa.Scalar, row: int) -> str | None:
         """The text of a cell. One without it is reported."""

@@ -165,7 +165,7 @@ CARRIES: Mapping[str, tuple[Path, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RenderedLine:
     """A line of a rendered file; `line` counts from 1."""
 
     file: str
@@ -173,7 +173,7 @@ class Place:
     text: str
 
 
-def places(key: str, files: Mapping[str, str]) -> list[Place]:
+def places(key: str, files: Mapping[str, str]) -> list[RenderedLine]:
     """Every line of the rendered `files` (name to text) that carries `key`.
 
     `key` is dotted, a cluster's key with `cluster.` before it.
@@ -189,7 +189,9 @@ def places(key: str, files: Mapping[str, str]) -> list[Place]:
             lines = list(_matching(files[name], path, own_lines))
         else:
             lines = list(_find(files[name], path.split(".") if path else []))
-        found += [Place(name, number, files[name].splitlines()[number - 1].strip()) for number in lines]
+        found += [
+            RenderedLine(name, number, files[name].splitlines()[number - 1].strip()) for number in lines
+        ]
     return list(dict.fromkeys(found))
 
 

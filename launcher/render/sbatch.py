@@ -17,7 +17,7 @@ _OPTIONS: Final = ("partition", "account", "qos", "constraint", "reservation")
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BatchJob:
     """A batch job. `command` is its last, as the shell reads it; GPUs or CPUs of None are not asked for.
 
     `lead`: seconds before the time limit at which it is told, None for one that need not be. `array` is the
@@ -66,7 +66,7 @@ def cpus_per_node(slurm: SlurmSection, ranks: int, *, on_cpu: bool) -> int | Non
     return ranks if on_cpu else ranks * CPUS_PER_GPU
 
 
-def render_job(job: Job, template: str) -> str:
+def render_job(job: BatchJob, template: str) -> str:
     """The text of the job script. Raises RequestError for a template that cannot be filled in."""
     import jinja2
 
@@ -85,7 +85,7 @@ def render_job(job: Job, template: str) -> str:
         ) from error
 
 
-def _values(job: Job) -> dict[str, Any]:
+def _values(job: BatchJob) -> dict[str, Any]:
     slurm = job.slurm
     options = [(name, value) for name in _OPTIONS if (value := getattr(slurm, name)) is not None]
     if slurm.time_limit is not None:

@@ -25,7 +25,7 @@ from launcher.plan.sharding import zero_stage
 from launcher.render.accelerate import render_accelerate
 from launcher.render.command import render_launch
 from launcher.render.deepspeed import render_deepspeed
-from launcher.render.sbatch import Job, cpus_per_node, render_job, supervise_command
+from launcher.render.sbatch import BatchJob, cpus_per_node, render_job, supervise_command
 from launcher.run.checkpoints import committed
 from launcher.run.directory import (
     RunDirectory,
@@ -242,10 +242,10 @@ def _job_script(assembly: Assembly, directory: RunDirectory, launcher: str) -> d
         return {directory.job: render_job(job, job_template(job.slurm.template))}
 
 
-def job_of(assembly: Assembly, directory: RunDirectory, launcher: str) -> Job:
+def job_of(assembly: Assembly, directory: RunDirectory, launcher: str) -> BatchJob:
     """The batch job of a run on a SLURM cluster."""
     place, cluster = assembly.place, assembly.cluster.config
-    return Job(
+    return BatchJob(
         name=assembly.run.config.name,
         directory=str(directory.root),
         command=supervise_command(launcher, str(directory.root)),

@@ -22,7 +22,7 @@ from launcher.config.schema import DataSection
 from launcher.plan.fast import Fast
 from launcher.worker.collate import IGNORED, Tensors, collate_of
 from launcher.worker.fast import make_fast
-from launcher.worker.tracing import Pass, compiled, watch
+from launcher.worker.tracing import TracedPass, compiled, watch
 
 LAYERS = 2
 """Of the copy, or as many as it takes to have one of each type: what holds for these holds for all."""
@@ -95,7 +95,7 @@ def _batch(model: PreTrainedModel, data: DataSection) -> Tensors:
     return {**batch, "num_items_in_batch": batch["labels"].ne(IGNORED).sum()}
 
 
-def _of_attention(model: PreTrainedModel, seen: Pass, data: DataSection) -> Iterator[Check]:
+def _of_attention(model: PreTrainedModel, seen: TracedPass, data: DataSection) -> Iterator[Check]:
     if not seen.attentions:
         how = f"no fused attention: {model.config._attn_implementation}"
         remedy = "set attn_implementation: sdpa in model.overrides" if model._supports_sdpa else None

@@ -80,10 +80,10 @@ def _redirect(log: os.PathLike[str]) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout, sys.stderr = Timed(1), Timed(2)
+    sys.stdout, sys.stderr = TimestampedText(1), TimestampedText(2)
 
 
-class Timed(io.TextIOWrapper):
+class TimestampedText(io.TextIOWrapper):
     """Text to a file descriptor, each line beginning with the time in UTC, by which logs are merged.
 
     In this process, so that nothing is lost with it; what C libraries print goes past it, without a time.

@@ -178,7 +178,7 @@ def stream_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-class Timed(Iterator[Any]):
+class TimedIterator(Iterator[Any]):
     """An iterator whose `next` is timed."""
 
     def __init__(self, inner: Iterator[Any], stopwatch: Stopwatch) -> None:

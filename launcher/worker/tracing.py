@@ -19,7 +19,7 @@ OF_DDP: Final = ("_rebuild_buckets", "_inside_ddp_forward", "set_runtime_stats_a
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class TracedPass:
     """Of one forward and backward pass: fused attentions, how many with a mask, and waits for the GPU."""
 
     attentions: int
@@ -55,12 +55,12 @@ def _waits(function: Any, args: Any) -> bool:
     return not WAITS.isdisjoint(function.tags)
 
 
-def watch(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Pass:
+def watch(model: torch.nn.Module, inputs: Mapping[str, Any]) -> TracedPass:
     """One pass of the model as it is, on `inputs` with labels, watched. Its gradients are let go."""
     with _Waits() as waits, _Attention() as attention:
         model(**inputs).loss.backward()
     model.zero_grad()
-    return Pass(len(attention.masks), sum(attention.masks), waits.count)
+    return TracedPass(len(attention.masks), sum(attention.masks), waits.count)
 
 
 def compiled_so_far(what: str) -> str:

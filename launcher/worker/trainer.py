@@ -42,7 +42,7 @@ from launcher.worker.reporting import ReportingTrainer
 from launcher.worker.reshard import Remove, mend_zero3, reshard
 from launcher.worker.resume import data_state
 from launcher.worker.schedule import follow_samples, take_up
-from launcher.worker.step_times import StepTimes, Timed
+from launcher.worker.step_times import StepTimes, TimedIterator
 from launcher.worker.stop import Agreement
 from launcher.worker.together import as_rank_0_has_it
 
@@ -228,7 +228,9 @@ class LauncherTrainer(ReportingTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """A step's micro-batches. What the loader takes for them is timed; counting labels is not."""
         self._times.go_on()
-        return super().get_batch_samples(Timed(epoch_iterator, self._times.data_wait), num_batches, device)
+        return super().get_batch_samples(
+            TimedIterator(epoch_iterator, self._times.data_wait), num_batches, device
+        )
 
     def compute_loss(self, *arguments: Any, **named: Any) -> Any:
         with self._times.forward.running():

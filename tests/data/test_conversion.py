@@ -17,7 +17,7 @@ from launcher.config.schema import DataSection, Source
 from launcher.data import conversion, units
 from launcher.data.batches import LONG
 from launcher.data.prepare import prepare
-from launcher.data.sources import Batch, batches
+from launcher.data.sources import DocumentBatch, batches
 from launcher.data.split import HeldOut
 from launcher.data.store import Store, open_store
 from launcher.data.tokenizers import Tokenizer
@@ -139,7 +139,7 @@ def test_a_document_in_parts_is_the_document(
 ) -> None:
     """Parts, as a reader gives them, become what the whole becomes: ids, split, place."""
 
-    def in_parts(*arguments: Any, **options: Any) -> Iterator[Batch]:
+    def in_parts(*arguments: Any, **options: Any) -> Iterator[DocumentBatch]:
         for batch in batches(*arguments, **options):
             for text, offset in zip(batch.texts, batch.offsets.tolist(), strict=True):
                 # These words are tokens of their own wherever they stand: any space is a safe place.
@@ -148,7 +148,7 @@ def test_a_document_in_parts_is_the_document(
                 for number, part in enumerate(parts, 1):
                     length = len(part.encode())
                     more = number < len(parts)
-                    yield Batch([part], np.array([offset]), np.array([length]), more)
+                    yield DocumentBatch([part], np.array([offset]), np.array([length]), more)
                     offset += length
 
     (corpus / "c.txt").write_text("a line\n" + "        \n" * 3 + "and another\n")

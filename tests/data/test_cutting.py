@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Reference
 
-from launcher.data.cutting import RULES, Cuts, CutsOnDemand, prove_cuts
+from launcher.data.cutting import RULES, CutsOnDemand, ProvenCuts, prove_cuts
 from launcher.data.tokenizers import Tokenizer
 
 NEWLINE, SPACE, STOP = RULES
-ALL = Cuts((NEWLINE, SPACE, STOP))
+ALL = ProvenCuts((NEWLINE, SPACE, STOP))
 some_text = st.text("ab1!' \n\t\u00e9\u0301\u4e2d\u3002\uff0c\u3042", max_size=40) | st.text(max_size=40)
 
 
@@ -75,7 +75,7 @@ def test_every_rule_holds_for_gpt2_s_own_tokenizer(gpt2: Tokenizer, lines: list[
     ],
 )
 def test_the_last_place(text: str, rules: tuple[str, ...], place: int | None) -> None:
-    assert Cuts(rules).last(text) == place
+    assert ProvenCuts(rules).last(text) == place
 
 
 @given(text=st.text("ab \n\u4e2d\u3002", max_size=30), size=st.integers(1, 8))
@@ -105,16 +105,16 @@ def llama_2() -> Tokenizer:
 
 
 def test_a_mark_before_each_text_refuses_cuts() -> None:
-    assert prove_cuts(llama_2(), []) == Cuts(())
-    assert prove_cuts(metaspace(split=False), []) == Cuts(())
+    assert prove_cuts(llama_2(), []) == ProvenCuts(())
+    assert prove_cuts(metaspace(split=False), []) == ProvenCuts(())
     # Where words are apart and begin with their space, that is where they may be cut.
-    assert prove_cuts(metaspace(split=True), []) == Cuts((SPACE,))
+    assert prove_cuts(metaspace(split=True), []) == ProvenCuts((SPACE,))
 
 
 def test_words_that_lose_their_spaces_can_be_cut_there() -> None:
     vocabulary = {"[UNK]": 0, "a": 1, "##b": 2, "word": 3}
     reference = Reference(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    assert prove_cuts(Tokenizer(reference, {}), []) == Cuts(())
+    assert prove_cuts(Tokenizer(reference, {}), []) == ProvenCuts(())
     reference.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     assert NEWLINE in prove_cuts(Tokenizer(reference, {}), []).rules
 
@@ -178,4 +178,4 @@ def test_other_ids_refuse_a_rule(tokenizer: Tokenizer, monkeypatch: pytest.Monke
         return [ids[:-1] if text == "12\n!" else ids for text, ids in zip(texts, real(texts), strict=True)]
 
     monkeypatch.setattr(tokenizer, "encode_batch", other)
-    assert prove_cuts(tokenizer, []) == Cuts((SPACE, STOP))
+    assert prove_cuts(tokenizer, []) == ProvenCuts((SPACE, STOP))

@@ -20,7 +20,7 @@ from launcher.config.schema import DataSection
 from launcher.data import batches as batching
 from launcher.data import records, sources
 from launcher.data.corpus import list_corpora, reading_of
-from launcher.data.sources import Batch, Document, Reading, batches
+from launcher.data.sources import Document, DocumentBatch, Reading, batches
 from launcher.data.units import cut, unit_bytes
 from launcher.data.vocabulary import spread_texts
 from launcher.errors import DataError
@@ -308,7 +308,7 @@ def test_memory_does_not_grow_with_the_document(tmp_path: Path) -> None:
 
 def test_a_batch_tells_which_are_empty(tmp_path: Path) -> None:
     (batch,) = batches(written(tmp_path / "a.txt", b"a\n\n \t\nb"), TEXT)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, DocumentBatch)
     assert batch.empty.tolist() == [False, True, True, False]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.data import packing as module
-from launcher.data.packing import ConcatPlan, LaidOutPlan, Packing, Plan, Span, best_fit, lay_out
+from launcher.data.packing import ConcatPlan, LaidOutPlan, Packing, PackingPlan, Span, best_fit, lay_out
 
 shards_of_documents = st.lists(st.lists(st.integers(1, 30), max_size=12), max_size=6)
 Token = tuple[int, int, int]
@@ -27,7 +27,7 @@ def tokens_of(shards: Sequence[Sequence[int]]) -> list[list[Token]]:
     ]
 
 
-def plan_of(shards: Sequence[Sequence[int]], block_size: int, packing: Packing) -> Plan:
+def plan_of(shards: Sequence[Sequence[int]], block_size: int, packing: Packing) -> PackingPlan:
     if packing == "concat":
         return ConcatPlan([sum(lengths) for lengths in shards], block_size)
     layouts = [lay_out(np.array(lengths, dtype=np.int32), block_size, packing) for lengths in shards]
@@ -35,7 +35,7 @@ def plan_of(shards: Sequence[Sequence[int]], block_size: int, packing: Packing) 
     return LaidOutPlan([each.blocks for each in layouts], tokens, block_size, layouts.__getitem__)
 
 
-def contents(shards: Sequence[Sequence[int]], plan: Plan) -> list[list[Token]]:
+def contents(shards: Sequence[Sequence[int]], plan: PackingPlan) -> list[list[Token]]:
     tokens = tokens_of(shards)
     return [
         [token for span in plan.locate(block) for token in tokens[span.shard][span.start : span.stop]]

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.config.schema import SlurmSection
 from launcher.render.lint import lint
-from launcher.render.sbatch import Job, render_job, supervise_command
+from launcher.render.sbatch import BatchJob, render_job, supervise_command
 
 TEMPLATE = Path("launcher/render/job.sbatch.j2")
 
@@ -158,5 +158,7 @@ def test_options_after_the_first_command_are_not_options() -> None:
 
 @pytest.mark.parametrize("slurm", [SlurmSection(), SlurmSection(exclusive=True, partition="a b")])
 def test_our_own_script_has_none(slurm: SlurmSection) -> None:
-    job = Job("run", "runs/run", supervise_command("launcher", "runs/run"), 4, 8, 64, slurm, {"A": "b"}, 120)
+    job = BatchJob(
+        "run", "runs/run", supervise_command("launcher", "runs/run"), 4, 8, 64, slurm, {"A": "b"}, 120
+    )
     assert rules(render_job(job, TEMPLATE.read_text(encoding="utf-8"))) == []

@@ -10,7 +10,7 @@ import pytest
 from launcher.config.schema import SlurmSection
 from launcher.errors import RequestError
 from launcher.render.sbatch import (
-    Job,
+    BatchJob,
     cpus_per_node,
     prepare_command,
     quoted,
@@ -23,12 +23,12 @@ from launcher.run.assemble import job_template
 TEMPLATE = job_template(None)
 
 
-def job(name: str = "run", directory: str = "runs/run", **slurm: object) -> Job:
+def job(name: str = "run", directory: str = "runs/run", **slurm: object) -> BatchJob:
     command = supervise_command("launcher", directory)
-    return Job(name, directory, command, 2, 4, 32, SlurmSection.model_validate(slurm), {}, 120)
+    return BatchJob(name, directory, command, 2, 4, 32, SlurmSection.model_validate(slurm), {}, 120)
 
 
-def lines(job: Job) -> list[str]:
+def lines(job: BatchJob) -> list[str]:
     return render_job(job, TEMPLATE).splitlines()
 
 

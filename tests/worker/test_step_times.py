@@ -18,7 +18,7 @@ from launcher.worker.step_times import (
     Spent,
     StepTimes,
     StreamStopwatch,
-    Timed,
+    TimedIterator,
     slowest,
 )
 from launcher.worker.stop import Agreement
@@ -72,7 +72,7 @@ class Drive:
             yield 1
 
         self.times.go_on()
-        assert next(Timed(loader(), self.times.data_wait)) == 1
+        assert next(TimedIterator(loader(), self.times.data_wait)) == 1
         self.times.on_step_begin(*self._about)
         with self.times.forward.running():
             self._clock.work(forward)
@@ -144,7 +144,7 @@ def test_a_forward_pass_that_gathers_parameters_is_not_a_rank_s_own(
 
 
 def test_an_iterator_that_ends_ends_when_timed() -> None:
-    assert list(Timed(iter([1, 2]), HostStopwatch())) == [1, 2]
+    assert list(TimedIterator(iter([1, 2]), HostStopwatch())) == [1, 2]
 
 
 @pytest.mark.parametrize(
