@@ -13,6 +13,7 @@ from launcher.run.following import Following
 from launcher.run.launching import Launching
 from launcher.run.outcome import Evidence, Facts, RankEnd, Verdict, decide
 from launcher.run.requests import ask_to_stop, asked_by, is_overtaken, is_replaced
+from launcher.run.saying import warn
 from launcher.run.stopping import need_of
 
 POLL_SECONDS = 0.05
@@ -31,11 +32,12 @@ class Signals:
         self._passed_on = 0
 
     def pass_on(self, directory: RunDirectory) -> None:
-        """Write down the wish to stop that each signal since the last call is."""
+        """Write down the wish to stop that each signal since the last call is. Raises OSError where that
+        cannot be: the next call tries again."""
         while self._passed_on < len(self.received):
             number = self.received[self._passed_on]
-            self._passed_on += 1
             ask_to_stop(directory, "person" if number == signal.SIGINT else "signal")
+            self._passed_on += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,8 @@ class _Course:
         self._facts = Facts()
         self._asked: float | None = None
         """When the first wish to stop was seen."""
+        self._by_signal = False
+        """The ranks were asked so, as no wish could be written."""
         self._exit_code: int | None = None
         """Of what started the ranks, where it was not killed here."""
         self._killed = False
@@ -106,18 +110,31 @@ class _Course:
 
     def pass_on_wishes(self) -> None:
         """Write down the wishes to stop: of signals, and where the machines are taken, the scheduler's."""
-        # The other may wait no longer than for the ranks' last words: it is not asked twice.
-        replaced = self.is_replaced()
         self._facts = self._launching.facts(self._received)
-        if not replaced:
-            self._signals.pass_on(self._directory)
-        taken = self._asked is None and (self._facts.asks_to_stop or replaced)
-        if taken and not is_overtaken(self._directory, self._number):
-            ask_to_stop(self._directory, "scheduler")
+        try:
+            self._write_wishes()
+        except OSError as error:
+            self._ask_by_signal(error)
         by = asked_by(self._directory)
         self._by_person |= by == "person"
-        if by is not None and self._asked is None:
+        if (by is not None or self._by_signal) and self._asked is None:
             self._asked = time.monotonic()
+
+    def _write_wishes(self) -> None:
+        # The other may wait no longer than for the ranks' last words: it is not asked twice.
+        replaced = self.is_replaced()
+        if not replaced:
+            self._signals.pass_on(self._directory)
+        taken = (self._asked is None or self._by_signal) and (self._facts.asks_to_stop or replaced)
+        if taken and not is_overtaken(self._directory, self._number):
+            ask_to_stop(self._directory, "scheduler")
+
+    def _ask_by_signal(self, error: OSError) -> None:
+        """Ask the ranks for a safe stop where no wish can be written, on a full disk say."""
+        if not self._by_signal:
+            self._by_signal = True
+            warn(f"{self._directory.stop_request}: {error.strerror}: the ranks are asked to stop by SIGTERM")
+        self._following.ask_here()
 
     def is_replaced(self) -> bool:
         """Whether another supervisor wants the run, or has wanted it since this attempt began."""

@@ -59,6 +59,7 @@ class Following:
         self._said: float | None = None
         self._gone: float | None = None
         self._starter_seconds = starter_seconds
+        self._asked: set[int] = set()
         self.dead: tuple[int, ...] = ()
         """The ranks that were gone first, without a last word: the others followed."""
         self.hang: Hang | None = None
@@ -99,7 +100,8 @@ class Following:
     def collect_stacks(self) -> None:
         """Have every rank that can write the stacks of its threads to its log. One of this machine that was
         stopped by a signal is let go on for that."""
-        write_text(self._directory.stacks_request, "")
+        with contextlib.suppress(OSError):  # a full disk: what is over is to be ended all the same
+            write_text(self._directory.stacks_request, "")
         for beat in self._watch.beats.values():
             if _is_here(beat):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -138,6 +140,16 @@ class Following:
         """Those of them that are seen to live, by heartbeats that changed since this began to look."""
         return self.without_word_elsewhere() & self._watch.moving(MOVING_SECONDS)
 
+    def ask_here(self) -> None:
+        """Ask the ranks on this machine for a safe stop, each once: the wish of one is that of all."""
+        import psutil
+
+        for process in self.living_here():
+            if process.pid not in self._asked:
+                self._asked.add(process.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+
     def kill_here(self) -> None:
         """Kill what is left of it on this machine, and wait until that is gone."""
         from launcher.run.processes import kill
@@ -166,7 +178,7 @@ class Following:
         return Hang(missing, 0, seconds, how, time.time())
 
     def _tell(self, hang: Hang) -> None:
-        journal.record(
+        journal.note(
             self._directory.journal,
             "hung",
             attempt=self.number,

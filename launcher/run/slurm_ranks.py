@@ -168,7 +168,7 @@ class Slurm:
             excluded = self._exclude()
         except LauncherError as error:  # it is queued again all the same
             why = f"{why}; no node could be excluded: {error.message}"
-        journal.record(self._directory.journal, "requeued", job=self.job, why=why, exclude=list(excluded))
+        journal.note(self._directory.journal, "requeued", job=self.job, why=why, exclude=list(excluded))
         return True
 
     def _requeue(self) -> None:
