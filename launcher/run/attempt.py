@@ -143,12 +143,14 @@ class _Course:
 
     def is_over(self) -> bool:
         """Whether nothing is left of it here, by now."""
-        exit_code = self._ranks.poll()
+        exit_code = self._ranks.poll() if self._exit_code is None else self._exit_code
         if exit_code is None:
             return False
         if self._killed:
             return True
         self._exit_code = exit_code
+        if exit_code == 0 and self._following.awaits_words():
+            return False
         if exit_code >= 0 or not self._following.living_here():
             return True
         # What started them was killed: they stop safely by themselves, and nothing may begin beside them.

@@ -23,6 +23,8 @@ ECHO_SECONDS = 5.0
 """How long the other ranks may still speak once one has failed or is gone; then they are ended."""
 LEAVE_SECONDS = 60.0
 """How long a process may take to end after its last word."""
+WORDS_SECONDS = 60.0
+"""How long a network file system may hide a file that another machine has made: NFS's `acdirmax`."""
 LOOK_SECONDS = 0.5
 MOVING_SECONDS = 10.0
 """A heartbeat that has not changed for so long is of no rank that lives and can reach the run directory."""
@@ -60,6 +62,7 @@ class Following:
         self._gone: float | None = None
         self._starter_seconds = starter_seconds
         self._asked: set[int] = set()
+        self._ended_well: float | None = None
         self.dead: tuple[int, ...] = ()
         """The ranks that were gone first, without a last word: the others followed."""
         self.hang: Hang | None = None
@@ -73,6 +76,9 @@ class Following:
 
     def read(self, now: float) -> Followed:
         """Read every file again; `now` is the monotonic clock's."""
+        if self._ended_well is not None:
+            with contextlib.suppress(OSError):  # by which a network file system looks again
+                list(self._directory.logs(self.number).iterdir())
         ends = {rank: end for rank in self._ranks if (end := self._end(rank)) is not None}
         self._watch.see(self._read(), now)
         dead = tuple(
@@ -135,6 +141,13 @@ class Following:
         return frozenset(
             rank for rank, beat in self._watch.beats.items() if not _is_here(beat) and self._end(rank) is None
         )
+
+    def awaits_words(self) -> bool:
+        """Whether words of other machines, where all ranks have ended well, may be there but not seen yet."""
+        self._ended_well = self._ended_well or time.monotonic()
+        said = {end.rank for end in self.look().ends}
+        missing = any(rank not in said and not _is_here(beat) for rank, beat in self._watch.beats.items())
+        return missing and time.monotonic() - self._ended_well < WORDS_SECONDS
 
     def living_elsewhere(self) -> frozenset[int]:
         """Those of them that are seen to live, by heartbeats that changed since this began to look."""

@@ -231,6 +231,21 @@ time.sleep({starter})
     assert (ended["outcome"], ended["exit_code"]) == ("FINISHED", code)
 
 
+def test_a_last_word_that_a_network_file_system_shows_late_is_waited_for(directory: RunDirectory) -> None:
+    words = """
+os.uname = lambda: type("There", (), {"nodename": "n9"})
+beat(0, 20), beat(1, 20)
+say(0, "FINISHED", 20)
+time.sleep(1)
+if not os.fork():
+    time.sleep(1.5)
+    say(1, "FINISHED", 20)
+"""
+    launching = Scripted(directory, words)
+    assert supervise(directory, launching, lambda text: None, QUICK) == 20
+    assert launching.attempts == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_asks_for_a_safe_stop(
     directory: RunDirectory, later: Callable[..., None], number: int
