@@ -14,6 +14,7 @@ from launcher.errors import MachineError, RequestError
 from launcher.run import journal, slurm_ranks
 from launcher.run.directory import RunDirectory
 from launcher.run.outcome import Outcome
+from launcher.run.slurm import JobState
 from launcher.run.slurm_facts import Seen, facts_of
 from launcher.run.slurm_ranks import Look, Slurm, outlive_own_requeue, words_of_slurmstepd
 from tests.conftest import small_plan
@@ -46,6 +47,17 @@ def test_slurmctld_is_asked_about_the_job_for_as_long_as_somebody_wants_to_know(
         (looking,) = set(threading.enumerate()) - before
     looking.join(10)
     assert not looking.is_alive()
+
+
+def test_when_the_job_ends_is_told_by_the_clock_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """slurmctld's is 90 seconds ahead: by what it says, the job would end before we knew."""
+    running = JobState("1", "RUNNING", "None", 0, "n1", "batch", False, 1000.0, 4600.0)
+    monkeypatch.setattr("launcher.run.slurm.job_state", lambda *_: running)
+    monkeypatch.setattr("launcher.run.slurm.clock", lambda _: 2090.0)
+    monkeypatch.setattr("time.time", lambda: 2000.0)
+    seen = Look("1").now()
+    assert seen is not None
+    assert seen.end == 4510.0
 
 
 def test_a_requeue_may_be_asked_for_in_any_thread() -> None:
