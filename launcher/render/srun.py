@@ -89,6 +89,7 @@ def _srun(step: Step, name: str, *, kill_on_bad_exit: int = 1) -> list[str]:
         "srun",
         f"--job-name={name}",
         f"--nodes={nodes}",
+        f"--nodelist={','.join(step.hosts)}",
         f"--ntasks={nodes}",
         "--ntasks-per-node=1",
         f"--kill-on-bad-exit={kill_on_bad_exit}",

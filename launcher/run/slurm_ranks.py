@@ -64,7 +64,8 @@ class Slurm:
         self._directory = directory
         self._cluster = cluster
         self._restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        self._hosts = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
+        # A job of one's own making may have more nodes than the run is planned for.
+        self._hosts = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])[: cluster.nodes]
         self._attempt = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._look = Look(job)

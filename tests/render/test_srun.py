@@ -17,7 +17,13 @@ STEP = Step(
 def test_one_launcher_on_each_node_meets_on_the_first() -> None:
     command = srun_command(STEP)
     assert command[0] == "srun"
-    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(command)
+    assert {
+        "--nodes=2",
+        "--nodelist=n1,n2",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+    } <= set(command)
     assert "--export=ALL" in command
     assert command[-3:-1] == ["sh", "-c"]
     assert "--rdzv_backend c10d" in command[-1]

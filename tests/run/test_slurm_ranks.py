@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from launcher.config.schema import ClusterConfig
 from launcher.errors import MachineError, RequestError
-from launcher.run import journal, slurm_ranks
+from launcher.run import journal, node_check, slurm_ranks
 from launcher.run.directory import RunDirectory
+from launcher.run.nodes import Findings
 from launcher.run.outcome import Outcome
 from launcher.run.slurm import JobState
 from launcher.run.slurm_facts import Seen, facts_of
@@ -73,6 +75,9 @@ def test_a_requeue_may_be_asked_for_in_any_thread() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+ONE_NODE = ClusterConfig(name="c", launch="slurm", gpu="cpu", gpus_per_node=1)
+
+
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     """Job 7 on one node, of which slurmctld says nothing."""
@@ -81,7 +86,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     monkeypatch.setattr("launcher.run.slurm.hosts", lambda _: ("n1",))
     monkeypatch.setattr("launcher.run.slurm.job_state", lambda *_: None)
     monkeypatch.setattr(slurm_ranks, "outlive_own_requeue", lambda: None)
-    return Slurm(RunDirectory(tmp_path), ClusterConfig(name="c", launch="slurm", gpu="cpu", gpus_per_node=1))
+    return Slurm(RunDirectory(tmp_path), ONE_NODE)
 
 
 def test_a_job_that_may_not_be_queued_again_ends_its_run_in_words(
@@ -103,3 +108,14 @@ def test_a_job_of_too_few_nodes_is_not_begun(job: Slurm, monkeypatch: pytest.Mon
     monkeypatch.setattr(RunDirectory, "read_orders", lambda _: orders)
     with pytest.raises(MachineError, match="job 7 has 1 of the 2 nodes that the run is planned for"):
         job.check_nodes()
+
+
+@pytest.mark.usefixtures("job")
+def test_of_a_job_of_more_nodes_the_first_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = SimpleNamespace(plan=replace(small_plan(), nodes=2))
+    monkeypatch.setattr(RunDirectory, "read_orders", lambda _: orders)
+    monkeypatch.setattr("launcher.run.slurm.hosts", lambda _: ("n1", "n2", "n3"))
+    directory = RunDirectory(tmp_path)
+    node_check.record(directory, ["n1", "n2"], Findings(), time.time())
+    Slurm(directory, ONE_NODE.model_copy(update={"nodes": 2})).check_nodes()
+    assert len(journal.events(directory.journal, "nodes_checked")) == 1, "they were sound just now"
