@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from launcher.errors import Interrupted
 from launcher.run.checkpoints import newest_step
 from launcher.run.directory import RunDirectory
-from launcher.run.following import Following
+from launcher.run.following import LOOK_SECONDS, Following
 from launcher.run.launching import Launching
 from launcher.run.outcome import Evidence, Facts, RankEnd, Verdict, decide
 from launcher.run.requests import ask_to_stop, asked_by, is_overtaken, is_replaced
@@ -103,18 +104,33 @@ class _Course:
         self._at_once = False
         self._outlived = False
         self._replaced = False
+        self._overtaken = False
+        self._heard = 0
+        """Signals, by when the files were last looked at."""
+        self._looked = -math.inf
 
     @property
     def _received(self) -> list[int]:
         return self._signals.received[self._before :]
 
     def pass_on_wishes(self) -> None:
-        """Write down the wishes to stop: of signals, and where the machines are taken, the scheduler's."""
+        """Write down the wishes to stop: of signals, and where the machines are taken, the scheduler's.
+
+        At once where a signal came; else every LOOK_SECONDS, as a shared file system has many to answer.
+        """
+        now, received = time.monotonic(), len(self._received)
+        if received == self._heard and now - self._looked < LOOK_SECONDS:
+            return
+        self._heard, self._looked = received, now
+        self._overtaken = is_overtaken(self._directory, self._number)
         self._facts = self._launching.facts(self._received)
         try:
             self._write_wishes()
         except OSError as error:
             self._ask_by_signal(error)
+        self._see_wish()
+
+    def _see_wish(self) -> None:
         by = asked_by(self._directory)
         self._by_person |= by == "person"
         if (by is not None or self._by_signal) and self._asked is None:
@@ -126,7 +142,7 @@ class _Course:
         if not replaced:
             self._signals.pass_on(self._directory)
         taken = (self._asked is None or self._by_signal) and (self._facts.asks_to_stop or replaced)
-        if taken and not is_overtaken(self._directory, self._number):
+        if taken and not self._overtaken:
             ask_to_stop(self._directory, "scheduler")
 
     def _ask_by_signal(self, error: OSError) -> None:
@@ -178,7 +194,7 @@ class _Course:
         """Whether ranks that were asked to stop are waited for no longer. Before the first step there is
         nothing to save; on a node that was given up they never come to agree with the others on a step; and
         beside a later attempt they may save nothing."""
-        if is_overtaken(self._directory, self._number):
+        if self._overtaken:
             return True
         if self._asked is None:
             return False
@@ -190,6 +206,7 @@ class _Course:
 
     def ended(self) -> Ended:
         """What it came to, now that it is over."""
+        self._see_wish()  # the ranks see one at once
         last = self._following.read(time.monotonic())
         evidence = Evidence(
             world_size=self._world_size,

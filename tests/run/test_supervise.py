@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -229,6 +230,15 @@ time.sleep({starter})
     assert time.monotonic() - begun < 30
     (ended,) = events(directory, "attempt_ended")
     assert (ended["outcome"], ended["exit_code"]) == ("FINISHED", code)
+
+
+def test_a_shared_file_system_is_asked_twice_a_second(directory: RunDirectory) -> None:
+    launching = Scripted(
+        directory, 'beat(0, 2); time.sleep(1); say(0, "FINISHED", 20); say(1, "FINISHED", 20)'
+    )
+    with patch("launcher.run.attempt.asked_by", wraps=asked_by) as looked:
+        assert supervise(directory, launching, lambda text: None, QUICK) == 20
+    assert looked.call_count < 10
 
 
 def test_a_last_word_that_a_network_file_system_shows_late_is_waited_for(directory: RunDirectory) -> None:
