@@ -12,6 +12,8 @@ from launcher.render.command import launch_command
 
 FIRST_PORT, PORTS = 20_000, 10_000
 """Ports for the ranks to meet at: below those that Linux hands out by itself (32768 to 60999)."""
+STRIDE: Final = 4001
+"""From a job's port to that of its next attempt."""
 
 SHUTDOWN_SECONDS: Final = 86_400
 """How long torch's launcher lets a rank save after SIGTERM: SLURM's own SIGKILL comes first, or that of the
@@ -37,9 +39,10 @@ class Step:
     shown: tuple[str, ...] = ()
 
 
-def meeting_port(job_id: int) -> int:
-    """The port of a job: two jobs on one node have different ones unless their ids are 10,000 apart."""
-    return FIRST_PORT + job_id % PORTS
+def meeting_port(job_id: int, attempt: int) -> int:
+    """The port of an attempt: another program may have that of the one before. Jobs on one node whose ids are
+    near each other have different ones."""
+    return FIRST_PORT + (job_id + STRIDE * attempt) % PORTS
 
 
 def step_name(attempt: int) -> str:
@@ -75,7 +78,7 @@ def check_command(step: Step, word: str, backend: str) -> list[str]:
 
     A node that fails does not end the others: what they say tells which it is.
     """
-    meeting = [",".join(step.hosts), str(meeting_port(step.job_id))]
+    meeting = [",".join(step.hosts), str(meeting_port(step.job_id, step.attempt))]
     answer = [step.python, "-m", "launcher.worker.node", step.directory, word, *meeting, backend]
     return [*_srun(step, "nodes", kill_on_bad_exit=0), *_apptainer(step), *answer]
 
@@ -86,6 +89,7 @@ def _srun(step: Step, name: str, *, kill_on_bad_exit: int = 1) -> list[str]:
         "srun",
         f"--job-name={name}",
         f"--nodes={nodes}",
+        f"--nodelist={','.join(step.hosts)}",
         f"--ntasks={nodes}",
         "--ntasks-per-node=1",
         f"--kill-on-bad-exit={kill_on_bad_exit}",
@@ -100,7 +104,7 @@ def _launcher(step: Step) -> list[str]:
     command = _quoted(launch_command(step.directory, accelerate=step.accelerate))
     if len(step.hosts) > 1:
         meeting = ["--main_process_ip", shlex.quote(step.hosts[0])]
-        meeting += ["--main_process_port", str(meeting_port(step.job_id))]
+        meeting += ["--main_process_port", str(meeting_port(step.job_id, step.attempt))]
         command[2:2] = ["--rdzv_backend", "c10d", "--machine_rank", '"$SLURM_NODEID"', *meeting]
     return command
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 from launcher.errors import Interrupted
 from launcher.run.checkpoints import newest_step
 from launcher.run.directory import RunDirectory
-from launcher.run.following import Following
+from launcher.run.following import LOOK_SECONDS, Following
 from launcher.run.launching import Launching
 from launcher.run.outcome import Evidence, Facts, RankEnd, Verdict, decide
 from launcher.run.requests import ask_to_stop, asked_by, is_overtaken, is_replaced
+from launcher.run.saying import warn
 from launcher.run.stopping import need_of
 
 POLL_SECONDS = 0.05
@@ -31,11 +33,12 @@ class Signals:
         self._passed_on = 0
 
     def pass_on(self, directory: RunDirectory) -> None:
-        """Write down the wish to stop that each signal since the last call is."""
+        """Write down the wish to stop that each signal since the last call is. Raises OSError where that
+        cannot be: the next call tries again."""
         while self._passed_on < len(self.received):
             number = self.received[self._passed_on]
-            self._passed_on += 1
             ask_to_stop(directory, "person" if number == signal.SIGINT else "signal")
+            self._passed_on += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class _Course:
         self._facts = Facts()
         self._asked: float | None = None
         """When the first wish to stop was seen."""
+        self._by_signal = False
+        """The ranks were asked so, as no wish could be written."""
         self._exit_code: int | None = None
         """Of what started the ranks, where it was not killed here."""
         self._killed = False
@@ -99,25 +104,53 @@ class _Course:
         self._at_once = False
         self._outlived = False
         self._replaced = False
+        self._overtaken = False
+        self._heard = 0
+        """Signals, by when the files were last looked at."""
+        self._looked = -math.inf
 
     @property
     def _received(self) -> list[int]:
         return self._signals.received[self._before :]
 
     def pass_on_wishes(self) -> None:
-        """Write down the wishes to stop: of signals, and where the machines are taken, the scheduler's."""
-        # The other may wait no longer than for the ranks' last words: it is not asked twice.
-        replaced = self.is_replaced()
+        """Write down the wishes to stop: of signals, and where the machines are taken, the scheduler's.
+
+        At once where a signal came; else every LOOK_SECONDS, as a shared file system has many to answer.
+        """
+        now, received = time.monotonic(), len(self._received)
+        if received == self._heard and now - self._looked < LOOK_SECONDS:
+            return
+        self._heard, self._looked = received, now
+        self._overtaken = is_overtaken(self._directory, self._number)
         self._facts = self._launching.facts(self._received)
-        if not replaced:
-            self._signals.pass_on(self._directory)
-        taken = self._asked is None and (self._facts.asks_to_stop or replaced)
-        if taken and not is_overtaken(self._directory, self._number):
-            ask_to_stop(self._directory, "scheduler")
+        try:
+            self._write_wishes()
+        except OSError as error:
+            self._ask_by_signal(error)
+        self._see_wish()
+
+    def _see_wish(self) -> None:
         by = asked_by(self._directory)
         self._by_person |= by == "person"
-        if by is not None and self._asked is None:
+        if (by is not None or self._by_signal) and self._asked is None:
             self._asked = time.monotonic()
+
+    def _write_wishes(self) -> None:
+        # The other may wait no longer than for the ranks' last words: it is not asked twice.
+        replaced = self.is_replaced()
+        if not replaced:
+            self._signals.pass_on(self._directory)
+        taken = (self._asked is None or self._by_signal) and (self._facts.asks_to_stop or replaced)
+        if taken and not self._overtaken:
+            ask_to_stop(self._directory, "scheduler")
+
+    def _ask_by_signal(self, error: OSError) -> None:
+        """Ask the ranks for a safe stop where no wish can be written, on a full disk say."""
+        if not self._by_signal:
+            self._by_signal = True
+            warn(f"{self._directory.stop_request}: {error.strerror}: the ranks are asked to stop by SIGTERM")
+        self._following.ask_here()
 
     def is_replaced(self) -> bool:
         """Whether another supervisor wants the run, or has wanted it since this attempt began."""
@@ -126,12 +159,14 @@ class _Course:
 
     def is_over(self) -> bool:
         """Whether nothing is left of it here, by now."""
-        exit_code = self._ranks.poll()
+        exit_code = self._ranks.poll() if self._exit_code is None else self._exit_code
         if exit_code is None:
             return False
         if self._killed:
             return True
         self._exit_code = exit_code
+        if exit_code == 0 and self._following.awaits_words():
+            return False
         if exit_code >= 0 or not self._following.living_here():
             return True
         # What started them was killed: they stop safely by themselves, and nothing may begin beside them.
@@ -159,7 +194,7 @@ class _Course:
         """Whether ranks that were asked to stop are waited for no longer. Before the first step there is
         nothing to save; on a node that was given up they never come to agree with the others on a step; and
         beside a later attempt they may save nothing."""
-        if is_overtaken(self._directory, self._number):
+        if self._overtaken:
             return True
         if self._asked is None:
             return False
@@ -171,6 +206,7 @@ class _Course:
 
     def ended(self) -> Ended:
         """What it came to, now that it is over."""
+        self._see_wish()  # the ranks see one at once
         last = self._following.read(time.monotonic())
         evidence = Evidence(
             world_size=self._world_size,

@@ -16,7 +16,7 @@ enough that a whole cluster is not given up for one bad night."""
 
 def avoid(directory: RunDirectory, nodes: Sequence[str], why: str, now: float) -> None:
     """Stay away from these nodes, for HOURS from `now` (seconds since the epoch)."""
-    journal.record(directory.journal, "nodes_avoided", nodes=list(nodes), until=now + HOURS * 3600, why=why)
+    journal.note(directory.journal, "nodes_avoided", nodes=list(nodes), until=now + HOURS * 3600, why=why)
 
 
 def nodes_to_avoid(directory: RunDirectory, now: float) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ ECHO_SECONDS = 5.0
 """How long the other ranks may still speak once one has failed or is gone; then they are ended."""
 LEAVE_SECONDS = 60.0
 """How long a process may take to end after its last word."""
+WORDS_SECONDS = 60.0
+"""How long a network file system may hide a file that another machine has made: NFS's `acdirmax`."""
 LOOK_SECONDS = 0.5
 MOVING_SECONDS = 10.0
 """A heartbeat that has not changed for so long is of no rank that lives and can reach the run directory."""
@@ -59,6 +61,8 @@ class Following:
         self._said: float | None = None
         self._gone: float | None = None
         self._starter_seconds = starter_seconds
+        self._asked: set[int] = set()
+        self._ended_well: float | None = None
         self.dead: tuple[int, ...] = ()
         """The ranks that were gone first, without a last word: the others followed."""
         self.hang: Hang | None = None
@@ -72,6 +76,9 @@ class Following:
 
     def read(self, now: float) -> Followed:
         """Read every file again; `now` is the monotonic clock's."""
+        if self._ended_well is not None:
+            with contextlib.suppress(OSError):  # by which a network file system looks again
+                list(self._directory.logs(self.number).iterdir())
         ends = {rank: end for rank in self._ranks if (end := self._end(rank)) is not None}
         self._watch.see(self._read(), now)
         dead = tuple(
@@ -99,7 +106,8 @@ class Following:
     def collect_stacks(self) -> None:
         """Have every rank that can write the stacks of its threads to its log. One of this machine that was
         stopped by a signal is let go on for that."""
-        write_text(self._directory.stacks_request, "")
+        with contextlib.suppress(OSError):  # a full disk: what is over is to be ended all the same
+            write_text(self._directory.stacks_request, "")
         for beat in self._watch.beats.values():
             if _is_here(beat):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -134,9 +142,26 @@ class Following:
             rank for rank, beat in self._watch.beats.items() if not _is_here(beat) and self._end(rank) is None
         )
 
+    def awaits_words(self) -> bool:
+        """Whether words of other machines, where all ranks have ended well, may be there but not seen yet."""
+        self._ended_well = self._ended_well or time.monotonic()
+        said = {end.rank for end in self.look().ends}
+        missing = any(rank not in said and not _is_here(beat) for rank, beat in self._watch.beats.items())
+        return missing and time.monotonic() - self._ended_well < WORDS_SECONDS
+
     def living_elsewhere(self) -> frozenset[int]:
         """Those of them that are seen to live, by heartbeats that changed since this began to look."""
         return self.without_word_elsewhere() & self._watch.moving(MOVING_SECONDS)
+
+    def ask_here(self) -> None:
+        """Ask the ranks on this machine for a safe stop, each once: the wish of one is that of all."""
+        import psutil
+
+        for process in self.living_here():
+            if process.pid not in self._asked:
+                self._asked.add(process.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
 
     def kill_here(self) -> None:
         """Kill what is left of it on this machine, and wait until that is gone."""
@@ -166,7 +191,7 @@ class Following:
         return Hang(missing, 0, seconds, how, time.time())
 
     def _tell(self, hang: Hang) -> None:
-        journal.record(
+        journal.note(
             self._directory.journal,
             "hung",
             attempt=self.number,

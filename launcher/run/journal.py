@@ -1,4 +1,7 @@
-"""The journal: the supervisor's append-only record, one fsynced JSON line an event."""
+"""The journal: the supervisor's append-only record, one fsynced JSON line an event.
+
+What a full disk does not take is kept here, read with the rest, and written before the next event.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +9,59 @@ import contextlib
 import json
 import os
 import time
+from collections import defaultdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
+
+from launcher.run.saying import warn
+
+_kept: Final[defaultdict[Path, list[str]]] = defaultdict(list)
+"""Events that could not be written, oldest first."""
 
 
 def record(journal: Path, event: str, **facts: Any) -> None:
     """Append one event with its facts and the time, and see it on disk before returning."""
-    line = json.dumps({"time": time.time(), "event": event, **facts}, ensure_ascii=False) + "\n"
+    _write(journal, _line(event, facts))
+
+
+def note(journal: Path, event: str, **facts: Any) -> None:
+    """`record` an event that is no reason to stop where the disk takes nothing: it is said then, and kept."""
+    line = _line(event, facts)
+    try:
+        _write(journal, line)
+    except OSError as error:
+        _kept[journal].append(line)
+        warn(f"{journal}: {error.strerror}: {line}")
+
+
+def _line(event: str, facts: dict[str, Any]) -> str:
+    return json.dumps({"time": time.time(), "event": event, **facts}, ensure_ascii=False)
+
+
+def _write(journal: Path, line: str) -> None:
+    """Append what was kept, and a line."""
+    kept = _kept[journal]
+    while kept:
+        _append(journal, kept[0])
+        del kept[0]
+    _append(journal, line)
+
+
+def _append(journal: Path, line: str) -> None:
     journal.parent.mkdir(parents=True, exist_ok=True)
     with journal.open("ab+") as stream:
         if stream.tell() and not _ends_whole(stream):
             stream.write(b"\n")
-        stream.write(line.encode())
+        stream.write(f"{line}\n".encode())
         stream.flush()
         os.fsync(stream.fileno())
 
 
 def read(journal: Path) -> list[dict[str, Any]]:
     """Every whole event, oldest first. A line cut short by a crash is left out."""
-    if not journal.exists():
-        return []
     found: list[dict[str, Any]] = []
-    for line in journal.read_bytes().split(b"\n"):
+    written = journal.read_bytes() if journal.exists() else b""
+    for line in [*written.split(b"\n"), *(kept.encode() for kept in _kept[journal])]:
         # One that ends in a brace may still be cut: a reason may hold braces, and a crash leave zeros.
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))

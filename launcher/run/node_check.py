@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from launcher.run import journal
@@ -38,29 +39,33 @@ def findings(
     write_text(directory.node_check, word)
     log = directory.root / "logs" / "nodes.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as stream:
+    with (
+        log.open("wb") as stream,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stream, errors="replace"
+        ) as process,
+    ):
+        assert process.stdout is not None
+        late = threading.Timer(ANSWER_SECONDS, process.kill)
+        late.start()
         try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=stream,
-                timeout=ANSWER_SECONDS,
-                check=False,
-            )
-            said = done.stdout
-        except subprocess.TimeoutExpired as error:
-            said = error.stdout or b""
-    reports = list(_reports(said.decode(errors="replace")))
+            reports = list(_reports(process.stdout))
+        finally:
+            late.cancel()
+            process.kill()
     submitted = json.loads(directory.environment.read_text(encoding="utf-8"))["versions"]
     return judge(reports, hosts, room, submitted if own_versions else None, gpus)
 
 
-def _reports(said: str) -> Iterator[NodeReport]:
-    """The reports among what nodes and their libraries said. One that cannot be read is none."""
-    for line in said.splitlines():
+def _reports(said: Iterable[str]) -> Iterator[NodeReport]:
+    """The reports among what nodes and their libraries say. One that cannot be read is none. Where the nodes
+    cannot meet, nobody is waited for any more."""
+    for line in said:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            yield NodeReport.from_line(line)
+            report = NodeReport.from_line(line)
+            yield report
+            if report.taken is not None:
+                return
 
 
 def record(directory: RunDirectory, hosts: Sequence[str], found: Findings, now: float) -> None:

@@ -28,7 +28,7 @@ class Pair:
 @dataclass(frozen=True, slots=True)
 class NodeReport:
     """One node: `sees` the run directory, has `free` bytes there; the `gpus` that torch finds; `versions` of
-    what a run depends on."""
+    what a run depends on. `taken`: the port on it at which all were to meet, where another program has it."""
 
     host: str
     sees: bool
@@ -36,13 +36,15 @@ class NodeReport:
     gpus: int
     versions: Mapping[str, str | None]
     pairs: tuple[Pair, ...] = ()
+    taken: int | None = None
 
     @classmethod
     def from_line(cls, line: str) -> NodeReport:
         """The report in a line of JSON. Raises ValueError, KeyError or TypeError on anything else."""
         said: dict[str, Any] = json.loads(line)
         pairs = tuple(Pair((said["host"], each["with"]), each["seconds"]) for each in said["pairs"])
-        return cls(said["host"], said["sees"], said["free"], said["gpus"], said["versions"], pairs)
+        known = (said["host"], said["sees"], said["free"], said["gpus"], said["versions"])
+        return cls(*known, pairs, said.get("taken"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,9 @@ def judge(
     faults: list[str] = []
     culprits: list[str] = []
     heard = {report.host for report in reports}
-    for host in hosts:
-        if host not in heard:
-            faults.append(f"{host} did not answer")
-            culprits.append(host)
+    for words, host in _absent(reports, hosts):
+        faults.append(words)
+        culprits.append(host)
     for report in reports:
         if not report.sees:
             faults.append(
@@ -109,6 +110,17 @@ def judge(
         culprits += blamed
     named = tuple(dict.fromkeys(culprits))
     return Findings(tuple(faults), named if 2 * len(named) < len(hosts) + 1 else ())
+
+
+def _absent(reports: Sequence[NodeReport], hosts: Sequence[str]) -> list[tuple[str, str]]:
+    """Nodes that did not answer; where they had no port to meet at, the one that it is taken on."""
+    taken = [
+        (f"port {report.taken}, at which the nodes meet, is taken on {report.host}", report.host)
+        for report in reports
+        if report.taken is not None
+    ]
+    heard = {report.host for report in reports}
+    return taken or [(f"{host} did not answer", host) for host in hosts if host not in heard]
 
 
 def _room(reports: Sequence[NodeReport], room: int) -> list[str]:

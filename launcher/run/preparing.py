@@ -153,7 +153,7 @@ class _Stopping:
         """Write down that the time of a job has run out; whether it has too often with nothing to show."""
         file, finished = self._directory.journal, count_finished(self._directory.read_config())
         before = journal.events(file, "out_of_time_preparing", "ended")[1 - PATIENCE.attempts :]
-        journal.record(file, "out_of_time_preparing", finished=finished)
+        journal.note(file, "out_of_time_preparing", finished=finished)
         same = [each for each in before if each.get("finished") == finished]
         return len(same) == PATIENCE.attempts - 1
 

@@ -140,6 +140,17 @@ def job_state(job: str, seconds: float = ANSWER_SECONDS) -> JobState | None:
     return read_job(answer.splitlines()[0])
 
 
+def clock(seconds: float = ANSWER_SECONDS) -> float:
+    """What time it is for slurmctld, in whole seconds since the epoch. Raises MachineError where it does not
+    say."""
+    asked = ("scontrol", "show", "config")
+    answer = said(*asked, seconds=seconds, env={**os.environ, **UNAMBIGUOUS})
+    match = re.match(r"Configuration data as of (\S+)", answer)
+    if match is None or (now := _time(match[1])) is None:
+        raise MachineError("slurmctld does not say what time it is")
+    return now
+
+
 def read_job(line: str) -> JobState:
     """The job in a line of `scontrol --oneliner show job`, asked for in UTC (`UNAMBIGUOUS`)."""
     found = fields_of(line)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from types import FrameType
@@ -34,6 +35,8 @@ LOOK_SECONDS: Final = 15.0
 """How often slurmctld is asked about the job: it has many to answer. A signal has it asked at once."""
 QUICK_SECONDS: Final = 10.0
 """How long it may take to answer where somebody waits for it."""
+CLOCK_SECONDS: Final = 300.0
+"""How long it stays known how far its clock is from this machine's."""
 NEED_SECONDS: Final = 5.0
 """How long what a stop takes stays known."""
 KILL_SECONDS: Final = 30.0
@@ -61,7 +64,8 @@ class Slurm:
         self._directory = directory
         self._cluster = cluster
         self._restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        self._hosts = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
+        # A job of one's own making may have more nodes than the run is planned for.
+        self._hosts = slurm.hosts(os.environ["SLURM_JOB_NODELIST"])[: cluster.nodes]
         self._attempt = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._look = Look(job)
@@ -168,7 +172,7 @@ class Slurm:
             excluded = self._exclude()
         except LauncherError as error:  # it is queued again all the same
             why = f"{why}; no node could be excluded: {error.message}"
-        journal.record(self._directory.journal, "requeued", job=self.job, why=why, exclude=list(excluded))
+        journal.note(self._directory.journal, "requeued", job=self.job, why=why, exclude=list(excluded))
         return True
 
     def _requeue(self) -> None:
@@ -216,7 +220,7 @@ class Slurm:
         if plan.device != "cpu":
             backend, gpus = "nccl", plan.batch.world_size // plan.nodes
         word = f"{self.job} {now}"
-        command = check_command(self._step(0), word, backend)
+        command = check_command(self._step(node_check.failures(self._directory)), word, backend)
         room = plan.checkpoint_bytes or 0
         found = node_check.findings(
             self._directory,
@@ -342,13 +346,18 @@ class SlurmRanks:
 
 
 class Look:
-    """The newest answer of slurmctld about a job, asked for by a thread, so that nobody waits for it."""
+    """The newest answer of slurmctld about a job, asked for by a thread, so that nobody waits for it.
+
+    When the job ends is told by this machine's clock, which may not go as slurmctld's does.
+    """
 
     def __init__(self, job: str) -> None:
         self.newest: slurm.JobState | None = None
         self._job = job
         self._wake = threading.Event()
         self._is_over = False
+        self._ahead = (-math.inf, 0.0)
+        """When slurmctld's clock was last asked for, and how far ahead of ours it was."""
 
     @contextlib.contextmanager
     def again_and_again(self) -> Iterator[None]:
@@ -367,8 +376,18 @@ class Look:
     def now(self) -> slurm.JobState | None:
         """Ask, and wait for the answer for a while; where there is none, the last one."""
         with contextlib.suppress(LauncherError):
-            self.newest = slurm.job_state(self._job, QUICK_SECONDS) or self.newest
+            state = slurm.job_state(self._job, QUICK_SECONDS)
+            if state is not None and state.end is not None:
+                state = replace(state, end=state.end - self._seconds_ahead())
+            self.newest = state or self.newest
         return self.newest
+
+    def _seconds_ahead(self) -> float:
+        asked, here = time.monotonic(), time.time()
+        if asked - self._ahead[0] > CLOCK_SECONDS:
+            with contextlib.suppress(LauncherError):
+                self._ahead = asked, slurm.clock(QUICK_SECONDS) - here
+        return self._ahead[1]
 
     def _keep(self) -> None:
         while not self._is_over:

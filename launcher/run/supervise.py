@@ -120,7 +120,7 @@ def record_end(
 ) -> None:
     """Write down how an attempt ended; `orphaned`: its supervisor did not live to."""
     first = first_failure(ended.ends)
-    journal.record(
+    journal.note(
         directory.journal,
         "attempt_ended",
         attempt=ended.number,
@@ -140,7 +140,7 @@ def record_end(
 
 def record_run_end(directory: RunDirectory, end: End, step: int, exit_code: int) -> None:
     """Write down how the run ended, `step` steps far."""
-    journal.record(
+    journal.note(
         directory.journal, "ended", outcome=end.outcome, reason=end.reason, step=step, exit_code=exit_code
     )
 
@@ -169,7 +169,7 @@ def _restart(
 ) -> None:
     """Say why, and wait; a wish to stop ends the wait. Raises Interrupted if the scheduler takes over."""
     outcome, why = ended.verdict.outcome, restart.why
-    journal.record(
+    journal.note(
         directory.journal, "restart", attempt=directory.next_attempt(), in_seconds=restart.seconds, why=why
     )
     if launching.hands_over(outcome, why):

@@ -7,6 +7,7 @@ Its answer is one line of JSON on standard output (`run.nodes.NodeReport`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -39,13 +40,15 @@ def main(arguments: list[str]) -> int:
     directory = RunDirectory(Path(folder))
     number, sees = int(os.environ["SLURM_NODEID"]), _sees(directory, word)
     names = hosts.split(",")
+    taken = int(port) if number == 0 and len(names) > 1 and _is_taken(int(port)) else None
     said = {
         "host": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         "sees": sees,
         "free": shutil.disk_usage(directory.root).free if sees else 0,
         "gpus": torch.cuda.device_count(),
         "versions": versions(),
-        "pairs": _pairs(number, names, int(port), backend) if len(names) > 1 else [],
+        "taken": taken,
+        "pairs": _pairs(number, names, int(port), backend) if len(names) > 1 and taken is None else [],
     }
     # In one piece, whatever PYTHONUNBUFFERED says: other nodes write to the same pipe.
     sys.stdout.write(f"{json.dumps(said)}\n")
@@ -59,6 +62,15 @@ def _sees(directory: RunDirectory, word: str) -> bool:
         return directory.node_check.read_text(encoding="utf-8") == word and os.access(directory.root, os.W_OK)
     except OSError:
         return False
+
+
+def _is_taken(port: int) -> bool:
+    """Whether another program on this node has the port: the others would wait for it to speak as we do."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _pairs(number: int, names: list[str], port: int, backend: str) -> list[dict[str, object]]:

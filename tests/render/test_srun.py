@@ -17,11 +17,17 @@ STEP = Step(
 def test_one_launcher_on_each_node_meets_on_the_first() -> None:
     command = srun_command(STEP)
     assert command[0] == "srun"
-    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(command)
+    assert {
+        "--nodes=2",
+        "--nodelist=n1,n2",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+    } <= set(command)
     assert "--export=ALL" in command
     assert command[-3:-1] == ["sh", "-c"]
     assert "--rdzv_backend c10d" in command[-1]
-    assert f"--main_process_ip n1 --main_process_port {meeting_port(123456)}" in command[-1]
+    assert f"--main_process_ip n1 --main_process_port {meeting_port(123456, 3)}" in command[-1]
     assert "localhost" not in " ".join(command)
 
 
@@ -45,8 +51,10 @@ def test_one_node_has_nobody_to_meet() -> None:
 
 
 def test_jobs_have_ports_of_their_own() -> None:
-    ports = [meeting_port(job) for job in range(5000, 15000)]
+    ports = [meeting_port(job, 1) for job in range(5000, 15000)]
     assert len(set(ports)) == 10000
+    first, second = ({meeting_port(job, attempt) for attempt in range(20)} for job in (7, 8))
+    assert len(first | second) == 40, "and so have a job's attempts"
     assert min(ports) >= 1024
     assert max(ports) < 32768
 

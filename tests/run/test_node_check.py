@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from launcher.run import journal
@@ -17,6 +18,17 @@ def test_what_libraries_print_is_no_answer(tmp_path: Path) -> None:
     command = ["printf", "%s\\n", *said]
     found = findings(directory, command, "word", ["n1", "n2", "n3"], room=1, gpus=0, own_versions=True)
     assert found == Findings(("n2 did not answer", "n3 did not answer"), ())
+
+
+def test_nobody_is_waited_for_where_the_nodes_cannot_meet(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    write_text(directory.environment, json.dumps({"versions": {}}))
+    answer = {"host": "n1", "sees": True, "free": 9, "gpus": 0, "versions": {}, "pairs": [], "taken": 21000}
+    command = ["sh", "-c", f"echo '{json.dumps(answer)}'; exec sleep 60"]
+    begun = time.monotonic()
+    found = findings(directory, command, "word", ["n1", "n2"], room=1, gpus=0, own_versions=True)
+    assert found.culprits == ("n1",)
+    assert time.monotonic() - begun < 30
 
 
 def test_a_run_that_is_submitted_again_has_its_nodes_tried_anew(tmp_path: Path) -> None:

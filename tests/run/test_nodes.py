@@ -51,6 +51,11 @@ def test_sound_nodes() -> None:
     assert judge(timed({}), HOSTS, GIB) == Findings()
 
 
+def test_a_port_that_is_taken_is_no_fault_of_nodes_that_therefore_meet_nobody() -> None:
+    found = judge([report("n1", taken=21000)], HOSTS[:2], GIB)
+    assert found == Findings(("port 21000, at which the nodes meet, is taken on n1",), ("n1",))
+
+
 def test_a_node_with_another_version() -> None:
     reports = [*timed({})[:3], report("n4", versions={"torch": "2.12", "launcher": "0.1"})]
     found = judge(reports, HOSTS, GIB)

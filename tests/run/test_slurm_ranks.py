@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 
 from launcher.config.schema import ClusterConfig
 from launcher.errors import MachineError, RequestError
-from launcher.run import journal, slurm_ranks
+from launcher.run import journal, node_check, slurm_ranks
 from launcher.run.directory import RunDirectory
+from launcher.run.nodes import Findings
 from launcher.run.outcome import Outcome
+from launcher.run.slurm import JobState
 from launcher.run.slurm_facts import Seen, facts_of
 from launcher.run.slurm_ranks import Look, Slurm, outlive_own_requeue, words_of_slurmstepd
 from tests.conftest import small_plan
@@ -48,6 +51,17 @@ def test_slurmctld_is_asked_about_the_job_for_as_long_as_somebody_wants_to_know(
     assert not looking.is_alive()
 
 
+def test_when_the_job_ends_is_told_by_the_clock_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """slurmctld's is 90 seconds ahead: by what it says, the job would end before we knew."""
+    running = JobState("1", "RUNNING", "None", 0, "n1", "batch", False, 1000.0, 4600.0)
+    monkeypatch.setattr("launcher.run.slurm.job_state", lambda *_: running)
+    monkeypatch.setattr("launcher.run.slurm.clock", lambda _: 2090.0)
+    monkeypatch.setattr("time.time", lambda: 2000.0)
+    seen = Look("1").now()
+    assert seen is not None
+    assert seen.end == 4510.0
+
+
 def test_a_requeue_may_be_asked_for_in_any_thread() -> None:
     """Where text is prepared in one long call, it is not the main thread that sees the end of the job."""
     before = signal.getsignal(signal.SIGTERM)
@@ -61,6 +75,9 @@ def test_a_requeue_may_be_asked_for_in_any_thread() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+ONE_NODE = ClusterConfig(name="c", launch="slurm", gpu="cpu", gpus_per_node=1)
+
+
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     """Job 7 on one node, of which slurmctld says nothing."""
@@ -69,7 +86,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     monkeypatch.setattr("launcher.run.slurm.hosts", lambda _: ("n1",))
     monkeypatch.setattr("launcher.run.slurm.job_state", lambda *_: None)
     monkeypatch.setattr(slurm_ranks, "outlive_own_requeue", lambda: None)
-    return Slurm(RunDirectory(tmp_path), ClusterConfig(name="c", launch="slurm", gpu="cpu", gpus_per_node=1))
+    return Slurm(RunDirectory(tmp_path), ONE_NODE)
 
 
 def test_a_job_that_may_not_be_queued_again_ends_its_run_in_words(
@@ -91,3 +108,14 @@ def test_a_job_of_too_few_nodes_is_not_begun(job: Slurm, monkeypatch: pytest.Mon
     monkeypatch.setattr(RunDirectory, "read_orders", lambda _: orders)
     with pytest.raises(MachineError, match="job 7 has 1 of the 2 nodes that the run is planned for"):
         job.check_nodes()
+
+
+@pytest.mark.usefixtures("job")
+def test_of_a_job_of_more_nodes_the_first_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = SimpleNamespace(plan=replace(small_plan(), nodes=2))
+    monkeypatch.setattr(RunDirectory, "read_orders", lambda _: orders)
+    monkeypatch.setattr("launcher.run.slurm.hosts", lambda _: ("n1", "n2", "n3"))
+    directory = RunDirectory(tmp_path)
+    node_check.record(directory, ["n1", "n2"], Findings(), time.time())
+    Slurm(directory, ONE_NODE.model_copy(update={"nodes": 2})).check_nodes()
+    assert len(journal.events(directory.journal, "nodes_checked")) == 1, "they were sound just now"

@@ -5,6 +5,7 @@ Attempts of real ranks: tests/test_survival.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -29,6 +31,7 @@ from launcher.run.outcome import Facts, Outcome, Patience, read_end
 from launcher.run.processes import lives
 from launcher.run.requests import ask_to_stop, asked_by
 from launcher.run.supervise import is_finished, supervise
+from tests.conftest import lacks
 from tests.run.machines import Machines
 
 F, S, C, M = Outcome.FINISHED, Outcome.STOPPED, Outcome.CRASHED, Outcome.OUT_OF_MEMORY
@@ -229,6 +232,30 @@ time.sleep({starter})
     assert (ended["outcome"], ended["exit_code"]) == ("FINISHED", code)
 
 
+def test_a_shared_file_system_is_asked_twice_a_second(directory: RunDirectory) -> None:
+    launching = Scripted(
+        directory, 'beat(0, 2); time.sleep(1); say(0, "FINISHED", 20); say(1, "FINISHED", 20)'
+    )
+    with patch("launcher.run.attempt.asked_by", wraps=asked_by) as looked:
+        assert supervise(directory, launching, lambda text: None, QUICK) == 20
+    assert looked.call_count < 10
+
+
+def test_a_last_word_that_a_network_file_system_shows_late_is_waited_for(directory: RunDirectory) -> None:
+    words = """
+os.uname = lambda: type("There", (), {"nodename": "n9"})
+beat(0, 20), beat(1, 20)
+say(0, "FINISHED", 20)
+time.sleep(1)
+if not os.fork():
+    time.sleep(1.5)
+    say(1, "FINISHED", 20)
+"""
+    launching = Scripted(directory, words)
+    assert supervise(directory, launching, lambda text: None, QUICK) == 20
+    assert launching.attempts == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_asks_for_a_safe_stop(
     directory: RunDirectory, later: Callable[..., None], number: int
@@ -358,6 +385,51 @@ def test_ranks_that_do_not_stop_before_the_jobs_end_are_ended(directory: RunDire
     (ended,) = events(directory, "attempt_ended")
     assert (ended["outcome"], ended["step"]) == ("TIME_LIMIT", 5)
     assert ended["seconds"] < 30
+
+
+@pytest.fixture
+def small_disk(directory: RunDirectory) -> Iterator[None]:
+    """The run is on a file system of its own, of 1 MiB."""
+    orders = directory.orders.read_text(encoding="utf-8")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory.root)]
+    if error := subprocess.run(mount, capture_output=True, text=True).stderr:
+        lacks(f"no file system can be mounted: {error.strip()}")
+    write_text(directory.orders, orders)
+    yield
+    subprocess.run(["umount", "-l", str(directory.root)], check=True)
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_on_a_full_disk_the_ranks_are_asked_to_stop_and_the_queue_for_a_requeue(
+    directory: RunDirectory, later: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = "import signal; beat(0, 5); signal.signal(signal.SIGTERM, lambda *_: os._exit(0)); time.sleep(60)"
+    launching = Scripted(directory, words, requeues=True)
+
+    def fill() -> None:
+        for file in (directory.root / "full", directory.journal):
+            with contextlib.suppress(OSError), file.open("ab", buffering=0) as stream:
+                while True:
+                    stream.write(b"\n" * 512)
+        launching.known = Facts(preempted=True)
+
+    later(directory.heartbeat(1, 0).exists, fill)
+    with pytest.raises(Interrupted, match="queued again"):
+        supervise(directory, launching, lambda text: None, QUICK)
+    assert launching.handed == [Outcome.PREEMPTED]
+    said = capfd.readouterr().err
+    assert (
+        f"{directory.stop_request}: No space left on device: the ranks are asked to stop by SIGTERM" in said
+    )
+    assert f'{directory.journal}: No space left on device: {{"time"' in said
+    (directory.root / "full").unlink()
+    journal.record(directory.journal, "ended")
+    written = directory.journal.read_text(encoding="utf-8").split()
+    assert [word for word in written if word in ('"attempt_ended",', '"restart",', '"ended"}')] == [
+        '"attempt_ended",',
+        '"restart",',
+        '"ended"}',
+    ], "what was kept, once there is room"
 
 
 def test_a_persons_wish_outlives_a_requeue(directory: RunDirectory) -> None:

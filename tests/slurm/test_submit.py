@@ -19,7 +19,7 @@ from launcher.run.directory import RunDirectory
 from launcher.run.doctor import examine
 from launcher.run.excluding import avoid
 from launcher.run.machine import Machine
-from launcher.run.slurm import job_state
+from launcher.run.slurm import clock, job_state
 from launcher.run.submitting import check_submission
 from scripts.slurm_cluster import GPUS, GRACE, KILL_WAIT, Cluster
 from scripts.slurm_drill import Place, cluster_file
@@ -256,6 +256,7 @@ def test_times_are_read_in_every_time_zone(slurm: Cluster, monkeypatch: pytest.M
     assert found is not None
     assert found.start is not None
     assert 3500 < found.start - time.time() < 3700
+    assert abs(clock() - time.time()) < 60
 
 
 def test_a_job_submitted_from_a_job_is_another(

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from launcher.run.nodes import NodeReport
 
 FORKED = """
 import os, sys
@@ -20,6 +23,18 @@ for number in range(3):
 for _ in range(3):
     os.wait()
 """
+
+
+def test_the_first_says_at_once_that_the_port_is_taken_on_it(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", "launcher.worker.node", str(tmp_path), "word", "n1,n2", str(port)]
+        environment = os.environ | {"SLURM_NODEID": "0", "SLURMD_NODENAME": "n1"}
+        said = subprocess.run(
+            [*command, "gloo"], capture_output=True, env=environment, timeout=100, check=True
+        )
+    report = NodeReport.from_line(said.stdout.decode())
+    assert (report.host, report.taken, report.pairs) == ("n1", port, ())
 
 
 def test_the_nodes_that_are_there_answer_without_one_that_is_not(tmp_path: Path) -> None:
