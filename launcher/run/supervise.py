@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from launcher.errors import Interrupted, LauncherError, TrainingError
 from launcher.plan.choose import Plan
@@ -73,8 +72,8 @@ def supervise(directory: RunDirectory, launching: Launching, say: Say, patience:
                 return _end(directory, End(Outcome.STOPPED, "asked for before it began"), None, say)
             number = _record_start(directory, plan)
             ended = run_attempt(directory, launching, number, plan.batch.world_size, signals)
-            record_end(directory, ended, planned_steps=plan.steps)
-            following = what_next(history(directory), patience)
+            event = record_end(directory, ended, planned_steps=plan.steps)
+            following = what_next(_history(directory, event), patience)
             if isinstance(following, End):
                 return _end(directory, following, ended, say)
             _restart(directory, launching, ended, following, signals, say)
@@ -93,8 +92,8 @@ def end_without_ranks(directory: RunDirectory, launching: Launching, reason: str
     directory.logs(number).mkdir(parents=True)
     verdict = Verdict(Outcome.TIME_LIMIT, reason)
     ended = Ended(number, verdict, (), newest_step(directory.checkpoints), 0.0, None)
-    record_end(directory, ended, planned_steps=plan.steps)
-    following = what_next(history(directory), PATIENCE)
+    event = record_end(directory, ended, planned_steps=plan.steps)
+    following = what_next(_history(directory, event), PATIENCE)
     if isinstance(following, End):
         _end(directory, following, ended, say)
     else:
@@ -117,10 +116,10 @@ def _record_start(directory: RunDirectory, plan: Plan) -> int:
 
 def record_end(
     directory: RunDirectory, ended: Ended, *, planned_steps: int | None, orphaned: bool = False
-) -> None:
-    """Write down how an attempt ended; `orphaned`: its supervisor did not live to."""
+) -> journal.Event:
+    """Write down how an attempt ended, and return that; `orphaned`: its supervisor did not live to."""
     first = first_failure(ended.ends)
-    journal.note(
+    return journal.note(
         directory.journal,
         "attempt_ended",
         attempt=ended.number,
@@ -145,11 +144,13 @@ def record_run_end(directory: RunDirectory, end: End, step: int, exit_code: int)
     )
 
 
-def history(directory: RunDirectory) -> list[Attempt]:
-    """The attempts since the run last ended, oldest first."""
+def _history(directory: RunDirectory, ended: journal.Event) -> list[Attempt]:
+    """The attempts since the run last ended, oldest first. The last one `ended` so: a full disk may not have
+    taken it, and the next supervisor then takes it from what the ranks said."""
+    events = journal.read(directory.journal)
     found: list[Attempt] = []
-    began: dict[int, dict[str, Any]] = {}
-    for event in journal.read(directory.journal):
+    began: dict[int, journal.Event] = {}
+    for event in events if ended in events else [*events, ended]:
         if event["event"] == "attempt_started":
             began[event["attempt"]] = event
         elif event["event"] == "attempt_ended":
