@@ -77,6 +77,8 @@ def submit(
     following = [assembled(each, None, cluster) for each in then or []]
     for draft in (*drafts, *following):
         check_slurm(draft.cluster.config)
+    if prepare is not None:
+        check_preparation(sweep, drafts[0])
     if dry_run:
         _show(drafts, following, _sweep_folder(run, overrides, cluster, drafts) if sweep else None, prepare)
         return
@@ -84,7 +86,6 @@ def submit(
         check_submission(draft, console.say)
     jobs: list[tuple[str, Path]] = []
     if prepare is not None:
-        check_preparation(sweep, drafts[0])
         directory = may_begin(drafts[0])
         write_draft(drafts[0], directory, _launcher())
         array = submit_preparation(drafts[0], directory, _launcher(), prepare, console.say)
