@@ -471,6 +471,12 @@ def test_loading_a_run_is_light(run_file: Path) -> None:
             "Its memory in GB",
         ),
         (
+            "{name: mine, memory_gb: 1e308}",
+            "gpu.memory_gb",
+            "expected at most 1,000,000,000,000, got 1e+308",
+            "Its memory in GB",
+        ),
+        (
             "{name: mine, memory_gb: 24, bf16_tflops: 0}",
             "gpu.bf16_tflops",
             "expected a number above 0, or null, got 0",
