@@ -28,7 +28,6 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
     "plan": frozenset({"errors", "config", "sizes"}),
     "render": frozenset({"errors", "config", "plan", "sizes"}),
     "run": frozenset({"errors", "config", "plan", "render", "data", "durable", "sizes"}),
-    "report": frozenset({"errors", "run"}),
     "worker": frozenset(
         {
             *("errors", "config", "plan", "data", "durable", "sizes"),
@@ -36,7 +35,7 @@ MAY_IMPORT: Final[Mapping[str, frozenset[str]]] = {
             *("run.heartbeat", "run.nodes"),
         }
     ),
-    "cli": frozenset({"errors", "console", "config", "data", "plan", "render", "run", "report", "sizes"}),
+    "cli": frozenset({"errors", "console", "config", "data", "plan", "render", "run", "sizes"}),
     "__main__": frozenset({"cli"}),
 }
 ENGINES: Final = frozenset({"torch", "transformers", "accelerate", "deepspeed", "datasets"})

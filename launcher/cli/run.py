@@ -123,7 +123,7 @@ def train(
     from launcher.run.environment import describe_environment
     from launcher.run.holding import only_supervisor
     from launcher.run.local import Local
-    from launcher.run.preflight import check_host_memory, check_launch, check_local
+    from launcher.run.preflight import check_launch, check_local
     from launcher.run.preparing import stoppable
     from launcher.run.supervise import is_finished
     from launcher.run.text import ready_text
@@ -132,7 +132,6 @@ def train(
     directory = run_directory(draft.run.config)
     check_local(draft.cluster.config)
     check_launch(draft.run.config, draft.place, draft.machine, draft.plan.strategy)
-    check_host_memory(draft.plan, draft.machine)
     check_same_run(directory, draft.run.config)
     launching = Local(directory, draft.cluster.config.env)
     with only_supervisor(directory, launching, console.say):

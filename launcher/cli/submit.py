@@ -84,7 +84,7 @@ def submit(
         check_submission(draft, console.say)
     jobs: list[tuple[str, Path]] = []
     if prepare is not None:
-        check_preparation(sweep, drafts[0])
+        check_preparation(drafts[0], is_sweep=bool(sweep))
         directory = may_begin(drafts[0])
         write_draft(drafts[0], directory, _launcher())
         array = submit_preparation(drafts[0], directory, _launcher(), prepare, console.say)
@@ -133,9 +133,10 @@ def _sweep_folder(run: Path, overrides: list[str] | None, cluster: Path, drafts:
 def _show(drafts: list[Assembly], following: list[Assembly], sweep: Path | None, prepare: int | None) -> None:
     """Print every script that would be handed in, in that order."""
     from launcher.run.directory import run_directory
-    from launcher.run.submitting import preparation_script, sweep_script
+    from launcher.run.submitting import check_preparation, preparation_script, sweep_script
 
     if prepare is not None:
+        check_preparation(drafts[0], is_sweep=sweep is not None)
         directory = run_directory(drafts[0].run.config)
         console.answer(preparation_script(drafts[0], directory, _launcher(), prepare).rstrip("\n"))
     if sweep is not None:

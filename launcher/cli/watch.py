@@ -93,7 +93,7 @@ def logs(
 def stop(run_dir: RunFolder) -> None:
     """Ask a run to stop safely, with a checkpoint."""
     from launcher.run.directory import RunDirectory
-    from launcher.run.queue import cancel, find_job
+    from launcher.run.queue import find_job, find_preparation
     from launcher.run.requests import ask_to_stop
     from launcher.run.status import alive, read_status
 
@@ -103,9 +103,7 @@ def stop(run_dir: RunFolder) -> None:
         console.answer(f"run {directory.root.name!r} is asked to stop: its text is being prepared")
         return
     found = read_status(directory, find_job(directory), time.time())
-    if found.job is not None and found.job.state == "PENDING":
-        cancel(found.job.job)
-        console.answer(f"job {found.job.job} of run {found.name!r} waited in the queue, and is cancelled")
+    if _taken_back(found.name, found.job, find_preparation(directory)):
         return
     if found.alive is None and (found.job is None or found.job.is_over):
         raise RunDirectoryError(
@@ -118,6 +116,21 @@ def stop(run_dir: RunFolder) -> None:
         f"run {found.name!r} {asked} to stop: its ranks agree on a step, save a checkpoint there and end; "
         "the command that started it goes on from it"
     )
+
+
+def _taken_back(run: str, job: QueuedJob | None, preparing: QueuedJob | None) -> bool:
+    """Cancel what of a run is queued and trains nothing yet; whether there was anything."""
+    from launcher.run.queue import cancel
+
+    queued: dict[str, str] = {}
+    if job is not None and job.state == "PENDING":
+        queued[job.job] = "waited in the queue"
+    if preparing is not None and not preparing.is_over:
+        queued[preparing.job] = "was to prepare its text"
+    for each, meant in queued.items():
+        cancel(each)
+        console.answer(f"job {each} of run {run!r} {meant}, and is cancelled")
+    return bool(queued)
 
 
 def _watch(look: Callable[[], list[Status]], as_json: bool) -> None:

@@ -37,6 +37,22 @@ def secret_in(path: str) -> str | None:
     return None
 
 
+def no_pattern_in(path: str) -> tuple[str, str] | None:
+    """What in a path or URL is neither a pattern nor a name, and what to write instead; None: nothing."""
+    for url in path.split("::"):
+        scheme, _, rest = url.partition("://")
+        host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+        if scheme in ("http", "https") and not {"[", "]"}.isdisjoint(host):
+            return f"a bracket in the name of a host, {host}", "patterns go behind the host: write that out"
+    parts = [] if "::" in path else path.split("/")
+    if any("**" in part and part != "**" for part in parts):
+        return (
+            "** with other letters between two slashes",
+            "** stands for folders: write it as FOLDER/**/*.txt",
+        )
+    return None
+
+
 def _named_values(url: str) -> Iterator[str]:
     """The names of all that a URL gives as NAME=VALUE: in its query, its fragment, or after a semicolon."""
     for part in re.split(r"[?#;&]", url)[1:]:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from launcher.config.faults import shown
 from launcher.config.presets import GPT2_FIELDS
+from launcher.config.values import MOST
 
 _LLAMA: Final[Mapping[str, Any]] = {
     "num_hidden_layers": 32,
@@ -73,6 +74,8 @@ def _expected(name: str, value: object, default: object) -> str | None:
     """What the field takes, when `value` is not that; fields whose default says little take anything."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if name in _COUNTS:
+        if isinstance(value, int) and value > MOST:
+            return f"at most {MOST:,}"
         sound = isinstance(value, int) and number and value >= 1
         return None if sound or (value is None and name in _MAY_BE_NULL) else "a whole number from 1 on"
     if isinstance(default, bool):

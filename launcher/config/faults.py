@@ -90,8 +90,10 @@ def shown(value: Value) -> str:
     if isinstance(value, dict):
         return "a mapping"
     text = json.dumps(value, ensure_ascii=False)
-    text = text if len(text) <= 60 else text[:56] + '..."'
-    return f"the text {text}" if isinstance(value, str) else text
+    is_text = isinstance(value, str)
+    if len(text) > 60:
+        text = text[:56] + ('..."' if is_text else "...")
+    return f"the text {text}" if is_text else text
 
 
 def _split(model: type[Section], loc: KeyPath) -> tuple[type[Section], KeyPath, KeyPath]:
@@ -150,8 +152,9 @@ def _likeliest_arm(field: FieldInfo, found: list[Found]) -> list[Found]:
     return ranked[0]
 
 
-def _fit(found: list[Found]) -> tuple[int, int]:
-    return min(len(rest) for rest, _ in found), -len(found)
+def _fit(found: list[Found]) -> tuple[int, bool, int]:
+    took_the_type = any(error["type"] == "value_error" for _, error in found)
+    return min(len(rest) for rest, _ in found), took_the_type, -len(found)
 
 
 _SPOKEN = ("value_error", "too_short", "string_too_short")  # where a list of types says less than the error

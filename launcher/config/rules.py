@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from launcher.config.addresses import NO_SECRETS, secret_in
+from launcher.config.addresses import NO_SECRETS, no_pattern_in, secret_in
 from launcher.config.faults import shown
 from launcher.config.keys import did_you_mean, in_words, nearest
 from launcher.config.slurm import (
@@ -333,6 +333,9 @@ def paths_say_something(key: str) -> Callable[[object], Iterator[Fault]]:
             yield Fault(
                 key, "an empty path names no file", hint="name a file, a glob or a URL; or take it out"
             )
+        for path in _files(files):
+            if wrong := no_pattern_in(path):
+                yield Fault(key, f"{wrong[0]}: nothing can match it", hint=wrong[1])
 
     return judge
 

@@ -1,82 +1,31 @@
 """What a user may write: every key of `run.yaml` and `cluster.yaml`, with its type and meaning.
 
-The models are strict (an unknown key, or a string where a number belongs, is a fault) and frozen.
-Rules that need more than one key live in `config.rules`, so that one pass can report them beside
-faults in single keys.
+The models are strict (an unknown key, or a string where a number belongs, is a fault) and frozen. What a
+single value may be is in `config.values`; rules that need more than one key are in `config.rules`, so that
+one pass can report them beside faults in single keys.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from launcher.config.slurm import check_memory, check_time_limit
-
-STEPS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
-DOCUMENT = re.compile(r"[^:]+:[0-9]+")
-DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|min|h|d)")
-MOST_STEPS = 100_000  # in one range of data.skip.steps: a loss spike is a few hundred
-SECONDS: Mapping[str, float] = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def seconds(duration: str) -> float:
-    """Seconds in a duration such as `90s`, `15min`, `1.5h` or `2d`. Raises ValueError."""
-    match = DURATION.fullmatch(duration.strip())
-    if match is None or float(match[1]) == 0:
-        raise ValueError("expected a duration above zero such as 90s, 15min, 1.5h or 2d")
-    return float(match[1]) * SECONDS[match[2]]
-
-
-def _integral(value: Any) -> Any:
-    """`10e9` is how people write ten billion: a float that is a whole number is an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _every(value: int | str) -> int | str:
-    if isinstance(value, str):
-        seconds(value)
-    elif value < 1:
-        raise ValueError("expected at least 1 step")
-    return value
-
-
-def steps_in(entry: str) -> range:
-    """The steps that `120` or `130-135` names, both ends included. Raises ValueError."""
-    match = STEPS.fullmatch(entry)
-    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= first <= last:
-        raise ValueError("expected a step from 1 on, or a range of steps such as 130-135")
-    if last - first >= MOST_STEPS:
-        raise ValueError(f"expected a range of at most {MOST_STEPS:,} steps")
-    return range(first, last + 1)
-
-
-def _number_as_text(value: Any) -> Any:
-    return str(_integral(value)) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def _steps(entry: str) -> str:
-    steps_in(entry)
-    return entry
-
-
-def _document(name: str) -> str:
-    if DOCUMENT.fullmatch(name) is None:
-        raise ValueError("expected SHARD:DOCUMENT, such as train-00003:1542")
-    return name
-
-
-def _run_name(value: str) -> str:
-    if value in {"", ".", ".."} or "/" in value or value[0] == "-" or not value.isprintable():
-        raise ValueError("expected a folder name: no slash, no control character, no leading dash")
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_integral), Field(ge=1)]
-Every = Annotated[int | str, BeforeValidator(_integral), AfterValidator(_every)]
+from launcher.config.values import (
+    MOST,
+    Count,
+    Every,
+    Figure,
+    Tokens,
+    at_most,
+    document_name,
+    number_as_text,
+    one_line,
+    run_name,
+    step_range,
+    steps_in,
+)
 
 
 class Section(BaseModel):
@@ -132,12 +81,12 @@ class ModelSection(Section):
 class SkipSection(Section):
     """Text that is not trained on any more, as after a spike in the loss."""
 
-    steps: list[Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_steps)]] = Field(
+    steps: list[Annotated[str, BeforeValidator(number_as_text), AfterValidator(step_range)]] = Field(
         default_factory=list,
         description="Steps whose samples are banned: numbers, or ranges such as 130-135. The run is to go on "
         "from a checkpoint before them; their places are taken by the samples that follow.",
     )
-    documents: list[Annotated[str, AfterValidator(_document)]] = Field(
+    documents: list[Annotated[str, AfterValidator(document_name)]] = Field(
         default_factory=list,
         description="Documents, named as `data show` prints them (train-00003:1542). Every block that holds "
         "any of one is banned.",
@@ -239,12 +188,12 @@ class TrainSection(Section):
     """How to train."""
 
     batch_size: Count = Field(description="Sequences per optimizer step, over the whole world.")
-    tokens: Count | None = Field(
+    tokens: Tokens | None = Field(
         None,
         description="Length of training in tokens, rounded up to a whole step. One of tokens, steps, epochs.",
     )
     steps: Count | None = Field(None, description="Length of training in optimizer steps.")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
+    epochs: Figure | None = Field(
         None, description="Length of training in passes over the training blocks, rounded up to a whole step."
     )
     learning_rate: float = Field(6e-4, gt=0, description="The peak learning rate.")
@@ -322,7 +271,7 @@ class CheckpointSection(Section):
 class RunConfig(Section):
     """`run.yaml`: what to train. It names no machine, so the same file runs anywhere."""
 
-    name: Annotated[str, AfterValidator(_run_name)] = Field(
+    name: Annotated[str, AfterValidator(run_name)] = Field(
         description="The run's name, and its folder's name in `output_dir`."
     )
     model: ModelSection = Field(description="Which model.")
@@ -341,7 +290,9 @@ class RunConfig(Section):
     seed: int = Field(
         1337, ge=0, lt=2**32, description="Seeds the weights, the dropout and the order of the data."
     )
-    output_dir: str = Field("runs", min_length=1, description="The folder that run directories are made in.")
+    output_dir: Annotated[str, AfterValidator(one_line)] = Field(
+        "runs", min_length=1, description="The folder that run directories are made in."
+    )
 
 
 class Container(Section):
@@ -408,14 +359,14 @@ class GPUFigures(Section):
     """A GPU that the catalogue lacks, by its maker's figures."""
 
     name: str = Field(min_length=1, description="What to call it: a name that the catalogue does not have.")
-    memory_gb: float = Field(gt=0, description="Its memory in GB of 10^9 bytes.")
-    bf16_tflops: Annotated[float, Field(gt=0)] | None = Field(
+    memory_gb: Figure = Field(description="Its memory in GB of 10^9 bytes.")
+    bf16_tflops: Figure | None = Field(
         None, description="Its peak in bf16 and fp16, dense, in 10^12 FLOP/s. null: speed is not predicted."
     )
-    bandwidth_gbs: Annotated[float, Field(gt=0)] | None = Field(
+    bandwidth_gbs: Figure | None = Field(
         None, description="Its memory's bandwidth in GB/s. null: speed is not predicted."
     )
-    link_gbs: Annotated[float, Field(gt=0)] | None = Field(
+    link_gbs: Figure | None = Field(
         None,
         description="What it sends to others of its node, in GB/s each way. null: speed is not predicted.",
     )
@@ -437,10 +388,10 @@ class ClusterConfig(Section):
         description="The GPU's name in the catalogue; `cpu`; `auto`: what is found here; or, for one that "
         "the catalogue lacks, {name, memory_gb} and, for its speed, {bf16_tflops, bandwidth_gbs, link_gbs}.",
     )
-    network_gbps: Annotated[float, Field(gt=0)] | None = Field(
+    network_gbps: Figure | None = Field(
         None, description="Network bandwidth between nodes, per GPU, in Gbit/s."
     )
-    price_per_gpu_hour: Annotated[float, Field(ge=0)] | None = Field(
+    price_per_gpu_hour: Annotated[float, Field(ge=0), AfterValidator(at_most(MOST))] | None = Field(
         None, description="Price of one GPU for one hour, in any currency."
     )
     slurm: SlurmSection = Field(default_factory=SlurmSection, description="What SLURM is asked for.")

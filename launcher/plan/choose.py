@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from launcher.config.schema import RunConfig, seconds
+from launcher.config.schema import RunConfig
+from launcher.config.values import seconds
 from launcher.errors import MachineError, RequestError
 from launcher.plan.batch import NOTHING_DONE, Batch, Done, count_steps, splits, warmup_steps
 from launcher.plan.fast import Fast, fast_paths

@@ -1,13 +1,13 @@
 """The known faults of job scripts, whoever wrote them: each with its line and its remedy. Pure.
 
-A script is read line by line, continued lines joined; nothing is run or expanded. What starts training is
-known by its name: `accelerate launch`, torchrun and the like.
+A script is read line by line, the lines of one command joined; nothing is run or expanded. What starts
+training is known by its name: `accelerate launch`, torchrun and the like.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,7 +24,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command of the script, its continued lines joined; `line` is its first."""
+    """One command of the script, the lines that it goes on over joined; `line` is its first."""
 
     line: int
     text: str
@@ -100,39 +100,82 @@ def take_apart(text: str) -> Script:
     """sbatch reads options until the first line that is neither empty nor a comment."""
     options: list[tuple[int, str]] = []
     commands: list[Command] = []
-    begun, joined = 0, ""
-    for number, line in enumerate(text.splitlines(), 1):
-        stripped = line.strip()
-        if not joined and stripped.startswith("#"):
-            if stripped.startswith("#SBATCH"):
-                options.append((number, _without_comment(stripped.removeprefix("#SBATCH"))))
+    lines = text.splitlines()
+    at = 0
+    while at < len(lines):
+        stripped = lines[at].strip()
+        if stripped and not stripped.startswith("#"):
+            command, after = _command_at(lines, at)
+            commands.append(Command(at + 1, command))
+            at = after
             continue
-        if not joined and not stripped:
-            continue
-        begun = begun if joined else number
-        if stripped.endswith("\\"):
-            joined += stripped[:-1] + " "
-        else:
-            commands.append(Command(begun, _without_comment(joined + stripped)))
-            joined = ""
-    if joined:
-        commands.append(Command(begun, joined))
+        at += 1
+        if stripped.startswith("#SBATCH"):
+            options.append((at, _read_line(stripped.removeprefix("#SBATCH"), "")[0].strip()))
     first = commands[0].line if commands else len(text)
     early = tuple(each for each in options if each[0] < first)
     return Script(early, tuple(commands))
 
 
-def _without_comment(text: str) -> str:
-    """The text without a comment at its end, which begins with a # after a space outside of quotes."""
-    quote = ""
-    for index, letter in enumerate(text):
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "\"'":
-            quote = letter
-        elif letter == "#" and (index == 0 or text[index - 1].isspace()):
-            return text[:index].strip()
-    return text.strip()
+def _command_at(lines: Sequence[str], at: int) -> tuple[str, int]:
+    """The command that begins in this line, and the index of the line after it.
+
+    A quote that nothing closes is one that was misread here: the command then ends with its line.
+    """
+    parts: list[str] = []
+    inside, without_quote = "", None
+    while at < len(lines):
+        kept, inside, heredocs = _read_line(lines[at].strip(), inside)
+        at = _after_bodies(lines, at + 1, heredocs)
+        if kept.endswith("\\"):
+            parts.append(kept[:-1] + " ")
+            continue
+        parts.append(kept + "\n")
+        found = ("".join(parts).strip(), at)
+        if not set(inside) & set("\"'"):
+            return found
+        without_quote = without_quote or found
+    return without_quote or ("".join(parts), at)
+
+
+def _after_bodies(lines: Sequence[str], at: int, heredocs: Sequence[re.Match[str]]) -> int:
+    """The index of the line after the bodies of these heredocs, which are data."""
+    for heredoc in heredocs:
+        indented = "\t" if heredoc["tabs"] else ""
+        ends = (each for each in range(at, len(lines)) if lines[each].lstrip(indented) == heredoc["end"])
+        at = next(ends, at - 1) + 1
+    return at
+
+
+_COMMAND: Final = re.compile(
+    r"""\\.|['"()]|(?<!\S)\#.*|<<<|<<(?P<tabs>-?)\s*(?P<quote>["']?)\\?(?P<end>\w+)(?P=quote)"""
+)
+_MARKS: Final[Mapping[str, re.Pattern[str]]] = {
+    "": _COMMAND,
+    ")": _COMMAND,
+    "'": re.compile("'"),
+    '"': re.compile(r'\\.|"|\$\('),
+}
+"""What changes the meaning of what follows, by what has to be closed."""
+_CLOSED_BY: Final[Mapping[str, str]] = {"'": "'", '"': '"', "(": ")", "$(": ")"}
+
+
+def _read_line(line: str, inside: str) -> tuple[str, str, list[re.Match[str]]]:
+    """A line without the comment at its end, what then has to be closed, the last first to be, and the
+    heredocs that begin in it. `inside`: what has to be closed before it."""
+    heredocs: list[re.Match[str]] = []
+    at = 0
+    while match := _MARKS[inside[-1:]].search(line, at):
+        mark, at = match[0], match.end()
+        if mark.startswith("#"):
+            line = line[: match.start()].rstrip()
+        elif mark == inside[-1:]:
+            inside = inside[:-1]
+        elif mark in _CLOSED_BY:
+            inside += _CLOSED_BY[mark]
+        elif match.groupdict().get("end"):
+            heredocs.append(match)
+    return line, inside, heredocs
 
 
 def _variable_in_option(script: Script) -> Iterator[Finding]:

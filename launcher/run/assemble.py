@@ -321,6 +321,8 @@ def going_on(draft: Assembly, say: Say) -> Assembly:
         if begun and (changed := changed_for_good(directory.read_config(), run)):
             other = ", ".join(changed)
             say(f"{directory.root} has begun with another {other}: this is the plan of a new run")
+        elif begun:
+            check_goes_on(directory, draft.plan, None)
         return draft
     if draft.plan.steps is None:
         draft = assemble(draft.run, draft.cluster, draft.machine, before)

@@ -21,7 +21,7 @@ from launcher.run.directory import (
 from launcher.run.environment import describe_environment
 from launcher.run.machine import find_machine
 from launcher.run.preflight import check_run
-from launcher.run.queue import find_job
+from launcher.run.queue import find_job, find_preparation
 from launcher.run.samples import say_skip
 from launcher.run.saying import Say
 from launcher.run.supervise import is_finished
@@ -33,12 +33,12 @@ def may_begin(draft: Assembly) -> RunDirectory:
     directory = run_directory(draft.run.config)
     check_run(draft.run.config, draft.plan.strategy)
     check_same_run(directory, draft.run.config)
-    found = find_job(directory)
-    if found is not None and not found.is_over:
-        raise RunDirectoryError(
-            f"job {found.job} of this run is {found.state}: {directory.root}",
-            hint=f"wait for it, or end it: launcher stop {quote(str(directory.root))}",
-        )
+    for found in (find_job(directory), find_preparation(directory)):
+        if found is not None and not found.is_over:
+            raise RunDirectoryError(
+                f"job {found.job} of this run is {found.state}: {directory.root}",
+                hint=f"wait for it, or end it: launcher stop {quote(str(directory.root))}",
+            )
     return directory
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from launcher.config.load import load_cluster, load_run
 from launcher.config.models import find_model
 from launcher.config.schema import DataSection, ModelSection
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, RequestError
 from launcher.plan.fast import Fast, every_path
 from launcher.run.assemble import assemble
 from launcher.run.checks import Check
@@ -38,6 +38,8 @@ def examine_model(source: str, cluster: Path | None) -> list[Check]:
 
 
 def _asked(source: str, cluster: Path | None) -> dict[str, Any]:
+    if not source:
+        raise RequestError("--model is empty", hint="name a run.yaml, a run's folder or a model")
     path = Path(source)
     if path.is_file():
         assembly = assemble(load_run(path, []), load_cluster(cluster), find_machine())

@@ -11,11 +11,10 @@ from launcher.config.addresses import is_url
 from launcher.config.load import Loaded
 from launcher.config.schema import ClusterConfig, RunConfig
 from launcher.errors import MachineError, RequestError
-from launcher.plan.choose import Place, Plan
+from launcher.plan.choose import Place
 from launcher.plan.sharding import zero_stage
 from launcher.run.directory import check_writable, run_directory
 from launcher.run.machine import Machine
-from launcher.sizes import size_in_words
 
 
 def check_launch(run: RunConfig, place: Place, machine: Machine, strategy: str) -> None:
@@ -70,17 +69,6 @@ def _check_repository(name: str) -> None:
         raise RequestError(
             f"push_to_hub: {name!r} cannot be a repository: {error}", hint="write it as user/name"
         ) from error
-
-
-def check_host_memory(plan: Plan, machine: Machine) -> None:
-    """Raise MachineError if what `plan` offloads is more than this machine has, where it is the node."""
-    if plan.nodes == 1 and plan.host_memory > machine.memory:
-        needed, there = map(size_in_words, (plan.host_memory, machine.memory))
-        raise MachineError(
-            f"train.offload={plan.offload} takes about {needed} of this machine's memory, which is {there}",
-            hint="set train.offload: none and a train.strategy that shares more, or use a larger machine",
-            key="train.offload",
-        )
 
 
 def check_gpus(place: Place, machine: Machine) -> None:

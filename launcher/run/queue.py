@@ -50,15 +50,23 @@ class QueuedJob:
         return self.state not in slurm.GOES_ON
 
 
-def last_job(directory: RunDirectory) -> str | None:
+def last_job(directory: RunDirectory, event: str = "submitted") -> str | None:
     """The job that this run was submitted as last; None: it never was."""
-    jobs = [event["job"] for event in journal.events(directory.journal, "submitted")]
+    jobs = [each["job"] for each in journal.events(directory.journal, event)]
     return jobs[-1] if jobs else None
 
 
 def find_job(directory: RunDirectory) -> QueuedJob | None:
     """The newest job of this run; None for one that was never submitted, or where SLURM does not answer."""
-    job = last_job(directory)
+    return _look_up(last_job(directory))
+
+
+def find_preparation(directory: RunDirectory) -> QueuedJob | None:
+    """The newest array of jobs that prepare the text of this run, as `find_job` has the run's own."""
+    return _look_up(last_job(directory, "preparation_submitted"))
+
+
+def _look_up(job: str | None) -> QueuedJob | None:
     if job is None:
         return None
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config.schema import RunConfig, steps_in
+from launcher.config.schema import RunConfig
+from launcher.config.values import steps_in
 from launcher.data.blocks import Blocks
 from launcher.data.mixture import training_order
 from launcher.data.order import Order

@@ -129,7 +129,8 @@ def fields_of(line: str) -> dict[str, str]:
 
 
 def job_state(job: str, seconds: float = ANSWER_SECONDS) -> JobState | None:
-    """The job as slurmctld knows it; None once it is forgotten."""
+    """The job as slurmctld knows it; None once it is forgotten. Of an array, an element that goes on if any
+    does."""
     try:
         asked = ("scontrol", "--oneliner", "show", "job", job)
         answer = said(*asked, seconds=seconds, env={**os.environ, **UNAMBIGUOUS})
@@ -137,7 +138,8 @@ def job_state(job: str, seconds: float = ANSWER_SECONDS) -> JobState | None:
         if "Invalid job id" in error.message:
             return None
         raise
-    return read_job(answer.splitlines()[0])
+    jobs = [read_job(line) for line in answer.splitlines()]
+    return next((each for each in jobs if not each.is_over), jobs[0])
 
 
 def clock(seconds: float = ANSWER_SECONDS) -> float:

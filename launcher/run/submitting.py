@@ -112,9 +112,9 @@ def sweep_script(drafts: Sequence[Assembly], folder: Path, launcher: str) -> str
     return render_job(job, job_template(job.slurm.template))
 
 
-def check_preparation(sweep: Sequence[str] | None, assembly: Assembly) -> None:
+def check_preparation(assembly: Assembly, *, is_sweep: bool) -> None:
     """Raise RequestError where text cannot be prepared in jobs of its own."""
-    if sweep:
+    if is_sweep:
         raise RequestError(
             "--prepare and --sweep: the runs of a sweep may differ in their text",
             hint="prepare it first: `launcher data prepare RUN`",

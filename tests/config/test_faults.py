@@ -192,6 +192,30 @@ RUN = "name: r\nmodel: {name: gpt2}\ndata: {train: [a.txt]}\ntrain: {batch_size:
             'expected a folder name: no slash, no control character, no leading dash, got the text "a/b"',
             "The run's name",
         ),
+        (
+            'output_dir="a\\nb"',
+            "output_dir",
+            'expected one line of text, without control characters, got the text "a\\nb"',
+            "The folder that",
+        ),
+        (
+            "train.batch_size=1e18",
+            "train.batch_size",
+            "expected at most 1,000,000,000,000, got 1e+18",
+            "Sequences per optimizer step",
+        ),
+        (
+            "train.micro_batch=1e18",
+            "train.micro_batch",
+            "expected at most 1,000,000,000,000, got 1e+18",
+            "Sequences per forward pass",
+        ),
+        (
+            f"train.steps={'9' * 400}",
+            "train.steps",
+            f"expected at most 1,000,000,000,000, got {'9' * 56}...",
+            "Length of training",
+        ),
         ("name=7", "name", "expected text, got 7", 'write it in quotes: "7"'),
         (
             "report_to=tensorboard",

@@ -13,6 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from launcher.config.addresses import no_pattern_in
 from launcher.config.keys import leaves
 from launcher.config.load import differences, dump, load_cluster, load_files, load_run
 from launcher.config.schema import ClusterConfig, RunConfig
@@ -349,12 +350,13 @@ texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
     ["3e-4", "on", "0123", "24:00:00", "2026-01-31", "null", "true", "1_0", "a: b", "#x", "*x", "'", '"', " "]
 )
 numbers = st.floats(1e-12, 1e12)
+paths = texts.filter(lambda text: "::" not in text and no_pattern_in(text) is None)
 sources = st.lists(
-    st.fixed_dictionaries({"files": st.lists(texts, min_size=1, max_size=2), "weight": numbers}),
+    st.fixed_dictionaries({"files": st.lists(paths, min_size=1, max_size=2), "weight": numbers}),
     min_size=1,
     max_size=3,
 ).map(lambda made: [{"name": f"s{n}", **source} for n, source in enumerate(made)])
-files = st.lists(texts.filter(lambda text: "::" not in text), min_size=1, max_size=3)
+files = st.lists(paths, min_size=1, max_size=3)
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | numbers | texts,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(texts, inner, max_size=2),
@@ -468,6 +470,12 @@ def test_loading_a_run_is_light(run_file: Path) -> None:
             "{name: mine, memory_gb: 24GB}",
             "gpu.memory_gb",
             'expected a number above 0, got the text "24GB"',
+            "Its memory in GB",
+        ),
+        (
+            "{name: mine, memory_gb: 1e308}",
+            "gpu.memory_gb",
+            "expected at most 1,000,000,000,000, got 1e+308",
             "Its memory in GB",
         ),
         (

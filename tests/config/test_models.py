@@ -116,6 +116,12 @@ def test_overrides_change_the_config() -> None:
         ),
         ({"n_layer": 0}, "model.overrides.n_layer", "expected a whole number from 1 on, got 0", None),
         ({"n_layer": True}, "model.overrides.n_layer", "expected a whole number from 1 on, got true", None),
+        (
+            {"n_layer": 10**13},
+            "model.overrides.n_layer",
+            "expected at most 1,000,000,000,000, got 10000000000000",
+            None,
+        ),
         ({"n_embd": 1.5}, "model.overrides.n_embd", "expected a whole number from 1 on, got 1.5", None),
         ({"attn_pdrop": "0"}, "model.overrides.attn_pdrop", 'expected a number, got the text "0"', None),
         ({"use_cache": 1}, "model.overrides.use_cache", "expected true or false, got 1", None),

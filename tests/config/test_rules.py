@@ -292,6 +292,21 @@ def test_other_names_are_no_secrets(name: str) -> None:
     assert not is_private(name)
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("https://ex[0]/x", "a bracket in the name of a host, ex[0]: nothing can match it"),
+        ("zip://a::https://[ab]/x.zip", "a bracket in the name of a host, [ab]: nothing can match it"),
+        ("a/**b/*.txt", "** with other letters between two slashes: nothing can match it"),
+    ],
+)
+def test_what_can_be_no_pattern_is_refused(tmp_path: Path, path: str, message: str) -> None:
+    fault = fault_of(tmp_path, f'data.train=["{path}"]')
+    assert (fault.path, fault.message) == ("data.train", message)
+    sound = '["a[0]/**/x", "https://a/b[0-9].txt", "zip://[ab]/a**b::s3://b/x.zip", "file:///a/[bc]"]'
+    assert loads(tmp_path, f"data.train={sound}")
+
+
 def test_a_secret_in_the_environment_is_refused_and_not_shown(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("env:\n  NCCL_DEBUG: INFO\n  HF_TOKEN: hf_x\n")
     with pytest.raises(ConfigError) as caught:

@@ -148,6 +148,27 @@ def test_cpus_may_be_passed_on_by_hand(value: str) -> None:
     assert rules(f"#SBATCH -c 8\nsrun -K -c {value} torchrun train.py\n") == []
 
 
+def test_a_quote_may_be_open_over_several_lines() -> None:
+    script = "#SBATCH -N 2\nsrun -K bash -c 'cd src\n  torchrun $SLURM_NODEID\n'\ntorchrun x\n"
+    assert rules(script) == [(5, "no-srun")]
+    assert rules(script.replace("'", '"')) == [(2, "expanded-early"), (5, "no-srun")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["echo it\\'s", "echo 1 # it's", """echo "$(echo 'a"b')" """, "echo $'it\\'s'", "echo $((1<<EOF))"],
+)
+def test_what_opens_no_quote_hides_nothing(line: str) -> None:
+    assert rules(f"#SBATCH -N 2\n{line}\ntorchrun train.py\n") == [(3, "no-srun")]
+
+
+@pytest.mark.parametrize("begin", ["<<EOF", "<< 'EOF'", "<<-\\EOF", '> it <<"EOF" # it\'s'])
+def test_a_heredoc_is_data(begin: str) -> None:
+    end = "\tEOF" if "-" in begin else "EOF"
+    script = f"#SBATCH -N 2\ncat {begin}\ntorchrun it's $SLURM_NODEID\n{end}\ntorchrun train.py\n"
+    assert rules(script) == [(5, "no-srun")]
+
+
 def test_a_comment_is_no_command() -> None:
     assert rules("#!/bin/bash\n# accelerate launch --main_process_port 29500\nhostname # torchrun\n") == []
 

@@ -10,11 +10,11 @@ import pytest
 from launcher.config.load import load_cluster, load_run
 from launcher.config.presets import starter_run
 from launcher.config.schema import ClusterConfig
-from launcher.errors import MachineError, RequestError
+from launcher.errors import MachineError, RequestError, RunDirectoryError
 from launcher.plan.choose import Plan
 from launcher.run.assemble import Assembly, assemble, find_place, going_on, rendered_files
 from launcher.run.checkpoints import begin, commit
-from launcher.run.directory import run_directory, write_files
+from launcher.run.directory import RunDirectory, run_directory, write_files
 from launcher.run.explain import explain_key
 from launcher.run.machine import FoundGPU, Machine
 
@@ -30,29 +30,43 @@ def planned(folder: Path, gpu: str, gpus: int = 8) -> Plan:
     return assemble(load_run(folder / "run.yaml"), load_cluster(folder / "cluster.yaml"), BARE).plan
 
 
+def drafted(folder: Path, *overrides: str) -> Assembly:
+    (folder / "run.yaml").write_text(starter_run("gpt2", "gpt2"))
+    (folder / "cluster.yaml").write_text("gpus_per_node: 8\ngpu: h100-sxm-80gb\n")
+    return assemble(load_run(folder / "run.yaml", overrides), load_cluster(folder / "cluster.yaml"), BARE)
+
+
+def begun(folder: Path, *overrides: str) -> RunDirectory:
+    """A run with a checkpoint at step 10."""
+    first = drafted(folder, *overrides)
+    directory = run_directory(first.run.config)
+    write_files(rendered_files(first, directory, None).items())
+    temporary = begin(directory.checkpoints, 10)
+    commit(temporary, step=10, samples=5120, world_size=8, created=0.0)
+    return directory
+
+
 def test_a_run_of_another_configuration_is_planned_as_a_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`train` would refuse it under this name; it does not go on from a checkpoint of something else."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run.yaml").write_text(starter_run("gpt2", "gpt2"))
-    (tmp_path / "cluster.yaml").write_text("gpus_per_node: 8\ngpu: h100-sxm-80gb\n")
-
-    def draft(*overrides: str) -> Assembly:
-        return assemble(
-            load_run(tmp_path / "run.yaml", overrides), load_cluster(tmp_path / "cluster.yaml"), BARE
-        )
-
-    first = draft("train.strategy=zero2")
-    directory = run_directory(first.run.config)
-    write_files(rendered_files(first, directory, None).items())
-    temporary = begin(directory.checkpoints, 10)
-    commit(temporary, step=10, samples=5120, world_size=8, created=0.0)
+    directory = begun(tmp_path, "train.strategy=zero2", "train.steps=10")
     said: list[str] = []
-    assert going_on(draft("train.strategy=zero2", "train.steps=10"), said.append).plan.samples == 5120
+    same = drafted(tmp_path, "train.strategy=zero2", "train.steps=10")
+    assert going_on(same, said.append).plan.samples == 5120
     assert said == []
-    assert going_on(draft("train.strategy=zero1", "train.steps=10"), said.append).plan.strategy == "zero1"
+    other = drafted(tmp_path, "train.strategy=zero1", "train.steps=10")
+    assert going_on(other, said.append).plan.strategy == "zero1"
     assert said == [f"{directory.root} has begun with another train.strategy: this is the plan of a new run"]
+
+
+def test_a_run_that_streams_is_not_cut_short_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    begun(tmp_path, "data.mode=stream", "train.steps=20")
+    going_on(drafted(tmp_path, "data.mode=stream", "train.steps=30"), print)
+    with pytest.raises(RunDirectoryError, match="was planned for 20 steps, and 5 are asked for"):
+        going_on(drafted(tmp_path, "data.mode=stream", "train.steps=5"), print)
 
 
 def test_a_node_s_memory_is_this_machine_s_where_it_may_be_the_node() -> None:

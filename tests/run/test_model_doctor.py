@@ -43,3 +43,5 @@ def test_what_is_neither_a_run_nor_a_model_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(LauncherError, match="no-such-model"):
         examine_model("no-such-model", None)
+    with pytest.raises(LauncherError, match="is empty"):
+        examine_model("", None)

@@ -221,6 +221,10 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(place: Place) -> None:
         *("submit", "run.yaml", "--cluster", "drill.yaml", "--dry-run", "--sweep", "seed=1,2")
     )
     assert "#SBATCH --array=0-1\n" in swept.stdout
+    both = place.launcher(
+        *("submit", "run.yaml", "--cluster", "drill.yaml", "--dry-run"), "--sweep=seed=1,2", "--prepare=2"
+    )
+    assert (both.returncode, both.stdout) == (2, "")
     assert sorted(place.folder.iterdir()) == before
 
 

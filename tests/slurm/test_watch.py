@@ -53,3 +53,21 @@ def test_a_job_that_waits_says_why_and_is_taken_out_by_stop(slurm: Cluster, plac
     assert place.launcher("stop", "runs/third").returncode == 2, "there is nothing left to stop"
     table = place.launcher("status", "runs").stdout
     assert "queued" in table
+
+
+def test_the_jobs_that_prepare_text_are_taken_out_by_stop_too(slurm: Cluster, place: Place) -> None:
+    config = cluster_file("batch") | {"nodes": 1}
+    config["slurm"] |= {"extra": ["--hold"]}
+    place.write("held.yaml", config)
+    prepare = ("submit", "run.yaml", "--cluster", "held.yaml", "--json", "--prepare", "2")
+    done = place.launcher(*prepare)
+    assert done.returncode == 0, done.stderr
+    (told,) = json.loads(done.stdout)
+    array = slurm.job(told["job"])["Dependency"].partition(":")[2].partition("_")[0]
+    slurm.run("scancel", told["job"])
+    again = place.launcher(*prepare)
+    assert (again.returncode, f"job {array} of this run is PENDING" in again.stderr) == (2, True)
+
+    stopped = place.launcher("stop", told["directory"])
+    assert stopped.returncode == 0, stopped.stderr
+    assert slurm.job(array)["JobState"] == "CANCELLED"
