@@ -287,7 +287,8 @@ def _as_transformers_reads(folder: Path) -> tuple[Reference, dict[str, str]]:
     """
     from tokenizers import Tokenizer as Reference
 
-    asking = [sys.executable, "-m", "launcher.worker.tokenizer", str(folder)]
+    # -P: a random.py in the folder one stands in is not Python's.
+    asking = [sys.executable, "-P", "-m", "launcher.worker.tokenizer", str(folder)]
     asked = subprocess.run(asking, capture_output=True, text=True, check=False)
     if asked.returncode:
         reason = (asked.stderr.strip() or f"exit code {asked.returncode}").splitlines()[-1]
@@ -295,7 +296,7 @@ def _as_transformers_reads(folder: Path) -> tuple[Reference, dict[str, str]]:
             f"tokenizer {folder}: transformers cannot read it: {reason}",
             hint="where its tokenizer.json says all, put it into a folder by itself, and name that",
         )
-    answer = json.loads(asked.stdout)
+    answer = json.loads(asked.stdout.splitlines()[-1])
     return Reference.from_str(answer["content"]), answer["special"]
 
 

@@ -8,6 +8,7 @@ is a checkpoint, and nothing else is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -87,19 +88,24 @@ class Checkpoint:
         found = self.misfits()
         whole = [name for name in self.files if name not in found]
         with ThreadPoolExecutor(THREADS) as threads:
-            for name, digest in zip(whole, threads.map(self._hash_now, whole), strict=True):
-                if digest is None:
-                    found[name] = f"{name} is missing"
-                elif digest != self.files[name].sha256:
-                    found[name] = f"{name} does not have the hash it was written with"
+            found |= {
+                name: wrong
+                for name, wrong in zip(whole, threads.map(self._wrong_with, whole), strict=True)
+                if wrong
+            }
         return [found[name] for name in self.files if name in found]
 
-    def _hash_now(self, name: str) -> str | None:
-        """The sha256 of a file; None for one that is gone: a run that prunes may be at work."""
+    def _wrong_with(self, name: str) -> str | None:
+        """What is wrong with the content of a file; it may be gone: a run that prunes may be at work."""
         try:
-            return mark_of(self.folder / name).sha256
+            same = mark_of(self.folder / name).sha256 == self.files[name].sha256
         except FileNotFoundError:
-            return None
+            return f"{name} is missing"
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return f"{name} cannot be read: {error.strerror}"
+        return None if same else f"{name} does not have the hash it was written with"
 
 
 def begin(checkpoints: Path, step: int) -> Path:

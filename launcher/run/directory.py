@@ -177,11 +177,17 @@ class RunDirectory:
         return max(numbers, default=0) + 1
 
     def read_config(self) -> RunConfig:
-        """The configuration of this run. Raises RunDirectoryError if there is none."""
+        """The configuration of this run. Raises RunDirectoryError if there is none that can be read."""
         from launcher.config.load import load_run
 
         self.require(self.config)
-        return load_run(self.config).config
+        try:
+            return load_run(self.config).config
+        except ConfigError as error:
+            raise RunDirectoryError(
+                f"{self.config} cannot be read: {error.faults[0]}",
+                hint="choose another name, or mend that file",
+            ) from error
 
     def read_orders(self) -> Orders:
         """The worker's orders. Raises RunDirectoryError if there are none."""
@@ -244,13 +250,7 @@ def check_same_run(directory: RunDirectory, run: RunConfig) -> None:
             f"{directory.root} exists and is not a run directory",
             hint="choose another name or output_dir",
         )
-    try:
-        before = directory.read_config()
-    except ConfigError as error:
-        raise RunDirectoryError(
-            f"{directory.config} cannot be read: {error.faults[0]}",
-            hint="choose another name, or mend that file",
-        ) from error
+    before = directory.read_config()
     changed = changed_for_good(before, run)
     if changed and has_begun(directory):
         raise RunDirectoryError(

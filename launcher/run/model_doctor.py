@@ -30,7 +30,7 @@ def examine_model(source: str, cluster: Path | None) -> list[Check]:
     Raises what reading and planning it raises; LauncherError where the worker cannot try it.
     """
     asked = json.dumps(_asked(source, cluster))
-    command = [sys.executable, "-m", "launcher.worker.doctor"]
+    command = [sys.executable, "-P", "-m", "launcher.worker.doctor"]
     done = subprocess.run(command, input=asked, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode:
         raise LauncherError(f"{source} could not be tried: {done.stderr.strip()[-500:]}")

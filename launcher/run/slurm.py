@@ -50,7 +50,7 @@ UNAMBIGUOUS: Final[Mapping[str, str]] = {"TZ": "UTC0", "SLURM_TIME_FORMAT": "sta
 """Environment in which SLURM writes times that can be read: by themselves they have no time zone, an hour of
 each autumn is there twice, and a user may have asked for words such as `Tomorr 15:00`."""
 
-OF_THE_CLUSTER: Final = frozenset(("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"))
+OF_THE_CLUSTER: Final = frozenset(("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"))
 """Which SLURM is meant. Every other variable of SLURM's own describes the job that a process is in."""
 OVERRULING: Final = frozenset(variable(option) for option in OWN_OPTIONS if option != "export")
 """Variables by which sbatch would take another value than the job script has."""

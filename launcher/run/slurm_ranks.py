@@ -27,6 +27,7 @@ from launcher.run.checkpoints import newest_step
 from launcher.run.directory import RunDirectory
 from launcher.run.heartbeat import read_beat
 from launcher.run.outcome import UNLIMITED, End, Facts, Outcome
+from launcher.run.requests import is_there
 from launcher.run.slurm_facts import Seen, facts_of, is_requeued
 from launcher.run.stopping import need_of
 from launcher.run.supervise import record_run_end
@@ -180,7 +181,7 @@ class Slurm:
         supervisor is there already: this one's node is cut off."""
         until = time.monotonic() + REQUEUE_SECONDS
         while not is_requeued(Seen(self._look.now(), self._restarts)):
-            if self._directory.handover.exists():
+            if is_there(self._directory.handover):
                 raise Interrupted(REPLACED)
             try:
                 slurm.said("scontrol", "requeue", self.job)

@@ -25,7 +25,7 @@ from launcher.errors import TrainingError
 from launcher.plan.fast import chunk_rows, one_kernel
 from launcher.worker.collate import IGNORED
 from launcher.worker.model import in_mode
-from launcher.worker.probe import next_token_loss, probe_ids
+from launcher.worker.probe import next_token_loss, on_trial, probe_ids
 from launcher.worker.vocabulary import RealColumns, plain_head, real_columns
 
 if find_spec("triton") is not None:
@@ -343,7 +343,7 @@ def _passes_on(
     labels = ids.clone()
     see(ids=ids, labels=labels)
     try:
-        with in_mode(model, training=training), torch.random.fork_rng(devices=[]):
+        with on_trial(model, training=training), torch.random.fork_rng(devices=[]):
             see(found=model(input_ids=ids, labels=labels).loss)
     except Exception as error:  # noqa: BLE001 - a model of any kind, which is then left alone
         return f"the model does not run with input_ids and labels alone: {error}"

@@ -1,8 +1,8 @@
 """Which fast paths a model takes, tried on a short copy of it: what `launcher doctor --model` runs.
 
 `python -m launcher.worker.doctor`: JSON with `model` (its transformers config), `fast` (the plan's) and
-`data` (the run's section) on standard input; a list of checks, each with name, state, found and remedy, on
-standard output.
+`data` (the run's section) on standard input; a list of checks, each with name, state, found and remedy, as
+the last line of standard output.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from launcher.config.schema import DataSection
+from launcher.errors import RequestError
 from launcher.plan.fast import Fast
 from launcher.worker.collate import IGNORED, Tensors, collate_of
 from launcher.worker.fast import make_fast
+from launcher.worker.probe import check_predicts_next
 from launcher.worker.tracing import TracedPass, compiled, watch
 
 LAYERS = 2
@@ -54,6 +56,11 @@ def _shorten(config: Any) -> None:
 
 def examine(model: PreTrainedModel, fast: Fast, data: DataSection) -> Iterator[Check]:
     """A check for each planned path of the model, then what a pass through it on rows of `data` shows."""
+    try:
+        check_predicts_next(model, data.block_size)
+    except RequestError as error:
+        yield _check("loss", "missing", error.message, error.hint)
+        return
     fell_back = make_fast(model, fast, block_size=data.block_size)
     for name in ("tanh_gelu", "causal_attention", "chunked_loss", "padded_vocabulary"):
         key = f"train.fast.{name}"
@@ -122,7 +129,7 @@ def main() -> int:
         checks = [_check("model", "missing", f"cannot be built: {error}", "check model.name and overrides")]
     else:
         checks = list(examine(model, Fast(**asked["fast"]), DataSection.model_validate(asked["data"])))
-    json.dump(checks, sys.stdout)
+    print(f"\n{json.dumps(checks)}")  # a line of its own, whatever else was printed
     return 0
 
 

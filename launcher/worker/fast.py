@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -18,8 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from launcher.plan.fast import Fast
 from launcher.worker.chunked_loss import replace_forward, replaced_forward, use_chunked_loss
-from launcher.worker.model import in_mode
-from launcher.worker.probe import probe_ids
+from launcher.worker.probe import TOKENS, attention, on_trial, probe_ids
 from launcher.worker.vocabulary import is_padded, pad_vocabulary
 
 M_TRIM_THRESHOLD: Final = -1
@@ -31,9 +29,6 @@ CAUSAL: Final = "sdpa_causal"
 
 NEEDS_A_MASK: Final = ("attention_mask", "position_ids", "past_key_values")
 """Inputs that say more than causal attention alone would see to."""
-
-PROBE: Final = 16
-"""Tokens that attention with and without a mask is compared on."""
 
 AUTOCAST: Final = ("_enter_autocast", "_exit_autocast")
 """What torch.compile writes into a graph for `with torch.autocast`."""
@@ -187,17 +182,17 @@ def use_causal_attention(model: PreTrainedModel, block_size: int) -> str | None:
 
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
         if len(args) > 1 or any(inputs.get(name) is not None for name in NEEDS_A_MASK):
-            with _attention(self, before):
+            with attention(self, before):
                 return stock(*args, **inputs)
         return stock(*args, **inputs)
 
     vocabulary = model.config.get_text_config().vocab_size
-    ids = probe_ids(min(PROBE, block_size), vocabulary=vocabulary, device=model.device).expand(2, -1)
+    ids = probe_ids(min(TOKENS, block_size), vocabulary=vocabulary, device=model.device).expand(2, -1)
     try:
-        with torch.no_grad(), in_mode(model, training=False):
-            expected = model(input_ids=ids, use_cache=False).logits
-            with _attention(model, CAUSAL):
-                found = model(input_ids=ids, use_cache=False).logits
+        with torch.no_grad(), on_trial(model):
+            expected = model(input_ids=ids).logits
+            with attention(model, CAUSAL):
+                found = model(input_ids=ids).logits
     except Exception as error:  # noqa: BLE001 - a model of any kind, which then keeps its own attention
         return f"the model does not run without a mask: {error}"
     if not torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
@@ -220,16 +215,6 @@ def _other_than_causal(model: PreTrainedModel, block_size: int) -> str | None:
     if not getattr(config, "is_causal", True):
         return "the model attends both ways"
     return None
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.config._attn_implementation = name
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
 
 
 def ask_nothing_of_the_host(model: PreTrainedModel) -> None:

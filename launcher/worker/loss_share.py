@@ -9,33 +9,22 @@ eight, the step would have eight times as much of it.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Final
+from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from launcher.errors import RequestError
 from launcher.worker.chunked_loss import replace_forward
 from launcher.worker.collate import IGNORED
-from launcher.worker.model import in_mode
-from launcher.worker.probe import next_token_loss, probe_ids
-
-PROBE: Final = 16
-"""Tokens that show how a model's loss is made."""
-CLOSE: Final = 1e-4
-"""How far two ways to the same loss may be apart, as a part of it."""
+from launcher.worker.probe import TOKENS, close, next_token_loss, on_trial, probe_ids
 
 
 def share_loss(model: PreTrainedModel, *, block_size: int) -> str | None:
     """Have `model`, told of the labels in a step, return its part of the step's loss: its mean, weighted by
     its share of them. In an evaluation a router's loss is left out. Returns the line that says so, and None
     where the stock loss does it by itself.
-
-    Raises RequestError for a model that compares each token with itself, as some encoders' decoders do.
     """
-    found, doubled = _probe(model, block_size)
-    if doubled is not None and _close(2 * doubled, found):
+    if _is_a_share(model, block_size):
         return None
     stock = model.forward
 
@@ -58,26 +47,16 @@ def share_loss(model: PreTrainedModel, *, block_size: int) -> str | None:
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, block_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The loss of some tokens, and where it takes their number that of the same as one half of a step."""
+def _is_a_share(model: PreTrainedModel, block_size: int) -> bool:
+    """Whether the loss of some tokens is half of it where they are half of a step, with nothing added: what a
+    router adds may be less than rounding."""
     vocabulary = model.config.get_text_config().vocab_size
-    ids = probe_ids(min(PROBE, block_size), vocabulary=vocabulary, device=model.device)
-    takes = any(
-        each.kind is each.VAR_KEYWORD for each in inspect.signature(model.forward).parameters.values()
-    )
-    with in_mode(model, training=False):
+    ids = probe_ids(min(TOKENS, block_size), vocabulary=vocabulary, device=model.device)
+    parameters = inspect.signature(model.forward).parameters.values()
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return False
+    items = torch.tensor(2 * (ids.shape[1] - 1), device=model.device)
+    with on_trial(model):
         found = model(input_ids=ids, labels=ids)
-        items = torch.tensor(2 * (ids.shape[1] - 1), device=model.device)
-        doubled = model(input_ids=ids, labels=ids, num_items_in_batch=items).loss if takes else None
-    itself = functional.cross_entropy(found.logits[0].float(), ids[0])
-    if _close(found.loss, itself) and not _close(found.loss, next_token_loss(found.logits, ids)):
-        raise RequestError(
-            f"model.name: {type(model).__name__} compares each token with itself, not with the next one",
-            hint="take a model that is trained on the next token, such as gpt2 or one of Llama's kind",
-            key="model.name",
-        )
-    return found.loss, doubled
-
-
-def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool((one - other).abs() <= CLOSE * other.abs())
+        half = model(input_ids=ids, labels=ids, num_items_in_batch=items).loss
+    return getattr(found, "aux_loss", None) is None and close(2 * half, found.loss)

@@ -54,6 +54,7 @@ from launcher.worker.metrics import MetricsFile, Progress
 from launcher.worker.model import load_tokenizer, trained_model
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
 from launcher.worker.pickles import allow_deepspeed, read_as_data
+from launcher.worker.probe import check_predicts_next
 from launcher.worker.rank import Rank, join, last_word, say_last
 from launcher.worker.recomputing import recompute
 from launcher.worker.report import Report
@@ -317,7 +318,9 @@ def train(
 
 
 def make_ready(model: PreTrainedModel, plan: Plan) -> dict[str, str]:
-    """Have `model` train as planned. Returns the fast paths that it cannot take, each with the reason."""
+    """Have `model` train as planned. Returns the fast paths that it cannot take, each with the reason; raises
+    RequestError for one that is not trained on the next token."""
+    check_predicts_next(model, plan.block_size)
     fell_back = make_fast(model, plan.fast, block_size=plan.block_size)
     if "chunked_loss" not in taken_by(model):
         said = share_loss(model, block_size=plan.block_size)

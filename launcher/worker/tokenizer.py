@@ -1,7 +1,7 @@
 """What transformers makes of a tokenizer: asked by `launcher.data.tokenizers`, in a process of its own.
 
-`python -m launcher.worker.tokenizer FOLDER`: to stdout as JSON, the tokenizer.json of the tokenizer that its
-class builds, and the names of its special tokens.
+`python -m launcher.worker.tokenizer FOLDER`: as the last line of stdout, in JSON, the tokenizer.json of the
+tokenizer that its class builds, and the names of its special tokens.
 """
 
 from __future__ import annotations
@@ -25,4 +25,4 @@ def read(folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump(read(sys.argv[1]), sys.stdout)
+    print(f"\n{json.dumps(read(sys.argv[1]))}")  # a line of its own, whatever else was printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,19 @@ def test_what_class_and_settings_make_of_tokenizer_json(
     assert [reference_ids(reference(tmp_path / "again"), text) for text in texts] == expected
     monkeypatch.setattr("subprocess.run", None)
     assert load_tokenizer(str(tmp_path / "again")).fingerprint == ours.fingerprint
+
+
+def test_neither_the_folder_it_is_read_from_nor_a_site_that_prints_is_in_the_way(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").write_text((saved / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "unk_token": "tea"}))
+    (tmp_path / "random.py").write_text("raise ImportError('another random')")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("print('welcome', end='')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer(".").end_of_text_id == reference(tmp_path).eos_token_id
 
 
 def test_what_transformers_cannot_read_is_a_wrong_request(saved: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -195,6 +196,26 @@ def test_what_a_rank_has_sealed_is_in_the_manifest_though_it_is_not_listed_yet(
     monkeypatch.setattr(ledger, "names_in", lambda folder: [])
     made = ledger.commit(temporary, step=5, samples=40, world_size=2, created=0.0, sealed=sealed)
     assert list(made.files) == ["rank-1.pt"]
+
+
+def test_a_sector_that_cannot_be_read_is_damage_and_the_one_before_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5)
+    newest = save(tmp_path, 10).folder
+    read = mark_of
+
+    def fails(file: Path) -> Mark:
+        if file.parent == newest:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(file)
+
+    monkeypatch.setattr(ledger, "mark_of", fails)
+    found = ledger.latest_good(tmp_path)
+    assert found is not None
+    assert found.step == 5
+    (reasons,) = ledger.damages(tmp_path, 10).values()
+    assert reasons == [f"{name} cannot be read: Input/output error" for name in ("model.safetensors",)]
 
 
 def test_one_that_a_run_removes_while_it_is_verified_is_not_damaged(

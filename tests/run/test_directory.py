@@ -155,9 +155,10 @@ def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
 def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
     directory = made(tmp_path / "small", asked())
     directory.config.write_text("name: small\nmodel: [")
-    with pytest.raises(RunDirectoryError, match=r"config\.yaml cannot be read") as refused:
-        check_same_run(directory, asked())
-    assert "mend that file" in (refused.value.hint or "")
+    for look in (lambda: check_same_run(directory, asked()), directory.read_config):
+        with pytest.raises(RunDirectoryError, match=r"config\.yaml cannot be read") as refused:
+            look()
+        assert "mend that file" in (refused.value.hint or "")
 
 
 def test_a_run_may_grow_but_not_shrink(tmp_path: Path) -> None:

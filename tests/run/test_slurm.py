@@ -142,7 +142,13 @@ def test_an_element_of_an_array_goes_by_its_own_name(monkeypatch: pytest.MonkeyP
 
 def test_a_job_has_nothing_of_the_one_that_it_is_submitted_from(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no variable of sbatch's overrules the job script: a time limit, an array, a job without requeue."""
-    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "mine", "SBATCH_EXPORT": "NONE", "SLURMS": "x"}
+    kept = {
+        "SLURM_CONF": "/etc/slurm.conf",
+        "SLURM_CONF_SERVER": "ctl:6817",
+        "SBATCH_ACCOUNT": "mine",
+        "SBATCH_EXPORT": "NONE",
+        "SLURMS": "x",
+    }
     gone = {"SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SRUN_CPUS_PER_TASK", "SBATCH_TIMELIMIT", "SBATCH_ARRAY_INX"}
     gone |= {"SBATCH_NO_REQUEUE", "SBATCH_MEM_PER_NODE", "SBATCH_GPUS_PER_NODE", "SBATCH_PARTITION"}
     for name, value in {**kept, **dict.fromkeys(gone, "1")}.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from launcher.config.presets import PRESETS
 from launcher.config.schema import DataSection
@@ -97,6 +97,17 @@ def refusing() -> PreTrainedModel:
     return model
 
 
+class WithoutPositions(GPT2LMHeadModel):
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **more: Any) -> Any:
+        if "position_ids" in more:
+            raise TypeError("position_ids")
+        return super().forward(input_ids=input_ids, labels=labels, **more)
+
+
+def without_positions() -> PreTrainedModel:
+    return WithoutPositions(gpt2().config)
+
+
 @pytest.mark.parametrize(
     ("build", "check", "found"),
     [
@@ -110,11 +121,10 @@ def refusing() -> PreTrainedModel:
         (masking, "host", "waits for the GPU 1 times"),
         (looking_back, "host", "waits for the GPU 1 times"),
         (talking, "torch.compile", " graphs: "),
-        (refusing, "pass", "the model does not run here on rows of this data: no GPU"),
     ],
     ids=[
         "activation", "attention", "kernel", "window", "head", "vocabulary", "host", "mask", "backward",
-        "graph", "pass",
+        "graph",
     ],
 )  # fmt: skip
 def test_what_falls_off_a_path_is_caught(
@@ -157,6 +167,22 @@ def test_without_the_path_the_stock_model_has_a_mask_when_compiled() -> None:
 def test_rows_are_the_run_s_own(data: Mapping[str, Any]) -> None:
     checks = said(gpt2(), data, causal_attention=False)
     assert checks["attention"] == ("warning", "a dense mask in 2 of 2 layers")
+
+
+def test_a_model_that_training_refuses_is_told_so() -> None:
+    state, told = said(refusing())["loss"]
+    assert (state, told) == (
+        "missing",
+        "model.name: GPT2LMHeadModel does not run with input_ids and labels alone: no GPU",
+    )
+
+
+def test_a_model_that_does_not_take_the_rows_is_told_so() -> None:
+    checks = said(without_positions(), {"isolate_documents": True}, chunked_loss=False)
+    state, told = checks["pass"]
+    assert state == "warning"
+    assert told.startswith("the model does not run here on rows of this data: ")
+    assert "position_ids" in told
 
 
 def test_sdpa_is_proposed_to_a_model_that_has_it() -> None:
