@@ -138,11 +138,13 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What an attempt came to, and why, in words. `retry`: whether another one may fare better."""
+    """What an attempt came to, and why, in words. `retry`: whether another one may fare better. `rank`: the
+    one that `reason` names, the first of several."""
 
     outcome: Outcome
     reason: str
     retry: bool = True
+    rank: int | None = None
 
 
 def decide(evidence: Evidence) -> Verdict:
@@ -151,21 +153,22 @@ def decide(evidence: Evidence) -> Verdict:
     if len(evidence.ends) == evidence.world_size and first is None:
         return _ended_well(evidence)
     if first is not None and (first.outcome is not Outcome.CRASHED or not first.retry):
-        return Verdict(first.outcome, f"rank {first.rank}: {first.error}", first.retry)
+        return Verdict(first.outcome, f"rank {first.rank}: {first.error}", first.retry, first.rank)
     taken = _taken(evidence.facts)
     if evidence.at_once and (evidence.by_person or taken is None):
         return Verdict(Outcome.STOPPED, "the ranks were ended at once")
     if taken is not None:
         return taken
     if evidence.facts.out_of_memory and len(evidence.ends) < evidence.world_size:
-        return Verdict(Outcome.OUT_OF_MEMORY, f"{_were_killed(evidence.dead)} for the memory of this machine")
+        killed = f"{_were_killed(evidence.dead)} for the memory of this machine"
+        return Verdict(Outcome.OUT_OF_MEMORY, killed, rank=_first(evidence.dead))
     hang = evidence.hang
     if hang is not None and (first is None or first.time >= hang.time):
-        return Verdict(Outcome.HUNG, hang.how)
+        return Verdict(Outcome.HUNG, hang.how, rank=_first(hang.ranks))
     if evidence.dead:
-        return Verdict(Outcome.CRASHED, _were_killed(evidence.dead))
+        return Verdict(Outcome.CRASHED, _were_killed(evidence.dead), rank=_first(evidence.dead))
     if first is not None:
-        return Verdict(Outcome.CRASHED, f"rank {first.rank}: {first.error}")
+        return Verdict(Outcome.CRASHED, f"rank {first.rank}: {first.error}", rank=first.rank)
     if evidence.orphaned:
         return Verdict(Outcome.CRASHED, "its supervisor was killed, and ranks with it")
     return Verdict(Outcome.CRASHED, "a rank was killed or never started")
@@ -206,6 +209,10 @@ def named(ranks: Sequence[int]) -> str:
     if not ranks:
         return "a rank"
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _first(ranks: Sequence[int]) -> int | None:
+    return ranks[0] if ranks else None
 
 
 def _were_killed(ranks: Sequence[int]) -> str:

@@ -27,7 +27,6 @@ from launcher.run.outcome import (
     Restart,
     Verdict,
     attempt_of,
-    first_failure,
     what_next,
 )
 from launcher.run.requests import asked_by, forget_all_but_persons, is_replaced
@@ -118,7 +117,6 @@ def record_end(
     directory: RunDirectory, ended: Ended, *, planned_steps: int | None, orphaned: bool = False
 ) -> journal.Event:
     """Write down how an attempt ended, and return that; `orphaned`: its supervisor did not live to."""
-    first = first_failure(ended.ends)
     return journal.note(
         directory.journal,
         "attempt_ended",
@@ -132,7 +130,7 @@ def record_end(
         stop_seconds=None if ended.stop_seconds is None else round(ended.stop_seconds, 2),
         exit_code=ended.exit_code,
         signals=list(ended.signals),
-        rank=None if first is None else first.rank,
+        rank=ended.verdict.rank,
         **({"orphaned": True} if orphaned else {}),
     )
 
@@ -216,10 +214,10 @@ def _error(directory: RunDirectory, end: End, ended: Ended | None, step: int) ->
 
 
 def failure(directory: RunDirectory, end: End, ended: Ended) -> LauncherError:
-    """The first failure of the last attempt in its own words, with its own exit code."""
+    """The failure of the last attempt in the words of the rank that it names, with its own exit code."""
     said = {Outcome.NO_PROGRESS: f"NO_PROGRESS: {end.reason}"}.get(end.outcome)
     logs = f"the ranks' own logs are in {directory.logs(ended.number)}"
-    first = first_failure(ended.ends)
+    first = next((each for each in ended.ends if each.rank == ended.verdict.rank), None)
     if ended.verdict.outcome is Outcome.HUNG or (first is None and ended.ends):
         return TrainingError(said or f"{end.outcome}: {end.reason}", hint=logs)
     if first is None:

@@ -544,11 +544,16 @@ def test_a_rank_that_is_gone_brings_the_others_down(
     directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launcher.run.following.ECHO_SECONDS", 0.5)
-    words = "beat(0, 5); (os.fork() or (beat(1, 5), os._exit(9))); os.wait(); time.sleep(60)"
+    words = (
+        "beat(0, 5); (os.fork() or (beat(1, 5), os._exit(9))); os.wait(); "
+        'say(0, "CRASHED", 5, "connection closed by peer"); time.sleep(60)'
+    )
     begun = time.monotonic()
     error = end_of(directory, Scripted(directory, words))
     assert time.monotonic() - begun < 30
     assert "rank 1 was killed" in error.message
+    assert "rank-0.log" not in (error.hint or ""), "it tells only the echo"
+    assert {ended["rank"] for ended in events(directory, "attempt_ended")} == {1}
 
 
 def test_an_attempt_that_lost_its_supervisor_is_written_down_by_the_next(directory: RunDirectory) -> None:
