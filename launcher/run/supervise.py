@@ -66,8 +66,7 @@ def supervise(directory: RunDirectory, launching: Launching, say: Say, patience:
     assert plan.steps is not None
     with _noted(launching.asking) as signals:
         while True:
-            signals.pass_on(directory)
-            if asked_by(directory) is not None:
+            if _is_asked(directory, signals):
                 return _end(directory, End(Outcome.STOPPED, "asked for before it began"), None, say)
             number = _record_start(directory, plan)
             ended = run_attempt(directory, launching, number, plan.batch.world_size, signals)
@@ -183,9 +182,17 @@ def _restart(
         f"attempt {directory.next_attempt()} begins in {restart.seconds:.0f} s"
     )
     until = time.monotonic() + restart.seconds
-    while time.monotonic() < until and asked_by(directory) is None:
+    while time.monotonic() < until and not _is_asked(directory, signals):
         time.sleep(POLL_SECONDS)
+
+
+def _is_asked(directory: RunDirectory, signals: Signals) -> bool:
+    """Whether a stop is wished for while no ranks run: also where a full disk does not take the wish."""
+    try:
         signals.pass_on(directory)
+    except OSError:
+        return True
+    return asked_by(directory) is not None
 
 
 def _end(directory: RunDirectory, end: End, ended: Ended | None, say: Say) -> int:

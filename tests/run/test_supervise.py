@@ -399,6 +399,14 @@ def small_disk(directory: RunDirectory) -> Iterator[None]:
     subprocess.run(["umount", "-l", str(directory.root)], check=True)
 
 
+def fill(directory: RunDirectory) -> None:
+    """Leave no room on its disk."""
+    for file in (directory.root / "full", directory.journal):
+        with contextlib.suppress(OSError), file.open("ab", buffering=0) as stream:
+            while True:
+                stream.write(b"\n" * 512)
+
+
 @pytest.mark.usefixtures("small_disk")
 def test_on_a_full_disk_the_ranks_are_asked_to_stop_and_the_queue_for_a_requeue(
     directory: RunDirectory, later: Callable[..., None], capfd: pytest.CaptureFixture[str]
@@ -406,14 +414,11 @@ def test_on_a_full_disk_the_ranks_are_asked_to_stop_and_the_queue_for_a_requeue(
     words = "import signal; beat(0, 5); signal.signal(signal.SIGTERM, lambda *_: os._exit(0)); time.sleep(60)"
     launching = Scripted(directory, words, requeues=True)
 
-    def fill() -> None:
-        for file in (directory.root / "full", directory.journal):
-            with contextlib.suppress(OSError), file.open("ab", buffering=0) as stream:
-                while True:
-                    stream.write(b"\n" * 512)
+    def fill_and_take() -> None:
+        fill(directory)
         launching.known = Facts(preempted=True)
 
-    later(directory.heartbeat(1, 0).exists, fill)
+    later(directory.heartbeat(1, 0).exists, fill_and_take)
     with pytest.raises(Interrupted, match="queued again"):
         supervise(directory, launching, lambda text: None, QUICK)
     assert launching.handed == [Outcome.PREEMPTED]
@@ -422,6 +427,24 @@ def test_on_a_full_disk_the_ranks_are_asked_to_stop_and_the_queue_for_a_requeue(
         f"{directory.stop_request}: No space left on device: the ranks are asked to stop by SIGTERM" in said
     )
     assert f'{directory.journal}: No space left on device: {{"time"' in said
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_on_a_full_disk_a_signal_between_two_attempts_is_a_wish_to_stop(
+    directory: RunDirectory, later: Callable[..., None]
+) -> None:
+    def fill_and_signal() -> None:
+        fill(directory)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    later(lambda: bool(events(directory, "restart")), fill_and_signal)
+    with pytest.raises(Interrupted, match="stopped"):
+        supervise(
+            directory,
+            Scripted(directory, 'say(0, "CRASHED", 1, "x")'),
+            lambda text: None,
+            Patience(shortest=1e6, longest=1e6),
+        )
 
 
 def test_a_persons_wish_outlives_a_requeue(directory: RunDirectory) -> None:
