@@ -59,6 +59,10 @@ class RankEnd:
     exit_code: int = 1
     retry: bool = True
 
+    def remedy(self, log: Path) -> str:
+        """What to do about its failure, or else where more is told of it: `log` is the rank's."""
+        return self.hint or f"{'the traceback' if self.retry else 'its log'} is in {log}"
+
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self), ensure_ascii=False) + "\n", encoding="utf-8")
 

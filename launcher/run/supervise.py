@@ -232,7 +232,7 @@ def failure(directory: RunDirectory, end: End, ended: Ended) -> LauncherError:
     error = LauncherError if first.exit_code != TrainingError.exit_code else TrainingError
     found = error(
         said or f"rank {first.rank}: {first.error}",
-        hint=first.hint or f"the traceback is in {directory.log(ended.number, first.rank)}",
+        hint=first.remedy(directory.log(ended.number, first.rank)),
     )
     found.exit_code = first.exit_code
     return found
