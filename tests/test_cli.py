@@ -152,7 +152,7 @@ def test_plan_writes_what_it_would_render(workplace: Workplace) -> None:
     done = workplace.run("plan", "run.yaml", "--write", "made", "--json")
     assert done.returncode == 0, done.stderr
     assert {file.name for file in (workplace.folder / "made").iterdir()} == {
-        *("config.yaml", "cluster.yaml", "plan.json", "accelerate.yaml", "launch.sh"),
+        *("config.yaml", "cluster.yaml", "plan.json", "accelerate.yaml", "launch.sh", "requests"),
     }
     written = json.loads((workplace.folder / "made" / "plan.json").read_text())
     assert written["plan"] == json.loads(done.stdout)["plan"]
