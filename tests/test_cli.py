@@ -151,8 +151,9 @@ def test_a_plan_notes_text_that_is_not_there(workplace: Workplace) -> None:
 def test_plan_writes_what_it_would_render(workplace: Workplace) -> None:
     done = workplace.run("plan", "run.yaml", "--write", "made", "--json")
     assert done.returncode == 0, done.stderr
+    assert "not prepared: run `launcher data prepare` with the same arguments" in done.stderr
     assert {file.name for file in (workplace.folder / "made").iterdir()} == {
-        *("config.yaml", "cluster.yaml", "plan.json", "accelerate.yaml", "launch.sh"),
+        *("config.yaml", "cluster.yaml", "plan.json", "accelerate.yaml", "launch.sh", "requests"),
     }
     written = json.loads((workplace.folder / "made" / "plan.json").read_text())
     assert written["plan"] == json.loads(done.stdout)["plan"]
@@ -164,6 +165,21 @@ def test_plan_writes_what_it_would_render(workplace: Workplace) -> None:
     refused = workplace.run("plan", "run.yaml", "train.steps=5", "--write", "made")
     assert (refused.returncode, "is the folder of a run" in refused.stderr) == (2, True)
     assert workplace.files() == before
+
+
+def test_what_plan_writes_can_be_run_where_the_text_is_there(workplace: Workplace) -> None:
+    asked = ("run.yaml", "train.steps=null", "train.epochs=1")
+    store = workplace.answered("data", "prepare", *asked)["store"]
+    done = workplace.run("plan", *asked, "--write", "made")
+    assert done.stderr == ""
+    assert " steps                   59, " in done.stdout
+    orders = RunDirectory(workplace.folder / "made").read_orders()
+    assert (orders.store, orders.plan.steps) == (store, 59)
+    streamed = workplace.run("plan", "run.yaml", "data.mode=stream", "--write", "streamed")
+    assert streamed.stderr == ""
+    directory = RunDirectory(workplace.folder / "streamed")
+    assert directory.stream.is_file()
+    assert directory.tokenizer.is_dir()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -361,7 +377,7 @@ def test_a_run_is_looked_at_from_its_folder_and_what_does_not_run_is_not_stopped
     refused = workplace.run("stop", "runs/small")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "run 'small' is not running: it is not started" in refused.stderr
-    assert not (workplace.folder / "runs" / "small" / "requests").exists()
+    assert not RunDirectory(workplace.folder / "runs" / "small").stop_request.exists()
     unread = workplace.run("logs", "runs/small")
     assert (unread.returncode, "it has not been started yet" in unread.stderr) == (2, True)
 

@@ -89,18 +89,23 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what will happen, without doing it."""
-    from launcher.run.assemble import going_on, rendered_files
-    from launcher.run.directory import RunDirectory, check_no_run, write_files
+    from launcher.run.assemble import assemble, going_on, write_rendered
+    from launcher.run.directory import RunDirectory, check_no_run
     from launcher.run.preflight import absent_text
 
     assembly = going_on(assembled(run, overrides, cluster), console.say)
     for said in absent_text(assembly.run):
         console.say(f"note: {said}")
     if write is not None:
-        check_no_run(RunDirectory(write.absolute()))
-        files = rendered_files(assembly, RunDirectory(write.absolute()), None)
+        directory = RunDirectory(write.absolute())
+        check_no_run(directory)
+        from launcher.run.text import text_at_hand  # it lists all there is
+
+        text = text_at_hand(assembly, console.say)
+        if text is not None:
+            assembly = assemble(assembly.run, assembly.cluster, assembly.machine, text)
         try:
-            write_files(files.items())
+            write_rendered(assembly, directory, text)
         except OSError as error:
             raise RequestError(
                 f"--write: {error.filename or write} cannot be written: {error.strerror}"

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.data.cutting import CutsOnDemand
-from launcher.data.making import UnitRecord, publish, reveal, writing_to
+from launcher.data.making import UnitRecord, publish, restore, writing_to
 from launcher.data.pool import Tell
 from launcher.data.shards import ShardWriter, token_type
 from launcher.data.sources import Cuts, DocumentBatch, Reading, batches, changed
@@ -101,7 +101,8 @@ class Conversion:
                 publish(self._work, record)
             else:
                 _check_promise(task.unit, record.shards, self._promised[task.unit.number])
-                reveal(self._work, record.shards)
+                for shard in record.shards:
+                    restore(self._work, self._folder, shard.marks)
         _give_back_memory()
         return record
 

@@ -76,7 +76,7 @@ def _content_problem(path: Path, mark: Mark) -> str | None:
 
 
 def _files(manifest: Manifest) -> Sequence[tuple[str, str | None, Mark]]:
-    shards = [(f"{s.name}.{kind}", s.name, s.files[kind]) for s in manifest.shards for kind in s.files]
+    shards = [(file, shard.name, mark) for shard in manifest.shards for file, mark in shard.marks.items()]
     tokenizer = [
         (f"{TOKENIZER_FOLDER}/{name}", None, mark) for name, mark in manifest.tokenizer_files.items()
     ]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from launcher.data.store import TOKENIZER_FOLDER, BadRecord, Record, Shard
+from launcher.data.store import TOKENIZER_FOLDER, BadRecord, Record, Shard, size_problem
 from launcher.data.tokenizers import Tokenizer
 from launcher.data.units import Slice, Unit
 from launcher.durable import Mark, sync, write_whole
@@ -63,16 +63,20 @@ def publish(work: Path, record: UnitRecord) -> None:
     """Give a unit's shards, which lie whole in `work`, their names in the store; then its record."""
     name = _record_name(record.number)
     write_whole(work / name, (record.model_dump_json().encode(),))
-    reveal(work, record.shards)
+    for shard in record.shards:
+        for file in shard.marks:
+            (work / file).replace(work.parent.parent / file)
     (work / name).replace(work.parent / name)
 
 
-def reveal(work: Path, shards: Sequence[Shard]) -> None:
-    """Move shards from `work` into the store."""
-    for shard in shards:
-        for kind in shard.files:
-            name = f"{shard.name}.{kind}"
-            (work / name).replace(work.parent.parent / name)
+def restore(made: Path, kept: Path, promised: Mapping[str, Mark]) -> None:
+    """Of the `promised` files, which were `made` again, move those to where they are `kept` that lack there.
+    What is sound is left as it is: nobody need copy or read it anew."""
+    for name, mark in promised.items():
+        if size_problem(kept / name, mark.size):
+            (made / name).replace(kept / name)
+        else:
+            (made / name).unlink()
 
 
 def finished(folder: Path, units: Sequence[Unit]) -> list[UnitRecord]:
@@ -112,8 +116,7 @@ def keep_tokenizer(
             hint=f"delete {folder} and run `launcher data prepare RUN`",
         )
     kept.mkdir(exist_ok=True)
-    for name in marks:
-        (made / name).replace(kept / name)
+    restore(made, kept, promised)
 
 
 def _record_name(number: int) -> str:
@@ -129,13 +132,7 @@ def _read(path: Path) -> UnitRecord | None:
 
 
 def _is_there(folder: Path, shard: Shard) -> bool:
-    try:
-        return all(
-            (folder / f"{shard.name}.{kind}").stat().st_size == mark.size
-            for kind, mark in shard.files.items()
-        )
-    except FileNotFoundError:
-        return False
+    return not any(size_problem(folder / file, mark.size) for file, mark in shard.marks.items())
 
 
 @contextmanager

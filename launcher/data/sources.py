@@ -110,9 +110,10 @@ def batches(
     stores documents counts those and leaves them out. A file that is not splittable is read whole or not at
     all. With `cuts`, a document of more than LONG comes in parts.
 
-    Raises DataError, with file and place, for text that is not UTF-8, a damaged or truncated file, a line of
-    jsonl or a row without its text, and a table without a column of that name and of strings. `on_bad` is
-    given those instead, and what is good is read on; a file that cannot be read at all still raises.
+    Raises DataError, with file and place, for text that is not UTF-8, an empty, damaged or truncated file, a
+    line of jsonl or a row without its text, and a table without a column of that name and of strings.
+    `on_bad` is given those instead, and what is good is read on; a file that cannot be read at all still
+    raises.
     """
     kind = file_format(file, reading)
     report = on_bad or _raise
@@ -169,8 +170,8 @@ class _Texts:
                     yield from in_parts(batch, self._cuts, self._file.path, self._on_bad)
             if not self._records.done:
                 yield from self._long()
-        if self._rule is RULES["document"] and self._records.offset == 0:
-            yield single("", 0, 0)
+        if self._start == self._records.offset == 0:
+            self._on_bad(empty(self._file))
 
     def _batch(self, run: Run) -> DocumentBatch:
         """The documents of a run. Those that start after the range belong to the next one."""
@@ -247,6 +248,15 @@ class _Texts:
     def _lines_before(self) -> int | None:
         """Newlines before the range, or None where counting them would mean to read too much again."""
         return None if self._start > COUNTED else newlines(self._file, max(self._start - 1, 0))
+
+
+def empty(file: SourceFile) -> DataError:
+    """What is wrong with a file that holds nothing: mostly it was not written to its end."""
+    hint = (
+        "leave it out of data.train; or, with data.mode: prepared, "
+        "`launcher data prepare RUN --skip-bad` passes over all that is bad"
+    )
+    return DataError("the file is empty", file=file.path, offset=0, hint=hint)
 
 
 def newlines(file: SourceFile, end: int) -> int:

@@ -66,6 +66,11 @@ class Shard(Record):
     origins: list[Origin]
     files: dict[str, Mark]
 
+    @property
+    def marks(self) -> dict[str, Mark]:
+        """Its files by name, and what each must be."""
+        return {f"{self.name}.{kind}": mark for kind, mark in self.files.items()}
+
     def file_of(self, document: int) -> str:
         """The source file of a document, by its index in the shard."""
         firsts = [origin.first_document for origin in self.origins]

@@ -36,7 +36,7 @@ from launcher.data.manifest import listing_of
 from launcher.data.mixture import source_weights
 from launcher.data.order import Turns
 from launcher.data.proof import SAMPLE_BYTES, choose_backend
-from launcher.data.sources import SourceFile
+from launcher.data.sources import SourceFile, empty
 from launcher.data.split import HeldOut
 from launcher.data.store import Listed, Listing, Record
 from launcher.data.tokenizers import Tokenizer, within
@@ -134,7 +134,7 @@ def list_stream(
 ) -> StreamText:
     """List the text of a run, and prove on a sample of it how it may be tokenised.
 
-    Raises DataError where a source has nothing to train on.
+    Raises DataError for an empty file, and where a source has nothing to train on.
     """
     text = StreamText(
         format_version=FORMAT_VERSION,
@@ -168,6 +168,9 @@ def _list_sources(data: DataSection, batch_size: int) -> list[StreamSource]:
     shares = dict(zip(weights, turns.quotas, strict=True))
     sources = []
     for corpus in list_corpora(data):
+        for file in corpus.files:
+            if not file.size:  # else it would end the run in whatever step it is met
+                raise empty(file)
         unit_bytes = max(UNIT_BYTES, sum(file.size for file in corpus.files) // MANY_UNITS)
         units = cut([corpus], reading_of(data), unit_bytes)
         share = min(STREAMS, batch_size) * shares.get(corpus.source, 0) // turns.cycle

@@ -278,12 +278,19 @@ def write_run(
     """Write the run directory, the worker's orders included."""
     if not has_begun(directory):
         directory.phases.unlink(missing_ok=True)  # of an attempt that came to nothing, perhaps on other text
+    write_rendered(assembly, directory, text, launcher)
+    write_text(directory.environment, environment)
+
+
+def write_rendered(
+    assembly: Assembly, directory: RunDirectory, text: Text | None, launcher: str = "launcher"
+) -> None:
+    """Write all that ranks need to be launched by hand, once there is a `text`."""
+    directory.stop_request.parent.mkdir(parents=True, exist_ok=True)  # for `touch` to find
     if isinstance(text, Streamed):
         text.tokenizer.save(directory.tokenizer)
         write_text(directory.stream, text.text.model_dump_json(indent=1) + "\n")
-    write_files(
-        [*rendered_files(assembly, directory, text, launcher).items(), (directory.environment, environment)]
-    )
+    write_files(rendered_files(assembly, directory, text, launcher).items())
 
 
 def check_prepared(run: RunConfig) -> None:

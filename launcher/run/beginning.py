@@ -8,7 +8,7 @@ from shlex import quote
 from launcher.config.load import load_cluster, load_run
 from launcher.data.prepare import Progress
 from launcher.errors import RequestError, RunDirectoryError
-from launcher.run.assemble import Assembly, Text, assemble, rendered_files, write_run
+from launcher.run.assemble import Assembly, Text, assemble, write_rendered, write_run
 from launcher.run.directory import (
     RunDirectory,
     check_goes_on,
@@ -16,7 +16,6 @@ from launcher.run.directory import (
     has_begun,
     hold,
     run_directory,
-    write_files,
 )
 from launcher.run.environment import describe_environment
 from launcher.run.machine import find_machine
@@ -91,7 +90,7 @@ def write_draft(draft: Assembly, directory: RunDirectory, launcher: str) -> None
             f"run {directory.root.name!r} has begun: its text is prepared",
             hint="leave --prepare out",
         )
-    write_files(rendered_files(draft, directory, None, launcher).items())
+    write_rendered(draft, directory, None, launcher)
 
 
 def is_draft(directory: RunDirectory) -> bool:

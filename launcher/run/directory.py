@@ -167,6 +167,10 @@ class RunDirectory:
         """A rank's own last word on how its attempt ended."""
         return self.logs(attempt) / f"rank-{rank}.end.json"
 
+    def failed(self, attempt: int) -> Path:
+        """Made by the first rank to fail of those that were launched by hand, which tells of it."""
+        return self.logs(attempt) / "failed"
+
     def heartbeat(self, attempt: int, rank: int) -> Path:
         """Where a rank says, every second, that it lives and how far it is; see `run.heartbeat`."""
         return self.logs(attempt) / f"rank-{rank}.heartbeat"

@@ -59,6 +59,10 @@ class RankEnd:
     exit_code: int = 1
     retry: bool = True
 
+    def remedy(self, log: Path) -> str:
+        """What to do about its failure, or else where more is told of it: `log` is the rank's."""
+        return self.hint or f"{'the traceback' if self.retry else 'its log'} is in {log}"
+
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self), ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -138,11 +142,13 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What an attempt came to, and why, in words. `retry`: whether another one may fare better."""
+    """What an attempt came to, and why, in words. `retry`: whether another one may fare better. `rank`: the
+    one that `reason` names, the first of several."""
 
     outcome: Outcome
     reason: str
     retry: bool = True
+    rank: int | None = None
 
 
 def decide(evidence: Evidence) -> Verdict:
@@ -151,21 +157,22 @@ def decide(evidence: Evidence) -> Verdict:
     if len(evidence.ends) == evidence.world_size and first is None:
         return _ended_well(evidence)
     if first is not None and (first.outcome is not Outcome.CRASHED or not first.retry):
-        return Verdict(first.outcome, f"rank {first.rank}: {first.error}", first.retry)
+        return Verdict(first.outcome, f"rank {first.rank}: {first.error}", first.retry, first.rank)
     taken = _taken(evidence.facts)
     if evidence.at_once and (evidence.by_person or taken is None):
         return Verdict(Outcome.STOPPED, "the ranks were ended at once")
     if taken is not None:
         return taken
     if evidence.facts.out_of_memory and len(evidence.ends) < evidence.world_size:
-        return Verdict(Outcome.OUT_OF_MEMORY, f"{_were_killed(evidence.dead)} for the memory of this machine")
+        killed = f"{_were_killed(evidence.dead)} for the memory of this machine"
+        return Verdict(Outcome.OUT_OF_MEMORY, killed, rank=_first(evidence.dead))
     hang = evidence.hang
     if hang is not None and (first is None or first.time >= hang.time):
-        return Verdict(Outcome.HUNG, hang.how)
+        return Verdict(Outcome.HUNG, hang.how, rank=_first(hang.ranks))
     if evidence.dead:
-        return Verdict(Outcome.CRASHED, _were_killed(evidence.dead))
+        return Verdict(Outcome.CRASHED, _were_killed(evidence.dead), rank=_first(evidence.dead))
     if first is not None:
-        return Verdict(Outcome.CRASHED, f"rank {first.rank}: {first.error}")
+        return Verdict(Outcome.CRASHED, f"rank {first.rank}: {first.error}", rank=first.rank)
     if evidence.orphaned:
         return Verdict(Outcome.CRASHED, "its supervisor was killed, and ranks with it")
     return Verdict(Outcome.CRASHED, "a rank was killed or never started")
@@ -206,6 +213,10 @@ def named(ranks: Sequence[int]) -> str:
     if not ranks:
         return "a rank"
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _first(ranks: Sequence[int]) -> int | None:
+    return ranks[0] if ranks else None
 
 
 def _were_killed(ranks: Sequence[int]) -> str:

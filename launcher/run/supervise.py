@@ -27,7 +27,6 @@ from launcher.run.outcome import (
     Restart,
     Verdict,
     attempt_of,
-    first_failure,
     what_next,
 )
 from launcher.run.requests import asked_by, forget_all_but_persons, is_replaced
@@ -67,8 +66,7 @@ def supervise(directory: RunDirectory, launching: Launching, say: Say, patience:
     assert plan.steps is not None
     with _noted(launching.asking) as signals:
         while True:
-            signals.pass_on(directory)
-            if asked_by(directory) is not None:
+            if _is_asked(directory, signals):
                 return _end(directory, End(Outcome.STOPPED, "asked for before it began"), None, say)
             number = _record_start(directory, plan)
             ended = run_attempt(directory, launching, number, plan.batch.world_size, signals)
@@ -118,7 +116,6 @@ def record_end(
     directory: RunDirectory, ended: Ended, *, planned_steps: int | None, orphaned: bool = False
 ) -> journal.Event:
     """Write down how an attempt ended, and return that; `orphaned`: its supervisor did not live to."""
-    first = first_failure(ended.ends)
     return journal.note(
         directory.journal,
         "attempt_ended",
@@ -132,7 +129,7 @@ def record_end(
         stop_seconds=None if ended.stop_seconds is None else round(ended.stop_seconds, 2),
         exit_code=ended.exit_code,
         signals=list(ended.signals),
-        rank=None if first is None else first.rank,
+        rank=ended.verdict.rank,
         **({"orphaned": True} if orphaned else {}),
     )
 
@@ -185,9 +182,17 @@ def _restart(
         f"attempt {directory.next_attempt()} begins in {restart.seconds:.0f} s"
     )
     until = time.monotonic() + restart.seconds
-    while time.monotonic() < until and asked_by(directory) is None:
+    while time.monotonic() < until and not _is_asked(directory, signals):
         time.sleep(POLL_SECONDS)
+
+
+def _is_asked(directory: RunDirectory, signals: Signals) -> bool:
+    """Whether a stop is wished for while no ranks run: also where a full disk does not take the wish."""
+    try:
         signals.pass_on(directory)
+    except OSError:
+        return True
+    return asked_by(directory) is not None
 
 
 def _end(directory: RunDirectory, end: End, ended: Ended | None, say: Say) -> int:
@@ -216,10 +221,10 @@ def _error(directory: RunDirectory, end: End, ended: Ended | None, step: int) ->
 
 
 def failure(directory: RunDirectory, end: End, ended: Ended) -> LauncherError:
-    """The first failure of the last attempt in its own words, with its own exit code."""
+    """The failure of the last attempt in the words of the rank that it names, with its own exit code."""
     said = {Outcome.NO_PROGRESS: f"NO_PROGRESS: {end.reason}"}.get(end.outcome)
     logs = f"the ranks' own logs are in {directory.logs(ended.number)}"
-    first = first_failure(ended.ends)
+    first = next((each for each in ended.ends if each.rank == ended.verdict.rank), None)
     if ended.verdict.outcome is Outcome.HUNG or (first is None and ended.ends):
         return TrainingError(said or f"{end.outcome}: {end.reason}", hint=logs)
     if first is None:
@@ -227,7 +232,7 @@ def failure(directory: RunDirectory, end: End, ended: Ended) -> LauncherError:
     error = LauncherError if first.exit_code != TrainingError.exit_code else TrainingError
     found = error(
         said or f"rank {first.rank}: {first.error}",
-        hint=first.hint or f"the traceback is in {directory.log(ended.number, first.rank)}",
+        hint=first.remedy(directory.log(ended.number, first.rank)),
     )
     found.exit_code = first.exit_code
     return found

@@ -17,7 +17,7 @@ from launcher.data.stream import list_stream, read_stream_text
 from launcher.data.tokenizers import Tokenizer, unfilled
 from launcher.data.units import SMALLEST, WHOLE, Slice
 from launcher.data.vocabulary import TOKENIZERS, find_tokenizer, resolve_tokenizer
-from launcher.errors import DataError, RunDirectoryError, placed
+from launcher.errors import DataError, LauncherError, RunDirectoryError, placed
 from launcher.plan.choose import Blocks
 from launcher.run.assemble import Assembly, Prepared, Streamed, Text
 from launcher.run.directory import has_begun, run_directory
@@ -120,6 +120,22 @@ def find_text(draft: Assembly) -> Prepared | None:
         return None
     store = open_store(folder)
     return Prepared(folder, store.vocabulary, _count(store, run))
+
+
+def text_at_hand(draft: Assembly, say: Say) -> Text | None:
+    """The text of the draft's run where it is prepared already, or can be streamed. Where it is not, says
+    what is to be done before files that are written without it can be run."""
+    data = draft.run.config.data
+    try:
+        found = list_text(draft, say) if data.mode == "stream" else find_text(draft)
+        if found is not None and found.store is not None:
+            check_blocks(open_store(found.store), data.block_size, data.packing)
+        why = "its text is not prepared: run `launcher data prepare` with the same arguments"
+    except LauncherError as error:
+        found, why = None, error.message
+    if found is None:
+        say(f"note: {why}; the files run by hand once that is done and they are written again")
+    return found
 
 
 def store_cache(run: RunConfig) -> Path:

@@ -55,7 +55,7 @@ from launcher.worker.model import load_tokenizer, trained_model
 from launcher.worker.out_of_memory import explain, held_memory, is_out_of_memory
 from launcher.worker.pickles import allow_deepspeed, read_as_data
 from launcher.worker.probe import check_predicts_next
-from launcher.worker.rank import Rank, join, last_word, say_last
+from launcher.worker.rank import Rank, join, last_word, say_last, tells_failure
 from launcher.worker.recomputing import recompute
 from launcher.worker.report import Report
 from launcher.worker.resume import check_length, go_on
@@ -187,12 +187,13 @@ def main(arguments: list[str]) -> int:
         allow_deepspeed()
     signals = StopSignals()
     signals.install()
-    reached = Reached(rank.heart)
+    reached, tells = Reached(rank.heart), False
     try:
         end = train(directory, orders, run, rank, signals, reached)
     except KeyboardInterrupt as interrupt:
         end = last_word(rank.number, reached.step, interrupt)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this rank's last word
+        tells = tells_failure(directory, rank)
         held = held_memory(reached.trainer, orders.plan.device) if is_out_of_memory(error) else None
         end = last_word(rank.number, reached.step, error)
         if isinstance(error, Diverged):
@@ -203,7 +204,7 @@ def main(arguments: list[str]) -> int:
             end = replace(end, outcome=Outcome.OUT_OF_MEMORY, error=message, hint=hint)
         reached.end_saving()
     rank.heart.stop()
-    say_last(end, directory.record(rank.attempt, rank.number), rank.terminal)
+    say_last(end, directory, rank, tells=tells)
     if end.outcome in FAILURES:
         # The others wait for this rank in a collective: leave without the clean-up that would join them.
         sys.stdout.flush()

@@ -11,7 +11,6 @@ import traceback
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -29,13 +28,15 @@ from launcher.worker.together import as_rank_0_has_it
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """This process among the ranks. `terminal` is where the person who launched it looks;
-    `lock`, on rank 0, is the hold on the run directory."""
+    """This process among the ranks. `terminal` is where the person who launched it looks; `errors`, where
+    that was done by hand, the same for errors: a supervisor tells the last words itself. `lock`, on rank 0,
+    is the hold on the run directory."""
 
     number: int
     world_size: int
     attempt: int
     terminal: TextIO
+    errors: TextIO | None
     lock: TextIO | None
     heart: Heart
 
@@ -54,10 +55,13 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mutab
     number, world_size = int(state.process_index), int(state.num_processes)
     # For as long as this process lives: ranks that outlived their supervisor still train.
     lock = hold(directory.ranks_lock, directory, "other ranks") if number == 0 else None
-    attempt = as_rank_0_has_it(int(environment.get("LAUNCHER_ATTEMPT", 0)) or directory.next_attempt())
+    supervised = int(environment.get("LAUNCHER_ATTEMPT", 0))
+    attempt = as_rank_0_has_it(supervised or directory.next_attempt())
     log = directory.log(attempt, number)
     log.parent.mkdir(parents=True, exist_ok=True)
-    terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    terminal, errors = (
+        os.fdopen(os.dup(stream.fileno()), "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr)
+    )
     _redirect(log)
     heart = Heart(
         directory.heartbeat(attempt, number),
@@ -69,7 +73,7 @@ def join(directory: RunDirectory, run: RunConfig, plan: Plan, environment: Mutab
         handover=directory.handover,
     )
     heart.start()
-    return Rank(number, world_size, attempt, terminal, lock, heart)
+    return Rank(number, world_size, attempt, terminal, None if supervised else errors, lock, heart)
 
 
 def _redirect(log: os.PathLike[str]) -> None:
@@ -102,22 +106,43 @@ class TimestampedText(io.TextIOWrapper):
         return len(text)
 
 
-def last_word(rank: int, step: int, error: BaseException) -> RankEnd:
-    """The record of a failure. Prints the traceback to the rank's log, where that has room."""
+def tells_failure(directory: RunDirectory, rank: Rank) -> bool:
+    """Whether it is this rank that tells who launched the ranks by hand of a failure: the first one to fail
+    does. What comes later is the same, or its echo."""
+    if rank.errors is None:
+        return False
     with contextlib.suppress(OSError):
-        traceback.print_exception(error)
+        try:
+            directory.failed(rank.attempt).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+    return True
+
+
+def last_word(rank: int, step: int, error: BaseException) -> RankEnd:
+    """The record of a failure. Prints it to the rank's log, where that has room: with the traceback, unless
+    it is launcher itself that refuses."""
     now = time.time()
     if isinstance(error, LauncherError):
+        with contextlib.suppress(OSError):
+            print(f"error: {error.told}", file=sys.stderr)
         return RankEnd(
             rank, Outcome.CRASHED, step, now, error.message, error.hint, error.exit_code, retry=False
         )
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error)
     return RankEnd(rank, Outcome.CRASHED, step, now, f"{type(error).__name__}: {error}")
 
 
-def say_last(end: RankEnd, record: Path, terminal: TextIO) -> None:
-    """Write the last word; where that cannot be done, on a full disk say, tell the person at least."""
+def say_last(end: RankEnd, directory: RunDirectory, rank: Rank, *, tells: bool) -> None:
+    """Write the last word, and where this rank `tells` of a failure, do so. Where it cannot be written, on a
+    full disk say, tell the person at least."""
     try:
-        end.write(record)
+        end.write(directory.record(rank.attempt, rank.number))
     except OSError as error:
         said = f"rank {end.rank} cannot write its end ({error.strerror}): {end.error}"
-        print(said, file=terminal, flush=True)
+        print(said, file=rank.terminal, flush=True)
+        return
+    if tells:
+        hint = end.remedy(directory.log(rank.attempt, rank.number))
+        print(f"error: rank {end.rank}: {end.error}\n  hint: {hint}", file=rank.errors, flush=True)

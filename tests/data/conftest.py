@@ -55,12 +55,11 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A folder of three text files: 600 lines, 500 lines without a last newline, and nothing."""
+    """A folder of two text files: 600 lines, and 500 lines without a last newline."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "a.txt").write_text("\n".join(sentences(600, 1)) + "\n")
     (folder / "b.txt").write_text("\n".join(sentences(500, 2)))
-    (folder / "empty.txt").touch()
     return folder
 
 

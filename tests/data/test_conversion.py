@@ -80,6 +80,21 @@ def test_every_record_is_accounted_for(
         assert blocks * 16 + dropped == tokens == sum(own)
 
 
+@pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.txt.gz"])
+def test_an_empty_file_is_bad(prepared: Any, corpus: Path, name: str, sample_by: str) -> None:
+    (corpus / name).write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
+    given = [f"{corpus}/a.txt", f"{corpus}/{name}"]
+    with pytest.raises(DataError, match=f"{name}, byte 0: the file is empty") as refused:
+        prepared(given, sample_by=sample_by)
+    assert "--skip-bad" in (refused.value.hint or "")
+    store = prepared(given, sample_by=sample_by, skip_bad=True)
+    (bad,) = store.manifest.bad
+    assert (Path(bad.file).name, bad.offset, bad.reason) == (name, 0, "the file is empty")
+    (ledger,) = store.manifest.ledger
+    assert (ledger.skipped_bad, ledger.skipped_empty) == (1, 0)
+
+
 def test_bad_records_are_skipped_and_listed(tokenizer: Tokenizer, tmp_path: Path, small_units: None) -> None:
     texts = sentences(300)
     lines = [json.dumps({"text": text}).encode() for text in texts]

@@ -219,7 +219,9 @@ def test_a_compressed_file_is_its_content(tmp_path: Path, suffix: str, sample_by
 @settings(max_examples=150, deadline=None)
 @given(
     content=st.lists(
-        st.sampled_from(["\n", "\n\n", "\r\n", " ", "\t", "a", "bc", "\u00e9", "\n \n"]), max_size=60
+        st.sampled_from(["\n", "\n\n", "\r\n", " ", "\t", "a", "bc", "\u00e9", "\n \n"]),
+        min_size=1,
+        max_size=60,
     ),
     cuts=st.lists(st.integers(0, 130), max_size=6),
     sample_by=st.sampled_from(["line", "paragraph"]),
@@ -236,7 +238,10 @@ def test_ranges_together_are_the_file(
 
 
 @settings(max_examples=60, deadline=None)
-@given(bodies=st.lists(st.text(max_size=8), max_size=12), cuts=st.lists(st.integers(0, 300), max_size=6))
+@given(
+    bodies=st.lists(st.text(max_size=8), min_size=1, max_size=12),
+    cuts=st.lists(st.integers(0, 300), max_size=6),
+)
 def test_ranges_of_jsonl_together_are_the_file(
     tmp_path_factory: pytest.TempPathFactory, bodies: list[str], cuts: list[int]
 ) -> None:

@@ -433,6 +433,13 @@ def test_a_source_with_nothing_to_train_on_is_refused(tmp_path: Path, tokenizer:
         listed(plain(tmp_path), 8, tokenizer)
 
 
+def test_an_empty_file_is_refused_before_it_begins(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(sentences(300)))
+    (tmp_path / "b.txt").touch()
+    with pytest.raises(DataError, match=r"b\.txt, byte 0: the file is empty"):
+        listed(plain(tmp_path), 8, tokenizer)
+
+
 def test_what_a_run_reads_is_written_down_and_read_again(folder: Path, tokenizer: Tokenizer) -> None:
     text = listed(plain(folder), 8, tokenizer)
     file = folder / "stream.json"

@@ -75,7 +75,7 @@ def test_every_path_is_inside_and_no_two_are_the_same() -> None:
         getattr(directory, name) for name, kind in vars(RunDirectory).items() if isinstance(kind, property)
     ]
     paths += [directory.log(1, 0), directory.log(1, 1), directory.log(2, 0), directory.launch_log(1)]
-    paths += [directory.record(1, 0), directory.record(1, 1)]
+    paths += [directory.record(1, 0), directory.record(1, 1), directory.failed(1)]
     assert len(paths) == len(set(paths)) > 15
     assert all(path.is_relative_to(directory.root) for path in paths)
     assert directory.log(1, 0) == Path("/runs/small/logs/attempt-001/rank-0.log")

@@ -182,7 +182,11 @@ def test_by_all_that_is_known(evidence: Evidence, outcome: Outcome) -> None:
 
 def test_who_was_killed_is_named_rather_than_who_tells_of_it() -> None:
     echo = RankEnd(0, C, 4, 20.0, "DistBackendError: connection closed by peer")
-    assert decide(Evidence(2, (echo,), dead=(1,))).reason == "rank 1 was killed"
+    for facts, hang in ((Facts(), None), (Facts(out_of_memory=True), None), (Facts(), HANG)):
+        verdict = decide(Evidence(2, (replace(echo, time=95.0),), facts, hang=hang, dead=(1,)))
+        assert (verdict.reason.startswith("rank 1 "), verdict.rank) == (True, 1)
+    assert decide(Evidence(2, (echo,))).rank == 0
+    assert decide(Evidence(2, (echo,), PREEMPTED)).rank is None
 
 
 @given(evidence=EVIDENCE)

@@ -399,6 +399,14 @@ def small_disk(directory: RunDirectory) -> Iterator[None]:
     subprocess.run(["umount", "-l", str(directory.root)], check=True)
 
 
+def fill(directory: RunDirectory) -> None:
+    """Leave no room on its disk."""
+    for file in (directory.root / "full", directory.journal):
+        with contextlib.suppress(OSError), file.open("ab", buffering=0) as stream:
+            while True:
+                stream.write(b"\n" * 512)
+
+
 @pytest.mark.usefixtures("small_disk")
 def test_on_a_full_disk_the_ranks_are_asked_to_stop_and_the_queue_for_a_requeue(
     directory: RunDirectory, later: Callable[..., None], capfd: pytest.CaptureFixture[str]
@@ -406,14 +414,11 @@ def test_on_a_full_disk_the_ranks_are_asked_to_stop_and_the_queue_for_a_requeue(
     words = "import signal; beat(0, 5); signal.signal(signal.SIGTERM, lambda *_: os._exit(0)); time.sleep(60)"
     launching = Scripted(directory, words, requeues=True)
 
-    def fill() -> None:
-        for file in (directory.root / "full", directory.journal):
-            with contextlib.suppress(OSError), file.open("ab", buffering=0) as stream:
-                while True:
-                    stream.write(b"\n" * 512)
+    def fill_and_take() -> None:
+        fill(directory)
         launching.known = Facts(preempted=True)
 
-    later(directory.heartbeat(1, 0).exists, fill)
+    later(directory.heartbeat(1, 0).exists, fill_and_take)
     with pytest.raises(Interrupted, match="queued again"):
         supervise(directory, launching, lambda text: None, QUICK)
     assert launching.handed == [Outcome.PREEMPTED]
@@ -422,6 +427,24 @@ def test_on_a_full_disk_the_ranks_are_asked_to_stop_and_the_queue_for_a_requeue(
         f"{directory.stop_request}: No space left on device: the ranks are asked to stop by SIGTERM" in said
     )
     assert f'{directory.journal}: No space left on device: {{"time"' in said
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_on_a_full_disk_a_signal_between_two_attempts_is_a_wish_to_stop(
+    directory: RunDirectory, later: Callable[..., None]
+) -> None:
+    def fill_and_signal() -> None:
+        fill(directory)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    later(lambda: bool(events(directory, "restart")), fill_and_signal)
+    with pytest.raises(Interrupted, match="stopped"):
+        supervise(
+            directory,
+            Scripted(directory, 'say(0, "CRASHED", 1, "x")'),
+            lambda text: None,
+            Patience(shortest=1e6, longest=1e6),
+        )
 
 
 def test_a_persons_wish_outlives_a_requeue(directory: RunDirectory) -> None:
@@ -544,11 +567,16 @@ def test_a_rank_that_is_gone_brings_the_others_down(
     directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launcher.run.following.ECHO_SECONDS", 0.5)
-    words = "beat(0, 5); (os.fork() or (beat(1, 5), os._exit(9))); os.wait(); time.sleep(60)"
+    words = (
+        "beat(0, 5); (os.fork() or (beat(1, 5), os._exit(9))); os.wait(); "
+        'say(0, "CRASHED", 5, "connection closed by peer"); time.sleep(60)'
+    )
     begun = time.monotonic()
     error = end_of(directory, Scripted(directory, words))
     assert time.monotonic() - begun < 30
     assert "rank 1 was killed" in error.message
+    assert "rank-0.log" not in (error.hint or ""), "it tells only the echo"
+    assert {ended["rank"] for ended in events(directory, "attempt_ended")} == {1}
 
 
 def test_an_attempt_that_lost_its_supervisor_is_written_down_by_the_next(directory: RunDirectory) -> None:
