@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-TOLD_SECONDS = 5.0
-"""Within which slurmctld tells, once it has sent a signal, that it takes the nodes."""
-
 TRIED = "its nodes were tried"
 """What a job does once its text is there, before its ranks run."""
 
@@ -41,7 +38,7 @@ def supervise(run: RunFolder) -> None:
     with launching_of(directory) as launching:
         if own_job() is not None and is_draft(directory):
             forget_all_but_persons(directory)
-            with stoppable(directory, launching, console.say, told_within=TOLD_SECONDS):
+            with stoppable(directory, launching, console.say):
                 begin_in_job(directory, console.Bar("preparing"), console.say, launcher_here())
         with only_supervisor(directory, launching, console.say):
             forget_all_but_persons(directory)

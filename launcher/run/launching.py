@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -11,6 +12,8 @@ from launcher.run.outcome import Facts, Outcome
 RANK_ENVIRONMENT: Mapping[str, str] = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
 """For whatever starts the ranks. torch's launcher, told to end, kills its ranks after so many seconds: enough
 to save a checkpoint, where the supervisor is gone. Where it lives, it does not wait so long."""
+
+ASK_SECONDS = 0.05
 
 
 class Ranks(Protocol):
@@ -40,6 +43,10 @@ class Launching(Protocol):
     def takes_over(self) -> bool:
         """Whether who runs here is the only one that the scheduler means to train the run."""
 
+    @property
+    def told_seconds(self) -> float:
+        """Within how many seconds of a signal it is known whether the machines are taken back."""
+
     def ends_at(self) -> float | None:
         """When the machines are taken back, in seconds since the epoch; None: never, or nobody says."""
 
@@ -59,3 +66,14 @@ class Launching(Protocol):
     def hands_over(self, outcome: Outcome, why: str) -> bool:
         """Whether the scheduler itself starts the run again after `outcome`, once asked here (a requeue): the
         supervisor then ends, and the next one goes on by the journal."""
+
+
+def facts_in_time(launching: Launching, received: Sequence[int]) -> Facts:
+    """What is known of the machines, once it can be, where no ranks run: whoever takes them may send a signal
+    first."""
+    until = time.monotonic() + launching.told_seconds
+    while True:
+        facts = launching.facts(received)
+        if facts.asks_to_stop or facts.failed_nodes or time.monotonic() > until:
+            return facts
+        time.sleep(ASK_SECONDS)

@@ -26,6 +26,7 @@ class Local:
 
     asking: ClassVar = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     takes_over: ClassVar = False
+    told_seconds: ClassVar = 0.0
 
     def __init__(self, directory: RunDirectory, environment: Mapping[str, str]) -> None:
         self._directory = directory

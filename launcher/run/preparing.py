@@ -18,8 +18,8 @@ from launcher.errors import Interrupted, LauncherError, TrainingError
 from launcher.run import journal
 from launcher.run.checkpoints import newest_step
 from launcher.run.directory import RunDirectory
-from launcher.run.launching import Launching
-from launcher.run.outcome import End, Evidence, Facts, Outcome, decide
+from launcher.run.launching import Launching, facts_in_time
+from launcher.run.outcome import End, Evidence, Outcome, decide
 from launcher.run.requests import asked_by, forget_all_but_persons
 from launcher.run.saying import Say
 from launcher.run.supervise import PATIENCE, record_run_end
@@ -34,17 +34,14 @@ GOES_ON = "the same command goes on with it: what is finished is kept"
 
 
 @contextmanager
-def stoppable(
-    directory: RunDirectory, launching: Launching, say: Say, *, told_within: float = 0.0
-) -> Iterator[None]:
+def stoppable(directory: RunDirectory, launching: Launching, say: Say) -> Iterator[None]:
     """While inside, a wish to stop ends the run, which trains nothing yet: a signal that asks for
     it, the file of requests, or whoever lends the machines. A second Ctrl-C ends the process at once.
 
-    `told_within`: seconds within which whoever lends the machines tells, after a signal, that it takes them.
     Raises Interrupted, and TrainingError where job after job has run out of time before more of the text was
     finished; how the run ended is then in its journal, where it has been written down.
     """
-    stopping = _Stopping(directory, launching, say, told_within)
+    stopping = _Stopping(directory, launching, say)
     heard = [number for number in launching.asking if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stopping.note) for number in heard}
     reading, writing = os.pipe()
@@ -74,13 +71,12 @@ def stoppable(
 class _Stopping:
     """Who asked for a stop, and what comes of it."""
 
-    def __init__(self, directory: RunDirectory, launching: Launching, say: Say, told_within: float) -> None:
+    def __init__(self, directory: RunDirectory, launching: Launching, say: Say) -> None:
         self.is_over = threading.Event()
         self.is_asked = False
         self._directory = directory
         self._launching = launching
         self._say = say
-        self._told_within = told_within
         self._received: list[int] = []
         self._ending = threading.Lock()
 
@@ -123,7 +119,7 @@ class _Stopping:
         return asked_by(self._directory) is not None or facts.asks_to_stop
 
     def _ended(self, received: Sequence[int]) -> LauncherError:
-        directory, facts = self._directory, self._facts(received)
+        directory, facts = self._directory, facts_in_time(self._launching, received)
         by_person = signal.SIGINT in received or asked_by(directory) == "person"
         verdict = decide(Evidence(world_size=1, ends=(), facts=facts, by_person=by_person, at_once=True))
         is_written = directory.orders.is_file()
@@ -156,12 +152,3 @@ class _Stopping:
         journal.note(file, "out_of_time_preparing", finished=finished)
         same = [each for each in before if each.get("finished") == finished]
         return len(same) == PATIENCE.attempts - 1
-
-    def _facts(self, received: Sequence[int]) -> Facts:
-        """What is known of the machines, once it can be: whoever takes them may send a signal first."""
-        until = time.monotonic() + self._told_within
-        while True:
-            facts = self._launching.facts(received)
-            if facts.asks_to_stop or facts.failed_nodes or time.monotonic() > until:
-                return facts
-            time.sleep(POLL_SECONDS)

@@ -53,6 +53,8 @@ class Slurm:
     """Signals that ask for a stop. SIGUSR1 only warns: SLURM may send it a minute early, which may be before
     the first step, and the end of the job is known."""
     takes_over: ClassVar = True
+    told_seconds: ClassVar = 5.0
+    """Within which slurmctld tells, once it has sent a signal, that it takes the nodes."""
 
     def __init__(self, directory: RunDirectory, cluster: ClusterConfig) -> None:
         job = slurm.own_job()

@@ -18,15 +18,17 @@ from launcher.run import journal
 from launcher.run.attempt import POLL_SECONDS, REPLACED, Ended, Signals, run_attempt
 from launcher.run.checkpoints import committed, newest_step
 from launcher.run.directory import RunDirectory
-from launcher.run.launching import Launching
+from launcher.run.launching import Launching, facts_in_time
 from launcher.run.outcome import (
     Attempt,
     End,
+    Evidence,
     Outcome,
     Patience,
     Restart,
     Verdict,
     attempt_of,
+    decide,
     what_next,
 )
 from launcher.run.requests import asked_by, forget_all_but_persons, is_replaced
@@ -67,6 +69,7 @@ def supervise(directory: RunDirectory, launching: Launching, say: Say, patience:
     with _noted(launching.asking) as signals:
         while True:
             if _is_asked(directory, signals):
+                _hand_back(directory, launching, signals)
                 return _end(directory, End(Outcome.STOPPED, "asked for before it began"), None, say)
             number = _record_start(directory, plan)
             ended = run_attempt(directory, launching, number, plan.batch.world_size, signals)
@@ -193,6 +196,17 @@ def _is_asked(directory: RunDirectory, signals: Signals) -> bool:
     except OSError:
         return True
     return asked_by(directory) is not None
+
+
+def _hand_back(directory: RunDirectory, launching: Launching, signals: Signals) -> None:
+    """Raises Interrupted where the stop is wished for because the scheduler takes the machines, and it starts
+    the run again by itself."""
+    by_person = signal.SIGINT in signals.received or asked_by(directory) == "person"
+    facts = facts_in_time(launching, signals.received)
+    verdict = decide(Evidence(world_size=1, ends=(), facts=facts, by_person=by_person, at_once=True))
+    if verdict.outcome is not Outcome.STOPPED and launching.hands_over(verdict.outcome, verdict.reason):
+        forget_all_but_persons(directory)
+        raise Interrupted(f"{verdict.reason} while no ranks ran; queued again")
 
 
 def _end(directory: RunDirectory, end: End, ended: Ended | None, say: Say) -> int:

@@ -15,6 +15,7 @@ class Machines:
 
     asking = Local.asking
     takes_over = False
+    told_seconds = 0.0
 
     def __init__(self, *, requeues: bool = False) -> None:
         self.known = Facts()

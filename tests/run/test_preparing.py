@@ -28,12 +28,10 @@ from tests.conftest import small_run, write_json
 from tests.run.machines import Machines
 
 
-def prepare(
-    directory: RunDirectory, lender: Machines, ask: Callable[[], object], told_within: float = 0.0
-) -> None:
+def prepare(directory: RunDirectory, lender: Machines, ask: Callable[[], object]) -> None:
     """Something long, in the middle of which somebody asks for a stop."""
     asking = threading.Timer(0.3, ask)
-    with stoppable(directory, lender, print, told_within=told_within):
+    with stoppable(directory, lender, print):
         asking.start()
         time.sleep(60)
 
@@ -113,6 +111,7 @@ def test_a_job_whose_time_never_suffices_for_more_of_the_text_is_given_up(direct
 
 def test_who_takes_the_machines_may_tell_of_it_after_the_signal(directory: RunDirectory) -> None:
     lender = Machines(requeues=True)
+    lender.told_seconds = 20.0
 
     def take() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -120,7 +119,7 @@ def test_who_takes_the_machines_may_tell_of_it_after_the_signal(directory: RunDi
         lender.known = Facts(preempted=True)
 
     with pytest.raises(Interrupted, match="queued again"):
-        prepare(directory, lender, take, told_within=20)
+        prepare(directory, lender, take)
 
 
 def test_nothing_is_written_for_a_run_that_is_not_there_yet(tmp_path: Path) -> None:

@@ -358,6 +358,24 @@ def test_a_wish_is_honoured_between_two_attempts(directory: RunDirectory, later:
     assert launching.attempts == 1
 
 
+def test_machines_that_are_taken_between_two_attempts_are_handed_back(
+    directory: RunDirectory, later: Callable[..., None]
+) -> None:
+    launching = Scripted(directory, 'say(0, "CRASHED", 1, "x")')
+    launching.told_seconds = 20.0
+
+    def take() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)  # the scheduler is asked first
+        launching.requeues, launching.known = True, Facts(preempted=True)
+
+    later(lambda: bool(events(directory, "restart")), take)
+    with pytest.raises(Interrupted, match="took the nodes back while no ranks ran; queued again"):
+        supervise(directory, launching, lambda text: None, Patience(shortest=1e6, longest=1e6))
+    assert not events(directory, "ended"), "the next supervisor goes on"
+    assert not directory.stop_request.exists()
+
+
 def test_what_the_scheduler_takes_goes_on_without_limit(directory: RunDirectory) -> None:
     launching = Scripted(
         directory,
