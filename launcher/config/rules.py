@@ -15,9 +15,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from launcher.config.addresses import NO_SECRETS, no_pattern_in, secret_in
+from launcher.config.addresses import no_pattern_in
 from launcher.config.faults import shown
 from launcher.config.keys import did_you_mean, in_words, nearest
+from launcher.config.secrets import is_secret, secret_in
 from launcher.config.slurm import (
     SLURM_KEYS,
     needs_a_description,
@@ -292,23 +293,13 @@ def _nearest_field(name: str) -> str:
     return SET_BY_LAUNCHER[close[0]] if close else _DOCUMENTED
 
 
-_PRIVATE = re.compile(
-    r"(^|[_.])(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIALS?)$", re.IGNORECASE
-)
-
-
-def is_private(name: str) -> bool:
-    """Whether a key of this (dotted) name holds a secret: it may neither be written to a file nor shown."""
-    return _PRIVATE.search(name) is not None
-
-
 def env_holds_no_secret(env: Mapping[str, str]) -> Iterator[Fault]:
-    for name in env:
-        if is_private(name):
+    for name, value in env.items():
+        if is_secret(name.upper(), value):
             yield Fault(
                 f"env.{name}",
                 "it looks like a secret, and this file is copied to the run directory",
-                hint=f"export {name} in the shell that starts launcher",
+                hint=f"export {name} in the shell that starts launcher: ranks and jobs inherit it",
             )
         elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield Fault(
@@ -334,17 +325,8 @@ def paths_say_something(key: str) -> Callable[[object], Iterator[Fault]]:
                 key, "an empty path names no file", hint="name a file, a glob or a URL; or take it out"
             )
         for path in _files(files):
-            if wrong := no_pattern_in(path):
+            if (wrong := no_pattern_in(path)) and not secret_in(path):  # it quotes the host
                 yield Fault(key, f"{wrong[0]}: nothing can match it", hint=wrong[1])
-
-    return judge
-
-
-def no_secret_in_urls(key: str) -> Callable[[object], Iterator[Fault]]:
-    def judge(files: object) -> Iterator[Fault]:
-        for path in _files(files):
-            if secret := secret_in(path):
-                yield Fault(key, secret, hint=NO_SECRETS)
 
     return judge
 
@@ -363,8 +345,6 @@ RUN_RULES = (
     Rule(("data.validation",), validation_fraction),
     Rule(("data.train",), paths_say_something("data.train")),
     Rule(("data.validation",), paths_say_something("data.validation")),
-    Rule(("data.train",), no_secret_in_urls("data.train")),
-    Rule(("data.validation",), no_secret_in_urls("data.validation")),
     Rule(("train.betas",), betas_below_one),
     Rule(("train.warmup", "train.steps"), warmup_in_steps),
     Rule(("train.early_stopping", "data.validation"), stopping_needs_validation),

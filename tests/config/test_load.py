@@ -317,7 +317,11 @@ def test_faults_of_a_cluster_file_have_places_too(tmp_path: Path) -> None:
     assert [(fault.path, fault.place, fault.hint) for fault in caught.value.faults] == [
         ("node", "c.yaml:2", "did you mean nodes?"),
         ("slurm.partition", "c.yaml:4", "set launch: slurm, or take it out"),
-        ("env.HF_TOKEN", "c.yaml:6", "export HF_TOKEN in the shell that starts launcher"),
+        (
+            "env.HF_TOKEN",
+            "c.yaml:6",
+            "export HF_TOKEN in the shell that starts launcher: ranks and jobs inherit it",
+        ),
     ]
 
 
