@@ -6,7 +6,6 @@ are sound, whatever else is wrong in the file, so that one pass reports everythi
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from launcher.config.addresses import no_pattern_in
 from launcher.config.faults import shown
+from launcher.config.gpus import gpu_is_known
 from launcher.config.keys import did_you_mean, in_words, nearest
 from launcher.config.secrets import is_secret, secret_in
 from launcher.config.slurm import (
@@ -211,26 +211,6 @@ def offload_of_a_strategy(strategy: str, offload: str) -> Iterator[Fault]:
         )
 
 
-def micro_batch_divides(micro_batch: int | str, batch_size: int) -> Iterator[Fault]:
-    if isinstance(micro_batch, str) or batch_size % micro_batch == 0:
-        return
-    micro, batch = int(micro_batch), int(batch_size)
-    smaller = max(size for size in divisors(batch) if size <= micro)
-    larger = (batch // micro + 1) * micro
-    yield Fault(
-        "train.micro_batch",
-        f"{micro} does not divide train.batch_size {batch}",
-        hint=f"set train.micro_batch: {smaller}, or train.batch_size: {larger}",
-    )
-
-
-def divisors(number: int) -> Iterator[int]:
-    """The divisors of `number`, in ascending order."""
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    yield from small
-    yield from (number // divisor for divisor in reversed(small) if divisor * divisor != number)
-
-
 def source_names_differ(train: list[Any]) -> Iterator[Fault]:
     names = [source["name"] for source in train if isinstance(source, Mapping)]
     for index, name in enumerate(names):
@@ -349,7 +329,6 @@ RUN_RULES = (
     Rule(("train.warmup", "train.steps"), warmup_in_steps),
     Rule(("train.early_stopping", "data.validation"), stopping_needs_validation),
     Rule(("data.mode", "data.skip.steps", "data.skip.documents"), skipping_a_stream),
-    Rule(("train.micro_batch", "train.batch_size"), micro_batch_divides),
     Rule(("train.strategy", "train.offload"), offload_of_a_strategy),
     Rule(("train.metrics",), names_in_modules("train.metrics", "my_metrics:accuracy")),
     Rule(("train.callbacks",), names_in_modules("train.callbacks", "my_callbacks:MyCallback")),
@@ -357,6 +336,7 @@ RUN_RULES = (
 )
 CLUSTER_RULES = (
     Rule(("env",), env_holds_no_secret),
+    Rule(("gpu",), gpu_is_known),
     Rule(("launch", "gpus_per_node", "gpu"), needs_a_description),
     Rule(("launch", *SLURM_KEYS), slurm_unused),
     Rule(SLURM_KEYS, single_lines),

@@ -37,7 +37,9 @@ class Section(BaseModel):
 class TrainTokenizer(Section):
     """A byte-level BPE tokenizer trained on the run's own text."""
 
-    vocab_size: Count = Field(description="Entries in the vocabulary, the end-of-text token included.")
+    vocab_size: Count = Field(
+        ge=257, description="Entries in the vocabulary, the 256 bytes and the end-of-text token included."
+    )
 
 
 class TokenizerFromCorpus(Section):

@@ -182,8 +182,14 @@ RUN = "name: r\nmodel: {name: gpt2}\ndata: {train: [a.txt]}\ntrain: {batch_size:
         (
             "model.tokenizer={train: {vocab_size: many}}",
             "model.tokenizer.train.vocab_size",
-            'expected a whole number from 1 on, got the text "many"',
+            'expected a whole number from 257 on, got the text "many"',
             "Entries in",
+        ),
+        (
+            "model.tokenizer={train: {vocab_size: 256}}",
+            "model.tokenizer.train.vocab_size",
+            "expected a whole number from 257 on, got 256",
+            "Entries in the vocabulary, the 256 bytes",
         ),
         ("model.name=''", "model.name", "it is empty", "A preset"),
         (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.load import load_cluster, load_run
+from launcher.config.load import load_cluster, load_files, load_run
 from launcher.errors import ConfigError, Fault
 
 RUN = "name: r\nmodel: {name: gpt2}\ndata: {train: [a.txt]}\ntrain: {batch_size: 8, epochs: 1}\n"
@@ -104,19 +104,6 @@ def loads(tmp_path: Path, *overrides: str) -> bool:
             "it watches eval_loss, and data.validation is 0",
             "set data.validation",
         ),
-        (
-            ["train.micro_batch=3"],
-            "train.micro_batch",
-            "3 does not divide train.batch_size 8",
-            "set train.micro_batch: 2, or train.batch_size: 9",
-        ),
-        (
-            ["train.batch_size=2000000000", "train.micro_batch=1000000007"],
-            "train.micro_batch",
-            "does not divide",
-            "train.micro_batch: 1000000000, or train.batch_size: 2000000014",
-        ),
-        (["train.micro_batch=16"], "train.micro_batch", "16 does not divide", "train.micro_batch: 8, or"),
         (
             ["data.train=[{name: a, files: [x], weight: 1}, {name: a, files: [y], weight: 1}]"],
             "data.train.1.name",
@@ -270,3 +257,42 @@ def test_a_stream_has_nothing_to_skip_in(tmp_path: Path) -> None:
         assert "a stream has no store" in fault.message
         assert "set data.mode: prepared" in (fault.hint or "")
     assert loads(tmp_path, "data.skip={steps: [7, 130-135], documents: [train-00003:1542]}")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "path", "message", "hint"),
+    [
+        ("H100", "gpu", "'H100' is not in the catalogue", "did you mean h100-sxm-80gb or h100-pcie-80gb?"),
+        ("h100-smx-80gb", "gpu", "not in the catalogue", "h100-sxm-80gb"),
+        ("l40", "gpu", "not in the catalogue", "l40s-48gb"),
+        (
+            "quantum",
+            "gpu",
+            "not in the catalogue",
+            "the catalogue has cpu, t4-16gb, v100-sxm-16gb, v100-sxm-32gb",
+        ),
+        (
+            "a1",
+            "gpu",
+            "",
+            "or describe it by its memory and its peak, as gpu: {name: a1, memory_gb: ..., bf16",
+        ),
+        (
+            "{name: t4-16gb, memory_gb: 32}",
+            "gpu.name",
+            "'t4-16gb' is in the catalogue",
+            "write gpu: t4-16gb, or",
+        ),
+    ],
+)
+def test_a_gpu_is_in_the_catalogue_or_described(
+    tmp_path: Path, gpu: str, path: str, message: str, hint: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(RUN)
+    (tmp_path / "c.yaml").write_text(f"name: c\ngpu: {gpu}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_files(tmp_path / "run.yaml", ["train.schedule=cosin"], tmp_path / "c.yaml")
+    schedule, fault = caught.value.faults
+    assert (schedule.path, fault.path, fault.place) == ("train.schedule", path, "c.yaml:2")
+    assert message in fault.message
+    assert hint in (fault.hint or "")
