@@ -19,8 +19,8 @@ NO_SECRETS = (
     "(environment variables, ~/.aws, ~/.netrc, hf auth login)"
 )
 _HAND_ON = (
-    "this is copied to the run directory: export it in the shell that starts launcher; "
-    "ranks and jobs inherit it"
+    "this is copied to the run directory: export it in the shell that starts launcher "
+    "(for the Hub, `hf auth login`); ranks and jobs inherit it"
 )
 _PRIVATE = re.compile(
     r"((^|[_.-])(TOKEN|SECRET|CREDENTIALS?|(ACCESS|SECRET|PRIVATE)[_-]?KEY)"
