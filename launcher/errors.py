@@ -42,8 +42,9 @@ class LauncherError(Exception):
     def place(self, origins: Mapping[str, str]) -> None:
         """Say where the key was set, now that `origins` (dotted key to place) is at hand."""
         origin = origins.get(self.key) if self.key else None
-        if origin is not None and origin != "default":
-            self.message += f" ({origin})"
+        if self.key is not None and origin is not None and origin != "default":
+            said = self.key.removeprefix("cluster.") in f"{self.message} {origin}"
+            self.message += f" ({origin})" if said else f" ({self.key}, {origin})"
             self.key = None
 
 
@@ -92,9 +93,31 @@ class ConfigError(RequestError):
 
     def place(self, origins: Mapping[str, str]) -> None:
         """Say where each fault that has no place yet was set."""
+        places = {key: origin for key, origin in origins.items() if origin != "default"}
         self.faults = tuple(
-            fault if fault.place else replace(fault, place=origins.get(fault.path)) for fault in self.faults
+            fault if fault.place else replace(fault, place=places.get(fault.path)) for fault in self.faults
         )
+
+
+@contextmanager
+def gathering(errors: list[LauncherError]) -> Iterator[None]:
+    """An error raised inside is put with the others, so that what does not depend on it is tried too."""
+    try:
+        yield
+    except LauncherError as error:
+        errors.append(error)
+
+
+def as_one(errors: Sequence[LauncherError]) -> LauncherError:
+    """The only error as it is; several as one that carries all their faults."""
+    if len(errors) == 1:
+        return errors[0]
+    faults: list[Fault] = []
+    for error in errors:
+        key = error.key or ""
+        own = Fault(key, error.message.removeprefix(f"{key}="), hint=error.hint)
+        faults += error.faults if isinstance(error, ConfigError) else [own]
+    return ConfigError(faults)
 
 
 class DataError(RequestError):

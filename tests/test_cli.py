@@ -249,10 +249,11 @@ def test_a_traceback_only_when_asked_for(workplace: Workplace) -> None:
     assert (plain.returncode, plain.stdout) == (2, "")
     assert "error: nothing.yaml: no such file" in plain.stderr
     assert "Traceback" not in plain.stderr
-    debug = workplace.run("--debug", "plan", "nothing.yaml")
-    assert "Traceback" in debug.stderr
-    assert "ConfigError" in debug.stderr
-    assert debug.returncode == 2
+    for debugged in (("--debug", "plan", "nothing.yaml"), ("plan", "nothing.yaml", "--debug")):
+        debug = workplace.run(*debugged)
+        assert "Traceback" in debug.stderr
+        assert "ConfigError" in debug.stderr
+        assert debug.returncode == 2
 
 
 def test_a_store_is_prepared_shown_and_verified_and_a_flipped_byte_is_found(workplace: Workplace) -> None:

@@ -65,9 +65,10 @@ def main() -> None:
     sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    # It may stand behind the command too.
     debug = "--debug" in sys.argv[1:]
     try:
-        app(prog_name="launcher")
+        app([argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="launcher")
     except LauncherError as error:
         if debug:
             traceback.print_exception(error)

@@ -6,6 +6,7 @@ Pydantic finds the faults; its words, and its one message for each arm of a unio
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TypeAlias, get_origin
@@ -216,8 +217,9 @@ def _how_to_write(fields: list[FieldInfo], words: str, value: Value) -> str | No
         return None
     if bool in kinds and value.lower() in {"yes", "on", "no", "off"}:
         return f"write {'true' if value.lower() in {'yes', 'on'} else 'false'}"
-    if kinds & {int, float} and _is_number(value):
-        return f"write {value} without quotes"
+    digits = value.replace("_", "").strip()
+    if kinds & {int, float} and _is_number(digits):
+        return f"write {value} without quotes" if digits == value else f"write {digits}"
     if list in kinds and str not in kinds:
         return f"write it as a list: [{value}]"
     close = nearest(value, words.removeprefix("one of ").replace(", or ", ", ").split(", "), most=1)
@@ -226,7 +228,6 @@ def _how_to_write(fields: list[FieldInfo], words: str, value: Value) -> str | No
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text)) and text.isascii()
     except ValueError:
         return False
-    return True

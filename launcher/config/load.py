@@ -18,15 +18,9 @@ from pydantic import ValidationError
 from launcher.config.document import Document, KeyPath, Value, dotted, parse, write
 from launcher.config.faults import explain, shown, sound_parts
 from launcher.config.keys import leaves
-from launcher.config.rules import (
-    CLUSTER_RULES,
-    LENGTHS,
-    RUN_RULES,
-    Rule,
-    broken,
-    is_private,
-)
+from launcher.config.rules import CLUSTER_RULES, LENGTHS, RUN_RULES, Rule, broken
 from launcher.config.schema import ClusterConfig, RunConfig, Section
+from launcher.config.secrets import is_private, secret_in, secrets_in
 from launcher.errors import ConfigError, Fault
 
 Config = TypeVar("Config", bound=Section)
@@ -179,9 +173,17 @@ def _overrides(texts: Sequence[str]) -> tuple[list[_Override], list[Fault]]:
     faults: list[Fault] = []
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or not all(key.split(".")):
-            place = f"override {text if not equals else key + '=...'}"
-            faults.append(Fault(key or equals, "expected KEY=VALUE with a dotted key", place, _KEY_VALUE))
+        if not equals or not all(key.split(".")) or secret_in(key):
+            known = "..." if secret_in(text) else f"{key}=..." if equals else text
+            place = f"override {known}"
+            faults.append(
+                Fault(
+                    "..." if secret_in(text) else key or equals,
+                    "expected KEY=VALUE with a dotted key",
+                    place,
+                    _KEY_VALUE,
+                )
+            )
             continue
         place = f"override {key}=" + ("..." if _may_hold_secret(key, value) else value)
         try:
@@ -197,7 +199,7 @@ def _overrides(texts: Sequence[str]) -> tuple[list[_Override], list[Fault]]:
 def _may_hold_secret(key: str, value: str) -> bool:
     """Messages repeat an override as given, except a secret, and a mapping or URL that may hold one."""
     in_url = "://" in value and any(mark in value for mark in "?@#;")
-    return is_private(key) or in_url or "{" in value or ": " in value
+    return is_private(key) or in_url or secret_in(value) is not None or "{" in value or ": " in value
 
 
 def _lengths_cleared(overrides: list[_Override]) -> list[_Override]:
@@ -234,6 +236,11 @@ def _load(
     except ValidationError as error:
         found, bad = explain(model, values, error.errors(include_url=False))
     found += broken(rules, sound_parts(model, plain, bad))
+    secrets = list(secrets_in(values))
+    # What else is wrong with a secret would repeat it.
+    found = [
+        each for each in found if not any(_covers(secret.path, each.path) for secret in secrets)
+    ] + secrets
     placed = [replace(fault, place=_place(fault.path, document, overrides)) for fault in found]
     every = [*document.faults, *placed, *faults]
     if every or config is None:

@@ -95,6 +95,7 @@ def _from_folder(model: ModelSection, folder: Path) -> ModelSource:
             f"no model in {absolute}: {_lacks(absolute, CONFIG)}",
             hint="give the folder that holds config.json, a preset "
             f"({', '.join(PRESETS)}) or a Hub id such as user/model",
+            key="model.name",
         )
     config = _read_config(absolute / CONFIG)
     return ModelSource(
@@ -138,6 +139,7 @@ def _tokenizer(model: ModelSection, own: str) -> str | TokenizerFromCorpus:
             raise RequestError(
                 f"no tokenizer in {folder.absolute()}: {_lacks(folder, 'tokenizer.json')}",
                 hint="give the folder that save_pretrained wrote, or a Hub id, in model.tokenizer",
+                key="model.tokenizer",
             )
         return str(folder.absolute())
     return asked
@@ -147,11 +149,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RequestError(f"{path} cannot be read: {error}", hint="save the model again") from error
+        raise RequestError(
+            f"{path} cannot be read: {error}", hint="save the model again", key="model.name"
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise RequestError(
             f"{path} is not a transformers config: it names no model_type",
             hint="give a model that transformers' save_pretrained wrote",
+            key="model.name",
         )
     if config["model_type"] == "gpt2":
         config |= {own: config.pop(name) for name, own in GPT2_OTHER_NAMES.items() if name in config}
@@ -223,6 +228,7 @@ def _config_from_hub(hub_id: str) -> Path:
         raise RequestError(
             f"no model {hub_id}: no folder of that name here, and {reason}",
             hint=f"{_presets_like(hub_id)} {download}".strip(),
+            key="model.name",
         ) from error
 
 
@@ -231,6 +237,7 @@ def _no_such_model(hub_id: str, answer: str) -> RequestError:
     return RequestError(
         f"no model {hub_id}: no folder of that name here, no preset, and {answer}",
         hint=_presets_like(hub_id) or log_in,
+        key="model.name",
     )
 
 

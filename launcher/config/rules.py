@@ -6,7 +6,6 @@ are sound, whatever else is wrong in the file, so that one pass reports everythi
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from launcher.config.addresses import NO_SECRETS, no_pattern_in, secret_in
+from launcher.config.addresses import no_pattern_in
 from launcher.config.faults import shown
+from launcher.config.gpus import gpu_is_known
 from launcher.config.keys import did_you_mean, in_words, nearest
+from launcher.config.secrets import is_secret, secret_in
 from launcher.config.slurm import (
     SLURM_KEYS,
     needs_a_description,
@@ -210,26 +211,6 @@ def offload_of_a_strategy(strategy: str, offload: str) -> Iterator[Fault]:
         )
 
 
-def micro_batch_divides(micro_batch: int | str, batch_size: int) -> Iterator[Fault]:
-    if isinstance(micro_batch, str) or batch_size % micro_batch == 0:
-        return
-    micro, batch = int(micro_batch), int(batch_size)
-    smaller = max(size for size in divisors(batch) if size <= micro)
-    larger = (batch // micro + 1) * micro
-    yield Fault(
-        "train.micro_batch",
-        f"{micro} does not divide train.batch_size {batch}",
-        hint=f"set train.micro_batch: {smaller}, or train.batch_size: {larger}",
-    )
-
-
-def divisors(number: int) -> Iterator[int]:
-    """The divisors of `number`, in ascending order."""
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    yield from small
-    yield from (number // divisor for divisor in reversed(small) if divisor * divisor != number)
-
-
 def source_names_differ(train: list[Any]) -> Iterator[Fault]:
     names = [source["name"] for source in train if isinstance(source, Mapping)]
     for index, name in enumerate(names):
@@ -292,23 +273,13 @@ def _nearest_field(name: str) -> str:
     return SET_BY_LAUNCHER[close[0]] if close else _DOCUMENTED
 
 
-_PRIVATE = re.compile(
-    r"(^|[_.])(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIALS?)$", re.IGNORECASE
-)
-
-
-def is_private(name: str) -> bool:
-    """Whether a key of this (dotted) name holds a secret: it may neither be written to a file nor shown."""
-    return _PRIVATE.search(name) is not None
-
-
 def env_holds_no_secret(env: Mapping[str, str]) -> Iterator[Fault]:
-    for name in env:
-        if is_private(name):
+    for name, value in env.items():
+        if is_secret(name.upper(), value):
             yield Fault(
                 f"env.{name}",
                 "it looks like a secret, and this file is copied to the run directory",
-                hint=f"export {name} in the shell that starts launcher",
+                hint=f"export {name} in the shell that starts launcher: ranks and jobs inherit it",
             )
         elif not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield Fault(
@@ -334,17 +305,8 @@ def paths_say_something(key: str) -> Callable[[object], Iterator[Fault]]:
                 key, "an empty path names no file", hint="name a file, a glob or a URL; or take it out"
             )
         for path in _files(files):
-            if wrong := no_pattern_in(path):
+            if (wrong := no_pattern_in(path)) and not secret_in(path):  # it quotes the host
                 yield Fault(key, f"{wrong[0]}: nothing can match it", hint=wrong[1])
-
-    return judge
-
-
-def no_secret_in_urls(key: str) -> Callable[[object], Iterator[Fault]]:
-    def judge(files: object) -> Iterator[Fault]:
-        for path in _files(files):
-            if secret := secret_in(path):
-                yield Fault(key, secret, hint=NO_SECRETS)
 
     return judge
 
@@ -363,13 +325,10 @@ RUN_RULES = (
     Rule(("data.validation",), validation_fraction),
     Rule(("data.train",), paths_say_something("data.train")),
     Rule(("data.validation",), paths_say_something("data.validation")),
-    Rule(("data.train",), no_secret_in_urls("data.train")),
-    Rule(("data.validation",), no_secret_in_urls("data.validation")),
     Rule(("train.betas",), betas_below_one),
     Rule(("train.warmup", "train.steps"), warmup_in_steps),
     Rule(("train.early_stopping", "data.validation"), stopping_needs_validation),
     Rule(("data.mode", "data.skip.steps", "data.skip.documents"), skipping_a_stream),
-    Rule(("train.micro_batch", "train.batch_size"), micro_batch_divides),
     Rule(("train.strategy", "train.offload"), offload_of_a_strategy),
     Rule(("train.metrics",), names_in_modules("train.metrics", "my_metrics:accuracy")),
     Rule(("train.callbacks",), names_in_modules("train.callbacks", "my_callbacks:MyCallback")),
@@ -377,6 +336,7 @@ RUN_RULES = (
 )
 CLUSTER_RULES = (
     Rule(("env",), env_holds_no_secret),
+    Rule(("gpu",), gpu_is_known),
     Rule(("launch", "gpus_per_node", "gpu"), needs_a_description),
     Rule(("launch", *SLURM_KEYS), slurm_unused),
     Rule(SLURM_KEYS, single_lines),

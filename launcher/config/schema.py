@@ -17,9 +17,12 @@ from launcher.config.values import (
     Count,
     Every,
     Figure,
+    Folder,
+    Measure,
     Tokens,
     at_most,
     document_name,
+    integral,
     number_as_text,
     one_line,
     run_name,
@@ -37,7 +40,9 @@ class Section(BaseModel):
 class TrainTokenizer(Section):
     """A byte-level BPE tokenizer trained on the run's own text."""
 
-    vocab_size: Count = Field(description="Entries in the vocabulary, the end-of-text token included.")
+    vocab_size: Count = Field(
+        ge=257, description="Entries in the vocabulary, the 256 bytes and the end-of-text token included."
+    )
 
 
 class TokenizerFromCorpus(Section):
@@ -145,7 +150,7 @@ class DataSection(Section):
     skip: SkipSection = Field(
         default_factory=SkipSection, description="Text that is not trained on any more."
     )
-    cache_dir: str | None = Field(
+    cache_dir: Folder | None = Field(
         None, description="Where token stores are kept. null: `.stores` in `output_dir`."
     )
 
@@ -284,15 +289,13 @@ class RunConfig(Section):
         default=["tensorboard"],
         description="Where metrics go besides metrics.jsonl.",
     )
-    push_to_hub: str | None = Field(
+    push_to_hub: Annotated[str, AfterValidator(one_line)] | None = Field(
         None, description="The Hub repository (`user/name`) the final model is uploaded to. null: none."
     )
-    seed: int = Field(
+    seed: Annotated[int, BeforeValidator(integral)] = Field(
         1337, ge=0, lt=2**32, description="Seeds the weights, the dropout and the order of the data."
     )
-    output_dir: Annotated[str, AfterValidator(one_line)] = Field(
-        "runs", min_length=1, description="The folder that run directories are made in."
-    )
+    output_dir: Folder = Field("runs", description="The folder that run directories are made in.")
 
 
 class Container(Section):
@@ -359,14 +362,14 @@ class GPUFigures(Section):
     """A GPU that the catalogue lacks, by its maker's figures."""
 
     name: str = Field(min_length=1, description="What to call it: a name that the catalogue does not have.")
-    memory_gb: Figure = Field(description="Its memory in GB of 10^9 bytes.")
-    bf16_tflops: Figure | None = Field(
+    memory_gb: Measure = Field(description="Its memory in GB of 10^9 bytes.")
+    bf16_tflops: Measure | None = Field(
         None, description="Its peak in bf16 and fp16, dense, in 10^12 FLOP/s. null: speed is not predicted."
     )
-    bandwidth_gbs: Figure | None = Field(
+    bandwidth_gbs: Measure | None = Field(
         None, description="Its memory's bandwidth in GB/s. null: speed is not predicted."
     )
-    link_gbs: Figure | None = Field(
+    link_gbs: Measure | None = Field(
         None,
         description="What it sends to others of its node, in GB/s each way. null: speed is not predicted.",
     )
@@ -388,7 +391,7 @@ class ClusterConfig(Section):
         description="The GPU's name in the catalogue; `cpu`; `auto`: what is found here; or, for one that "
         "the catalogue lacks, {name, memory_gb} and, for its speed, {bf16_tflops, bandwidth_gbs, link_gbs}.",
     )
-    network_gbps: Figure | None = Field(
+    network_gbps: Measure | None = Field(
         None, description="Network bandwidth between nodes, per GPU, in Gbit/s."
     )
     price_per_gpu_hour: Annotated[float, Field(ge=0), AfterValidator(at_most(MOST))] | None = Field(

@@ -31,7 +31,7 @@ def seconds(duration: str) -> float:
     return float(match[1]) * SECONDS[match[2]]
 
 
-def _integral(value: Any) -> Any:
+def integral(value: Any) -> Any:
     """`10e9` is how people write ten billion: a float that is a whole number is an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -66,7 +66,7 @@ def steps_in(entry: str) -> range:
 
 
 def number_as_text(value: Any) -> Any:
-    return str(_integral(value)) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    return str(integral(value)) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def step_range(entry: str) -> str:
@@ -86,13 +86,22 @@ def one_line(value: str) -> str:
     return value
 
 
+def local_folder(value: str) -> str:
+    if "://" in value:
+        raise ValueError("expected a local or shared folder, not a URL")
+    return one_line(value)
+
+
 def run_name(value: str) -> str:
     if value in {"", ".", ".."} or "/" in value or value[0] == "-" or not value.isprintable():
         raise ValueError("expected a folder name: no slash, no control character, no leading dash")
     return value
 
 
-Count = Annotated[int, BeforeValidator(_integral), Field(ge=1), AfterValidator(at_most(MOST))]
-Tokens = Annotated[int, BeforeValidator(_integral), Field(ge=1), AfterValidator(at_most(MOST_TOKENS))]
+Count = Annotated[int, BeforeValidator(integral), Field(ge=1), AfterValidator(at_most(MOST))]
+Tokens = Annotated[int, BeforeValidator(integral), Field(ge=1), AfterValidator(at_most(MOST_TOKENS))]
 Figure = Annotated[float, Field(gt=0), AfterValidator(at_most(MOST))]
-Every = Annotated[int | str, BeforeValidator(_integral), AfterValidator(_every)]
+Every = Annotated[int | str, BeforeValidator(integral), AfterValidator(_every)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(local_folder)]
+Measure = Annotated[float, Field(ge=0.001), AfterValidator(at_most(MOST))]
+"""What hardware holds or does, in its datasheet's units: nothing there is less, and no quotient overflows."""

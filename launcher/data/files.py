@@ -19,7 +19,8 @@ from zipfile import BadZipFile
 
 from fsspec.implementations.local import LocalFileSystem
 
-from launcher.config.addresses import NO_SECRETS, is_url, secret_in
+from launcher.config.addresses import is_url
+from launcher.config.secrets import NO_SECRETS, secret_in
 from launcher.data import remote
 from launcher.data.data_sets import hub_files, is_on_the_hub, saved_files
 from launcher.data.frames import Frame, FrameReader, ZstdDamageError, ZstdFrame

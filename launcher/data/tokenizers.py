@@ -27,9 +27,9 @@ from launcher.errors import RequestError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Reference
 
+KEY = "model.tokenizer"  # of a run, where a tokenizer is asked for
 END_OF_TEXT = "<|endoftext|>"
 TRAINING_BYTES = 64 << 20  # of UTF-8 text a tokenizer is trained on at most
-SMALLEST_VOCABULARY = 257  # the 256 bytes and the end-of-text token
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "config.json",
@@ -181,17 +181,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer with an end-of-text token, from the first TRAINING_BYTES of the documents.
 
     The same documents give the same tokenizer. Text too short to fill the vocabulary gives a smaller one:
-    see `unfilled`. Raises RequestError for a vocabulary below SMALLEST_VOCABULARY.
+    see `unfilled`.
     """
     from tokenizers import Tokenizer as Reference
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise RequestError(
-            f"model.tokenizer.train.vocab_size is {vocab_size}: a byte-level vocabulary holds the 256 bytes "
-            "and the end-of-text token",
-            hint=f"set it to {SMALLEST_VOCABULARY} or more",
-        )
     reference = Reference(models.BPE())
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     reference.decoder = decoders.ByteLevel()
@@ -234,15 +228,16 @@ def _from_hub(name: str) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
     except HFValidationError:
-        raise RequestError(f"tokenizer {name}: neither a folder nor a Hub id", hint=hint) from None
+        raise RequestError(f"tokenizer {name}: neither a folder nor a Hub id", hint=hint, key=KEY) from None
     except LocalEntryNotFoundError:
         raise RequestError(
             f"tokenizer {name}: not in the Hub's cache here, and the Hub cannot be reached",
             hint="download it once where there is a network, or give a local folder",
+            key=KEY,
         ) from None
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
-        raise RequestError(f"tokenizer {name}: the Hub says: {reason}", hint=hint) from None
+        raise RequestError(f"tokenizer {name}: the Hub says: {reason}", hint=hint, key=KEY) from None
     return folder
 
 
@@ -260,10 +255,11 @@ def _reference(folder: Path) -> Reference:
             reference.decoder = decoders.ByteLevel()
             return reference
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise RequestError(f"tokenizer {folder}: cannot be read: {error}") from error
+        raise RequestError(f"tokenizer {folder}: cannot be read: {error}", key=KEY) from error
     raise RequestError(
         f"tokenizer {folder}: no tokenizer.json, nor vocab.json with merges.txt",
         hint="save one there with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        key=KEY,
     )
 
 
@@ -295,6 +291,7 @@ def _as_transformers_reads(folder: Path) -> tuple[Reference, dict[str, str]]:
         raise RequestError(
             f"tokenizer {folder}: transformers cannot read it: {reason}",
             hint="where its tokenizer.json says all, put it into a folder by itself, and name that",
+            key=KEY,
         )
     answer = json.loads(asked.stdout.splitlines()[-1])
     return Reference.from_str(answer["content"]), answer["special"]
@@ -320,9 +317,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RequestError(f"{path}: not JSON: {error}") from None
+        raise RequestError(f"{path}: not JSON: {error}", key=KEY) from None
     if not isinstance(content, dict):
-        raise RequestError(f"{path}: not a JSON object")
+        raise RequestError(f"{path}: not a JSON object", key=KEY)
     return content
 
 

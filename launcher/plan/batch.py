@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from launcher.config.rules import divisors
 from launcher.errors import RequestError
 
 
@@ -45,26 +45,34 @@ NOTHING_DONE = Done()
 def splits(batch_size: int, world_size: int, micro_batch: int | None, largest: int) -> list[Batch]:
     """Every way to spread `batch_size` sequences over `world_size` ranks, the largest micro-batch first.
 
-    `micro_batch` is the user's, which divides `batch_size`, and then the only one; None for every divisor of
-    a rank's share that is at most `largest`. Raises RequestError, naming the nearest sizes that work.
+    `micro_batch` is the user's, and then the only one; None for every divisor of a rank's share that is at
+    most `largest`. Raises what `check_divides` does.
     """
-    if batch_size % (world_size * (micro_batch or 1)):
-        raise _refusal(batch_size, world_size, micro_batch)
+    check_divides(batch_size, world_size, micro_batch)
     share = batch_size // world_size
     sizes = [micro_batch] if micro_batch else [size for size in divisors(share) if size <= max(1, largest)]
     return [Batch(batch_size, size, share // size, world_size) for size in reversed(sizes)]
 
 
+def check_divides(batch_size: int, world_size: int, micro_batch: int | None) -> None:
+    """Raise RequestError, naming the nearest sizes that work, where each rank's share is no whole number of
+    sequences, or of the user's `micro_batch`."""
+    if batch_size % (world_size * (micro_batch or 1)):
+        raise _refusal(batch_size, world_size, micro_batch)
+
+
 def _refusal(batch_size: int, world_size: int, micro_batch: int | None) -> RequestError:
     micro = micro_batch or 1
-    batches = _nearest_batches(batch_size, world_size * micro)
-    ways = f"{batches}; or {_nearest_worlds(batch_size // micro, world_size)}"
+    ways = _nearest_batches(batch_size, world_size * micro)
+    if batch_size % micro == 0:
+        ways += f"; or {_nearest_worlds(batch_size // micro, world_size)}"
     share, left = divmod(batch_size, world_size)
     if not left:
         smaller = max(size for size in divisors(share) if size <= micro)
+        whole = f"train.batch_size={batch_size}"
+        of_a_rank = f"{share}, the share of {whole} that each of {world_size} ranks has"
         return RequestError(
-            f"train.micro_batch={micro} does not divide {share}, the share of train.batch_size={batch_size} "
-            f"that each of {world_size} ranks has",
+            f"train.micro_batch={micro} does not divide {whole if world_size == 1 else of_a_rank}",
             hint=f"set train.micro_batch to {smaller}; or {ways}",
             key="train.micro_batch",
         )
@@ -87,6 +95,13 @@ def _nearest_worlds(micro_batches: int, world_size: int) -> str:
     below = [str(world) for world in worlds if world < world_size][-1:]
     above = [str(world) for world in worlds if world > world_size][:1]
     return f"use {' or '.join(below + above)} rank{'' if below + above == ['1'] else 's'}"
+
+
+def divisors(number: int) -> Iterator[int]:
+    """The divisors of `number`, in ascending order."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    yield from small
+    yield from (number // divisor for divisor in reversed(small) if divisor * divisor != number)
 
 
 def count_steps(

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from launcher.config.keys import did_you_mean, nearest
-from launcher.errors import RequestError
-
 GIGA: Final = 10**9
 TERA: Final = 1e12
 
@@ -202,17 +199,8 @@ CATALOGUE: Final[Mapping[str, GPU]] = {
 
 
 def find_gpu(name: str) -> GPU:
-    """The catalogue's entry for `name`. Raises RequestError with the nearest names and how to describe it."""
-    if name in CATALOGUE:
-        return CATALOGUE[name]
-    close = nearest(name, CATALOGUE) or [known for known in CATALOGUE if known.startswith(f"{name.lower()}-")]
-    known = did_you_mean(close) if close else f"the catalogue has {', '.join(CATALOGUE)};"
-    raise RequestError(
-        f"gpu: {name!r} is not in the catalogue",
-        hint=f"{known} or describe it by its memory and its peak, as "
-        f"gpu: {{name: {name}, memory_gb: ..., bf16_tflops: ...}}",
-        key="cluster.gpu",
-    )
+    """The catalogue's entry for a name that it has."""
+    return CATALOGUE[name]
 
 
 def from_figures(
@@ -227,14 +215,7 @@ def from_figures(
 
     `link_gbs` is what one GPU sends to others of its node. Memory alone is enough to plan what fits; speed
     needs the others too. It is taken for Ampere, as every generation is that no measurement was fitted on.
-    Raises RequestError for a name that the catalogue has.
     """
-    if name in CATALOGUE:
-        raise RequestError(
-            f"gpu: {name!r} is in the catalogue, with its figures",
-            hint=f"write gpu: {name}, or describe yours under another name",
-            key="cluster.gpu.name",
-        )
     peak = None if bf16_tflops is None else bf16_tflops * TERA
     return GPU(
         name,

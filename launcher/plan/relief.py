@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launcher.config.rules import divisors
+from launcher.plan.batch import divisors
 from launcher.plan.choose import Plan
 from launcher.plan.fast import trained_shape
 from launcher.plan.memory import estimate

@@ -15,8 +15,16 @@ from launcher.config.load import Loaded, dump
 from launcher.config.models import ModelSource, find_model
 from launcher.config.schema import ClusterConfig, GPUFigures, RunConfig, TokenizerFromCorpus
 from launcher.config.slurm import memory_bytes
-from launcher.errors import MachineError, RequestError, RunDirectoryError, placed
-from launcher.plan.batch import NOTHING_DONE, Done
+from launcher.errors import (
+    LauncherError,
+    MachineError,
+    RequestError,
+    RunDirectoryError,
+    as_one,
+    gathering,
+    placed,
+)
+from launcher.plan.batch import NOTHING_DONE, Done, check_divides
 from launcher.plan.choose import Blocks, Place, Plan, make_plan
 from launcher.plan.hardware import GIGA, GPU, find_gpu, from_figures
 from launcher.plan.orders import Orders, format_orders
@@ -100,12 +108,20 @@ def assemble(
     """Plan `run` on `cluster`; where that leaves something to be found, on `machine`.
 
     Without `text` the vocabulary is the tokenizer's announced size, and the length of a run
-    measured in epochs stays open.
+    measured in epochs stays open. What is wrong with the model, the cluster and the batch is raised together.
     """
+    errors: list[LauncherError] = []
+    train = run.config.train
     of_cluster = {f"cluster.{key}": where for key, where in cluster.origins.items()}
     with placed({**run.origins, **of_cluster}):
-        model = find_model(run.config.model)
-        place = find_place(cluster.config, machine)
+        with gathering(errors):
+            model = find_model(run.config.model)
+        with gathering(errors):
+            place = find_place(cluster.config, machine)
+            micro = None if train.micro_batch == "auto" else train.micro_batch
+            check_divides(train.batch_size, place.world_size, micro)
+        if errors:
+            raise as_one(errors)
         vocabulary = text.vocabulary if text else _announced_vocabulary(model)
         from_scratch = run.config.model.init == "scratch"
         shape = shape_of(with_vocabulary(model.config, vocabulary, scratch=from_scratch))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from launcher.config.secrets import secret_in
 from launcher.run.machine import Machine
 
 PACKAGES = (
@@ -28,11 +28,6 @@ PACKAGES = (
 )
 DIFF_CHARACTERS = 1 << 20
 """A working tree's diff is kept up to this length."""
-
-SECRET = re.compile(
-    r"(token|secret|password|passwd|credentials?|api_?key|access_?key)[\"']?\s*[=:]|\bhf_\w{8}|\bsk-\w{8}",
-    re.IGNORECASE,
-)
 
 
 def versions() -> dict[str, str | None]:
@@ -69,7 +64,7 @@ def _without_secrets(diff: str) -> str:
     """A diff cut to DIFF_CHARACTERS, less each line that looks as if it held a token or a password."""
     lines = diff[:DIFF_CHARACTERS].split("\n")
     left_out = "(left out: it looks like a secret)"
-    return "\n".join(line[:1] + left_out if SECRET.search(line) else line for line in lines)
+    return "\n".join(line[:1] + left_out if secret_in(line) else line for line in lines)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

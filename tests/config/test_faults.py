@@ -22,6 +22,42 @@ RUN = "name: r\nmodel: {name: gpt2}\ndata: {train: [a.txt]}\ntrain: {batch_size:
             "write 8 without quotes",
         ),
         (
+            "train.steps=1_000",
+            "train.steps",
+            'expected a whole number from 1 on, or null, got the text "1_000"',
+            "write 1000",
+        ),
+        (
+            "train.learning_rate=nan",
+            "train.learning_rate",
+            'expected a number above 0, got the text "nan"',
+            "The peak learning rate",
+        ),
+        (
+            "output_dir=s3://bucket/runs",
+            "output_dir",
+            'expected a local or shared folder, not a URL, got the text "s3://bucket/runs"',
+            "The folder that",
+        ),
+        (
+            "data.cache_dir=s3://bucket/stores",
+            "data.cache_dir",
+            'expected a local or shared folder, not a URL, got the text "s3://bucket/stores"',
+            "Where token stores",
+        ),
+        (
+            'data.cache_dir="a\\nb"',
+            "data.cache_dir",
+            'expected one line of text, without control characters, got the text "a\\nb"',
+            "Where token stores",
+        ),
+        (
+            'push_to_hub="a/b\\n"',
+            "push_to_hub",
+            'expected one line of text, without control characters, got the text "a/b\\n"',
+            "The Hub repository",
+        ),
+        (
             "train.batch_size=true",
             "train.batch_size",
             "expected a whole number from 1 on, got true",
@@ -182,8 +218,14 @@ RUN = "name: r\nmodel: {name: gpt2}\ndata: {train: [a.txt]}\ntrain: {batch_size:
         (
             "model.tokenizer={train: {vocab_size: many}}",
             "model.tokenizer.train.vocab_size",
-            'expected a whole number from 1 on, got the text "many"',
+            'expected a whole number from 257 on, got the text "many"',
             "Entries in",
+        ),
+        (
+            "model.tokenizer={train: {vocab_size: 256}}",
+            "model.tokenizer.train.vocab_size",
+            "expected a whole number from 257 on, got 256",
+            "Entries in the vocabulary, the 256 bytes",
         ),
         ("model.name=''", "model.name", "it is empty", "A preset"),
         (

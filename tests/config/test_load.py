@@ -74,10 +74,11 @@ def test_every_leaf_has_an_origin(run_file: Path) -> None:
 
 
 def test_numbers_as_people_write_them(tmp_path: Path) -> None:
-    text = RUN.replace("steps: 100", "tokens: 10e9\n  learning_rate: 3e-4\n  betas: [0.9, 0.99]")
+    text = RUN.replace("steps: 100", "tokens: 10e9\n  learning_rate: 3e-4\n  betas: [0.9, 0.99]\nseed: 1e3")
     config = load_run(written(tmp_path / "run.yaml", text)).config
     assert config.train.tokens == 10_000_000_000
     assert type(config.train.tokens) is int
+    assert config.seed == 1000
     assert config.train.learning_rate == 3e-4
     assert config.train.betas == (0.9, 0.99)
 
@@ -317,7 +318,11 @@ def test_faults_of_a_cluster_file_have_places_too(tmp_path: Path) -> None:
     assert [(fault.path, fault.place, fault.hint) for fault in caught.value.faults] == [
         ("node", "c.yaml:2", "did you mean nodes?"),
         ("slurm.partition", "c.yaml:4", "set launch: slurm, or take it out"),
-        ("env.HF_TOKEN", "c.yaml:6", "export HF_TOKEN in the shell that starts launcher"),
+        (
+            "env.HF_TOKEN",
+            "c.yaml:6",
+            "export HF_TOKEN in the shell that starts launcher: ranks and jobs inherit it",
+        ),
     ]
 
 
@@ -469,7 +474,7 @@ def test_loading_a_run_is_light(run_file: Path) -> None:
         (
             "{name: mine, memory_gb: 24GB}",
             "gpu.memory_gb",
-            'expected a number above 0, got the text "24GB"',
+            'expected a number from 0.001 on, got the text "24GB"',
             "Its memory in GB",
         ),
         (
@@ -479,9 +484,9 @@ def test_loading_a_run_is_light(run_file: Path) -> None:
             "Its memory in GB",
         ),
         (
-            "{name: mine, memory_gb: 24, bf16_tflops: 0}",
+            "{name: mine, memory_gb: 24, bf16_tflops: 1e-308}",
             "gpu.bf16_tflops",
-            "expected a number above 0, or null, got 0",
+            "expected a number from 0.001 on, or null, got 1e-308",
             "Its peak",
         ),
         (

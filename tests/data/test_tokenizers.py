@@ -235,11 +235,6 @@ def test_a_vocabulary_that_text_cannot_fill(lines: list[str]) -> None:
     assert f"{short.size} entries" in str(unfilled(short, 300))
 
 
-def test_a_vocabulary_below_the_bytes_is_refused() -> None:
-    with pytest.raises(RequestError, match="256 bytes"):
-        train_tokenizer(["tea"], 256)
-
-
 def test_training_reads_no_more_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TRAINING_BYTES", 1000)
     read = []

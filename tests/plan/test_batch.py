@@ -25,10 +25,9 @@ def test_a_batch_always_multiplies_out(micro: int, accumulation: int, world: int
     assert splits(size, world, micro, 1)[0].micro_batch == micro
 
 
-@given(accumulation=SMALL, world=SMALL, micro=st.none() | SMALL)
-def test_a_refusal_names_sizes_and_worlds_that_work(accumulation: int, world: int, micro: int | None) -> None:
-    size = accumulation * (micro or 1)
-    if accumulation % world == 0:
+@given(size=st.integers(1, 4096), world=SMALL, micro=st.none() | SMALL)
+def test_a_refusal_names_sizes_and_worlds_that_work(size: int, world: int, micro: int | None) -> None:
+    if size % (world * (micro or 1)) == 0:
         return
     with pytest.raises(RequestError) as refused:
         splits(size, world, micro, 8)
@@ -37,16 +36,39 @@ def test_a_refusal_names_sizes_and_worlds_that_work(accumulation: int, world: in
     assert refused.value.message.startswith(f"{wrong}=")
     hint = refused.value.hint
     assert hint is not None
-    *own, batches, worlds = (re.findall(r"\d+", part) for part in hint.split("; or "))
-    assert len(own) == (wrong == "train.micro_batch")
-    for (smaller,) in own:
-        assert int(smaller) < (micro or 1)
-        splits(size, world, int(smaller), 8)
-    for number in map(int, batches):
+    parts = hint.split("; or ")
+    ways = {re.split(r" (?=to |[0-9])", part)[0]: re.findall(r"\d+", part) for part in parts}
+    smaller_too, worlds_too = wrong == "train.micro_batch", size % (micro or 1) == 0
+    expected = ["set train.micro_batch"] * smaller_too + ["set train.batch_size"] + ["use"] * worlds_too
+    assert list(ways) == expected
+    for smaller in map(int, ways.get("set train.micro_batch", [])):
+        assert smaller < (micro or 1)
+        splits(size, world, smaller, 8)
+    for number in map(int, ways["set train.batch_size"]):
         splits(number, world, micro, 8)
-    for number in map(int, worlds):
+    for number in map(int, ways.get("use", [])):
         splits(size, number, micro, 8)
-    assert hint.endswith("use 1 rank" if worlds == ["1"] else "ranks")
+
+
+@pytest.mark.parametrize(
+    ("size", "world", "says", "hint"),
+    [
+        (
+            8,
+            1,
+            "=3 does not divide train.batch_size=8",
+            "micro_batch to 2; or set train.batch_size to 6 or 9",
+        ),
+        (8, 2, "=3 does not divide 4, the share of", "micro_batch to 2; or set train.batch_size to 6 or 12"),
+        (100, 32, "=100 does not divide over 32 ranks with train.micro_batch=3", "batch_size to 96 or 192"),
+        (8, 4, "=3 does not divide 2, ", "micro_batch to 2; or set train.batch_size to 12"),
+    ],
+)
+def test_a_micro_batch_that_divides_no_batch_here(size: int, world: int, says: str, hint: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        splits(size, world, 3, 8)
+    assert says in refused.value.message
+    assert str(refused.value.hint) == f"set train.{hint}"
 
 
 def test_the_nearest_batch_sizes_are_the_nearest() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from launcher.config.load import load_cluster, load_run
 from launcher.config.presets import starter_run
 from launcher.config.schema import ClusterConfig
-from launcher.errors import MachineError, RequestError, RunDirectoryError
+from launcher.errors import ConfigError, MachineError, RequestError, RunDirectoryError
 from launcher.plan.choose import Plan
 from launcher.run.assemble import Assembly, assemble, find_place, going_on, rendered_files
 from launcher.run.checkpoints import begin, commit
@@ -125,17 +126,25 @@ def test_each_figure_is_explained_by_the_line_it_was_written_on(
     assert any('"memory_available": 48000000000' in place["text"] for place in found["places"])
 
 
-def test_a_description_of_a_known_gpu_is_refused() -> None:
-    cluster = ClusterConfig.model_validate({"gpu": {"name": "t4-16gb", "memory_gb": 32.0}})
-    with pytest.raises(RequestError, match="'t4-16gb' is in the catalogue"):
-        find_place(cluster, BARE)
-
-
-@pytest.mark.parametrize("gpu", ["h10-sxm", "{name: t4-16gb, memory_gb: 32}"])
-def test_what_is_wrong_with_a_cluster_is_said_with_its_line(tmp_path: Path, gpu: str) -> None:
-    with pytest.raises(RequestError) as refused:
-        planned(tmp_path, gpu)
-    assert refused.value.message.endswith("(cluster.yaml:2)")
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("name", "./nosuch", "no model in "),
+        ("name", "./broken", r"config\.json cannot be read"),
+        ("tokenizer", "nosuch/", "no tokenizer in "),
+    ],
+)
+def test_a_model_that_is_not_there_is_said_with_its_key_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: str, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_text("{")
+    run = {"name": "r", "model": {"name": "gpt2", key: value}, "data": {"train": ["a"]}}
+    (tmp_path / "run.yaml").write_text(json.dumps({**run, "train": {"batch_size": 8, "steps": 1}}))
+    with pytest.raises(RequestError, match=says) as refused:
+        assemble(load_run(tmp_path / "run.yaml"), load_cluster(None), BARE)
+    assert refused.value.message.endswith(f"(model.{key}, run.yaml:1)")
 
 
 def test_gpus_that_cannot_be_counted_are_asked_for_where_they_are_missing(tmp_path: Path) -> None:
@@ -144,3 +153,25 @@ def test_gpus_that_cannot_be_counted_are_asked_for_where_they_are_missing(tmp_pa
     with pytest.raises(MachineError) as lacking:
         assemble(load_run(tmp_path / "run.yaml"), load_cluster(tmp_path / "cluster.yaml"), BARE)
     assert lacking.value.message.endswith("it has none (cluster.yaml:2)")
+
+
+def test_what_does_not_depend_on_each_other_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        drafted(tmp_path, "model.overrides.n_leyer=3", "train.batch_size=7")
+    model, batch = caught.value.faults
+    assert (model.path, model.place) == ("model.overrides.n_leyer", "override model.overrides.n_leyer=3")
+    assert str(batch) == "train.batch_size: 7 does not divide over 8 ranks (override train.batch_size=7)"
+    assert "set train.batch_size to 8" in (batch.hint or "")
+
+
+def test_a_model_and_a_machine_that_are_not_there_are_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(starter_run("gpt2", "gpt2"))
+    (tmp_path / "cluster.yaml").write_text("gpu: t4-16gb\ngpus_per_node: auto\n")
+    run = load_run(tmp_path / "run.yaml", ["model.name=./nosuch"])
+    with pytest.raises(ConfigError) as caught:
+        assemble(run, load_cluster(tmp_path / "cluster.yaml"), BARE)
+    places = [(fault.path, fault.place) for fault in caught.value.faults]
+    assert places == [
+        ("model.name", "override model.name=./nosuch"),
+        ("cluster.gpus_per_node", "cluster.yaml:2"),
+    ]

@@ -81,7 +81,7 @@ def test_the_place_of_what_is_wrong_is_told(place: Place, monkeypatch: pytest.Mo
     file.write_text(json.dumps(json.loads(file.read_text()), indent=1))
     with pytest.raises(RequestError) as caught:
         notes(file)
-    assert caught.value.message.endswith("(cluster.yaml:10)")
+    assert caught.value.message.endswith("(slurm.time_limit, cluster.yaml:10)")
 
 
 def test_how_long_a_stop_may_take_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
