@@ -169,7 +169,10 @@ def test_plan_writes_what_it_would_render(workplace: Workplace) -> None:
 
 def test_what_plan_writes_can_be_run_where_the_text_is_there(workplace: Workplace) -> None:
     asked = ("run.yaml", "train.steps=null", "train.epochs=1")
+    unknown = "steps                   known once `launcher train` has prepared the text"
+    assert unknown in workplace.run("plan", *asked).stdout
     store = workplace.answered("data", "prepare", *asked)["store"]
+    assert " steps                   59, " in workplace.run("plan", *asked).stdout
     done = workplace.run("plan", *asked, "--write", "made")
     assert done.stderr == ""
     assert " steps                   59, " in done.stdout

@@ -52,6 +52,12 @@ def test_twice_and_by_hand_and_over_two_ranks_it_is_the_same_run(workplace: Work
     assert losses(first) == losses(again)
     assert weights(first) == weights(again)
 
+    written = (first / "plan.json").read_text().splitlines()
+    (explained,) = workplace.answered("explain", "run.yaml", "train.micro_batch")
+    places = [place for place in explained["places"] if place["file"] == "plan.json"]
+    assert places
+    assert all(written[place["line"] - 1].strip() == place["text"] for place in places)
+
     two = workplace.train("name=two", "--cluster", "two.yaml")
     ours, theirs = losses(first), losses(two)
     assert ours.keys() == theirs.keys()

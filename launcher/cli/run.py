@@ -96,6 +96,10 @@ def plan(
     assembly = going_on(assembled(run, overrides, cluster), console.say)
     for said in absent_text(assembly.run):
         console.say(f"note: {said}")
+    if assembly.plan.steps is None:
+        from launcher.run.text import planned_with_text  # what reads text takes longer to load than to plan
+
+        assembly = planned_with_text(assembly)
     if write is not None:
         directory = RunDirectory(write.absolute())
         check_no_run(directory)
@@ -199,14 +203,16 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Tell who set a value and every file it ends up in."""
+    from launcher.run.assemble import with_earlier_text
     from launcher.run.explain import explain_key
 
-    explained = explain_key(assembled(run, overrides, cluster), key)
+    explained = explain_key(with_earlier_text(assembled(run, overrides, cluster)), key)
     if as_json:
         console.answer_json(explained)
         return
     for each in explained:
-        rows = [("set by", each["set_by"]), ("means", each["meaning"])]
+        rows = [] if each["became"] is None else [("became", each["became"])]
+        rows += [("set by", each["set_by"]), ("means", each["meaning"])]
         rows += [(place["file"] + f":{place['line']}", place["text"]) for place in each["places"]]
         console.answer(console.section(f"{each['key']} = {each['value']}", rows))
 

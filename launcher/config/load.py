@@ -136,7 +136,9 @@ def read_mapping(path: Path, hint: str = "`launcher init` writes a starter file"
         reason = f"not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
         raise ConfigError([Fault(str(path), reason, hint="save it as UTF-8")]) from error
     except OSError as error:
-        raise ConfigError([Fault(str(path), f"cannot be read: {error.strerror}")]) from error
+        inside = path / "config.yaml"
+        of_a_run = f"give the run's own file: {inside}" if inside.is_file() else None
+        raise ConfigError([Fault(str(path), f"cannot be read: {error.strerror}", hint=of_a_run)]) from error
     document = parse(text, label=name)
     if document.value is None:
         raise ConfigError([Fault(name, "the file is empty", name, hint)])

@@ -357,6 +357,12 @@ def going_on(draft: Assembly, say: Say) -> Assembly:
     return draft
 
 
+def with_earlier_text(draft: Assembly) -> Assembly:
+    """The draft, planned with the text of the run that it would go on with, where there is one."""
+    before = earlier(run_directory(draft.run.config), draft.run.config)
+    return draft if before is None else assemble(draft.run, draft.cluster, draft.machine, before)
+
+
 def earlier(directory: RunDirectory, run: RunConfig) -> Prepared | None:
     """What the run in this folder was prepared with, if it is one that may go on as `run`."""
     if not directory.orders.is_file():

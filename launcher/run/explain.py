@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -38,16 +39,25 @@ def explain_key(assembly: Assembly, key: str) -> list[dict[str, Any]]:
         **assembly.run.config.model_dump(mode="json"),
         "cluster": assembly.cluster.config.model_dump(mode="json"),
     }
+    plan = assembly.plan.as_dict()
     return [
         {
             "key": name,
-            "value": json.dumps(at(values, tuple(name.split("."))), ensure_ascii=False),
+            "value": json.dumps(value := at(values, tuple(name.split("."))), ensure_ascii=False),
+            "became": _became(name, plan) if value == "auto" else None,
             "set_by": origins[name],
             "meaning": _meaning(assembly, name),
             "places": [asdict(place) for place in places(name, files)],
         }
         for name in keys
     ]
+
+
+def _became(key: str, plan: Mapping[str, Any]) -> str | None:
+    """What the plan has in place of `auto`, where it has it under the same name."""
+    name = key.rpartition(".")[2]
+    found = next((part[name] for part in (plan, plan["batch"], plan["fast"]) if name in part), None)
+    return None if found is None else json.dumps(found)
 
 
 def _meaning(assembly: Assembly, key: str) -> str:

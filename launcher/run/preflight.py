@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher.config.addresses import is_url
 from launcher.config.load import Loaded
-from launcher.config.schema import ClusterConfig, RunConfig
+from launcher.config.schema import ClusterConfig, DataSection, RunConfig
 from launcher.errors import MachineError, RequestError
 from launcher.plan.choose import Place
 from launcher.plan.sharding import zero_stage
@@ -85,13 +85,17 @@ def check_gpus(place: Place, machine: Machine) -> None:
 
 def absent_text(run: Loaded[RunConfig]) -> Iterator[str]:
     """Which paths and patterns of local text match nothing here and now, in words. Training refuses them."""
-    data = run.config.data
+    for key, path in paths_of(run.config.data):
+        if not is_url(path) and not _is_there(Path(path).expanduser()):
+            yield f"{key}: no file matches {path} here ({run.origins[key]})"
+
+
+def paths_of(data: DataSection) -> Iterator[tuple[str, str]]:
+    """Every path, pattern and URL of text that is named, each with the key that names it."""
     train = [path for each in data.train for path in ([each] if isinstance(each, str) else each.files)]
     held_out = data.validation if isinstance(data.validation, list) else []
     for key, paths in (("data.train", train), ("data.validation", held_out)):
-        for path in paths:
-            if not is_url(path) and not _is_there(Path(path).expanduser()):
-                yield f"{key}: no file matches {path} here ({run.origins[key]})"
+        yield from ((key, path) for path in paths)
 
 
 def _is_there(path: Path) -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
 
+from launcher.config.addresses import is_url
 from launcher.config.schema import RunConfig, TokenizerFromCorpus
 from launcher.data.making import UNITS
 from launcher.data.prepare import Progress, check_blocks, prepare, store_of
@@ -19,8 +20,9 @@ from launcher.data.units import SMALLEST, WHOLE, Slice
 from launcher.data.vocabulary import TOKENIZERS, find_tokenizer, resolve_tokenizer
 from launcher.errors import DataError, LauncherError, RunDirectoryError, placed
 from launcher.plan.choose import Blocks
-from launcher.run.assemble import Assembly, Prepared, Streamed, Text
+from launcher.run.assemble import Assembly, Prepared, Streamed, Text, assemble
 from launcher.run.directory import has_begun, run_directory
+from launcher.run.preflight import paths_of
 from launcher.run.saying import Say
 
 
@@ -120,6 +122,19 @@ def find_text(draft: Assembly) -> Prepared | None:
         return None
     store = open_store(folder)
     return Prepared(folder, store.vocabulary, _count(store, run))
+
+
+def planned_with_text(draft: Assembly) -> Assembly:
+    """The draft, its length counted where that hangs on text which is prepared already. No network is asked:
+    a plan is not to wait for one."""
+    data = draft.run.config.data
+    if draft.plan.steps is not None or any(is_url(path) for _, path in paths_of(data)):
+        return draft
+    try:
+        found = find_text(draft)
+    except LauncherError:  # of text that is not there, say: who prepares it is told
+        return draft
+    return draft if found is None else assemble(draft.run, draft.cluster, draft.machine, found)
 
 
 def text_at_hand(draft: Assembly, say: Say) -> Text | None:

@@ -299,6 +299,8 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     assert only_fault(tmp_path)[1] == "cannot be read: Is a directory"
+    (tmp_path / "config.yaml").touch()
+    assert only_fault(tmp_path)[3] == f"give the run's own file: {tmp_path / 'config.yaml'}"
 
 
 def test_a_syntax_error_has_line_and_column(tmp_path: Path) -> None:

@@ -40,6 +40,13 @@ def test_who_set_a_value(assembly: Assembly, tmp_path: Path) -> None:
     assert explained(assembly, "cluster.nodes")["set_by"] == "default"
 
 
+def test_what_auto_became(assembly: Assembly) -> None:
+    micro_batch = explained(assembly, "train.micro_batch")
+    assert (micro_batch["value"], micro_batch["became"]) == ('"auto"', str(assembly.plan.batch.micro_batch))
+    assert explained(assembly, "train.compile")["became"] == "false"
+    assert explained(assembly, "train.steps")["became"] is None
+
+
 def test_every_place_it_names_is_that_line_of_that_file(assembly: Assembly) -> None:
     files = rendered_files(assembly, run_directory(assembly.run.config), None)
     texts = {path.name: text.splitlines() for path, text in files.items()}
