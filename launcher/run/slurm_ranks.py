@@ -389,7 +389,8 @@ class Look:
         asked, here = time.monotonic(), time.time()
         if asked - self._ahead[0] > CLOCK_SECONDS:
             with contextlib.suppress(LauncherError):
-                self._ahead = asked, slurm.clock(QUICK_SECONDS) - here
+                # It tells the seconds that are full: an end seen up to one too early does no harm, a late one does.
+                self._ahead = asked, slurm.clock(QUICK_SECONDS) + 1 - here
         return self._ahead[1]
 
     def _keep(self) -> None:
