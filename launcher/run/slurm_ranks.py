@@ -389,7 +389,7 @@ class Look:
         asked, here = time.monotonic(), time.time()
         if asked - self._ahead[0] > CLOCK_SECONDS:
             with contextlib.suppress(LauncherError):
-                # It tells the seconds that are full: an end seen up to one too early does no harm, a late one does.
+                # It tells full seconds: rather an end that is one too early than one too late.
                 self._ahead = asked, slurm.clock(QUICK_SECONDS) + 1 - here
         return self._ahead[1]
 
