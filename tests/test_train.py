@@ -116,11 +116,14 @@ def test_another_configuration_of_the_same_name_is_refused_and_a_longer_one_goes
         assert shorter.returncode == 2
         assert "may grow but not shrink" in shorter.stderr
     assert workplace.files() == before
-    workplace.train("train.eval_every=1000", "train.steps=24")
+    other = ("train.log_every=2", "checkpoint={every: 6, keep: 1}", "report_to=[tensorboard]")
+    workplace.train("train.eval_every=1000", "train.steps=24", *other)
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-00000024"]
+    assert list((directory / "tensorboard").iterdir())
     rates = {line["step"]: line["learning_rate"] for line in metrics(directory) if "loss" in line}
-    assert list(rates) == list(range(1, 25))
+    assert list(rates) == [*range(1, 21), 22, 24]
     # At its end the shorter run had come down to a rate of nothing.
-    for step in range(21, 25):
+    for step in (22, 24):
         assert rates[step] == pytest.approx(1e-3 * (1 + math.cos(math.pi * (step - 1) / 24)) / 2)
 
 

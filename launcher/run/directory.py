@@ -29,10 +29,14 @@ MAY_CHANGE = frozenset(
         *("train.steps", "train.tokens", "train.epochs", "train.batch_size", "train.micro_batch"),
         "train.gradient_checkpointing",
         *("data.skip.steps", "data.skip.documents", "output_dir"),
+        *("checkpoint.every", "checkpoint.keep", "train.log_every", "report_to", "push_to_hub"),
     }
 )
 """Keys that may differ when a run goes on: its length may grow, its batch change, text be left out from there
-on, and its folder be named otherwise."""
+on, and its folder be named otherwise; and what saves and reports it, which touches neither text nor weights.
+
+Not `train.eval_every`: early stopping counts evaluations.
+"""
 
 
 LOCKS = frozenset({".lock", ".ranks.lock"})

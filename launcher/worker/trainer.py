@@ -371,6 +371,8 @@ class LauncherTrainer(ReportingTrainer):
             if checkpoint is None:
                 self.train()
                 return
+            if self.rank == 0:  # `checkpoint.keep` may be lower now, because there is no room for another
+                self.writer.prune(self._best.step)
             with refusing_code(checkpoint.folder):
                 self.train(resume_from_checkpoint=str(self._resume_folder(checkpoint)))
         except BaseException:

@@ -140,6 +140,8 @@ def test_length_and_place_may_change(tmp_path: Path) -> None:
     check_same_run(directory, asked(train={"steps": None, "epochs": 2.0}, output_dir="elsewhere"))
     check_same_run(directory, asked(train={"batch_size": 12, "micro_batch": 4}))
     check_same_run(directory, asked(data={"train": ["text"], "skip": {"steps": [120], "documents": ["a:1"]}}))
+    told = {"report_to": [], "push_to_hub": "a/b", "checkpoint": {"every": 5, "keep": 1}}
+    check_same_run(directory, asked(train={"log_every": 3}, **told))
     with pytest.raises(RunDirectoryError, match="1 key differs: seed was 1337, is now 3"):
         check_same_run(directory, asked(train={"steps": 200}, seed=3))
 
