@@ -195,8 +195,8 @@ class TrainSection(Section):
     batch_size: Count = Field(description="Sequences per optimizer step, over the whole world.")
     tokens: Tokens | None = Field(
         None,
-        description="Length of training in tokens, rounded up to a whole step; not with `packing: pad`. One "
-        "of tokens, steps, epochs.",
+        description="Length of training in tokens, rounded up to a whole step; with `packing: concat` "
+        "only. One of tokens, steps, epochs.",
     )
     steps: Count | None = Field(None, description="Length of training in optimizer steps.")
     epochs: Figure | None = Field(
