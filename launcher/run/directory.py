@@ -229,7 +229,14 @@ def find_model_folder(source: str) -> Path | str:
 
     Raises RunDirectoryError for a run that has no final model yet, and RequestError where there is no model.
     """
+    from launcher.run.checkpoints import MANIFEST
+
     directory = RunDirectory(Path(source).absolute())
+    if (directory.root / MANIFEST).is_file():
+        raise RequestError(
+            f"{source} is a checkpoint, not a model",
+            hint="`launcher checkpoint export RUN_DIR` makes a model of one: give the folder that it prints",
+        )
     if not directory.orders.is_file():
         from launcher.config.models import find_trained
 

@@ -234,6 +234,13 @@ def test_the_model_of_a_run_of_a_folder_and_of_the_hub(tmp_path: Path) -> None:
     assert find_model_folder("openai-community/gpt2") == "openai-community/gpt2"
 
 
+def test_a_checkpoint_of_any_engine_is_no_model_but_one_is_made_of_it(tmp_path: Path) -> None:
+    (tmp_path / "MANIFEST.json").write_text("{}")
+    with pytest.raises(RequestError, match="is a checkpoint, not a model") as refused:
+        find_model_folder(str(tmp_path))
+    assert "launcher checkpoint export RUN_DIR" in (refused.value.hint or "")
+
+
 @pytest.mark.parametrize("of_a_run", ["environment.json", "journal.jsonl", "checkpoints", ".lock"])
 def test_a_folder_with_a_run_in_it_is_not_written_to(tmp_path: Path, of_a_run: str) -> None:
     directory = made(tmp_path / "small", asked())
