@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import typer.main
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from launcher.cli import app
+from launcher.config.keys import arms, inside, section_of, takes
 from launcher.config.schema import ClusterConfig, RunConfig, Section
 
 WIDTH = 100
@@ -36,26 +36,28 @@ def pages() -> dict[str, str]:
 def configuration() -> str:
     lines = ["# Every key", "", "Written by `scripts/reference.py` from `launcher/config/schema.py`.", ""]
     for title, model in (("run.yaml", RunConfig), ("cluster.yaml", ClusterConfig)):
-        lines += [f"## {title}", "", "| key | default | meaning |", "|---|---|---|"]
-        lines += [f"| `{key}` | {default} | {meaning} |" for key, default, meaning in rows(model, "")]
+        lines += [f"## {title}", "", "| key | values | default | meaning |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows(model, "")]
         lines.append("")
     return "\n".join(lines)
 
 
-def rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
-    """Dotted key, default and meaning of every key below `section`."""
+def rows(section: type[Section], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    """Dotted key, values, default and meaning of every key below `section`; `[]`: of each in a list."""
     for name, field in section.model_fields.items():
-        inner = _section(field)
-        if inner is not None:
-            yield from rows(inner, f"{prefix}{name}.")
-        else:
+        if section_of(field) is None:
             meaning = (field.description or "").replace("|", "\\|")
-            yield f"{prefix}{name}", _default(field), meaning
+            yield f"`{prefix}{name}`", takes(section, name), _default(field), meaning
+        for mark, inner in _sections(field):
+            yield from rows(inner, f"{prefix}{name}{mark}.")
 
 
-def _section(field: FieldInfo) -> type[Section] | None:
-    annotation: object = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+def _sections(field: FieldInfo) -> Iterator[tuple[str, type[Section]]]:
+    """Every section that may stand at a key, and what is written behind the key for it."""
+    for arm in arms(field):
+        for mark, each in (("", arm), *(("[]", item) for item in inside(arm, 0))):
+            if (section := section_of(each)) is not None:
+                yield mark, section
 
 
 def _default(field: FieldInfo) -> str:

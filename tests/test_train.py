@@ -25,13 +25,17 @@ from tests.conftest import Workplace, last_with, losses, metrics, sentences, sma
 from tests.long import LONG
 
 STOP_AT_SEVEN = """
-import os, signal
+import glob, os, signal
 from transformers import TrainerCallback
 
 class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step == 7 and os.environ.get("STOP") and state.is_world_process_zero:
             os.kill(os.getpid(), signal.SIGUSR1)
+
+class Look(TrainerCallback):
+    def on_train_begin(self, args, state, control, **_):
+        print("begins with", len(glob.glob(args.output_dir + "/checkpoints/step-*")), "checkpoints")
 
 def accuracy(prediction):
     known = prediction.label_ids != -100
@@ -109,24 +113,31 @@ def test_the_model_is_stock_and_its_evaluation_is_what_transformers_computes(wor
 
 
 def test_another_configuration_of_the_same_name_is_refused_and_a_longer_one_goes_on(
-    workplace: Workplace,
+    mine: Workplace,
 ) -> None:
-    directory = workplace.train("train.eval_every=1000")
-    before = workplace.files()
-    done = workplace.run("train", "run.yaml", "train.eval_every=1000", "train.learning_rate=0.5", "seed=3")
+    run = small_run()
+    run["train"] |= {"callbacks": ["mine:Look"], "eval_every": 1000}
+    write_json(mine.folder / "run.yaml", run)
+    directory = mine.train()
+    before = mine.files()
+    done = mine.run("train", "run.yaml", "train.learning_rate=0.5", "seed=3")
     assert done.returncode == 2
     for part in ("train.learning_rate was 0.001, is now 0.5", "seed was 1337, is now 3", "another name"):
         assert part in done.stderr
     for command in ("train", "plan"):
-        shorter = workplace.run(command, "run.yaml", "train.eval_every=1000", "train.steps=10")
+        shorter = mine.run(command, "run.yaml", "train.steps=10")
         assert shorter.returncode == 2
         assert "may grow but not shrink" in shorter.stderr
-    assert workplace.files() == before
-    workplace.train("train.eval_every=1000", "train.steps=24")
+    assert mine.files() == before
+    other = ("train.log_every=2", "checkpoint={every: 6, keep: 1}", "report_to=[tensorboard]")
+    mine.train("train.steps=24", *other)
+    assert [path.name for path in (directory / "checkpoints").iterdir()] == ["step-00000024"]
+    assert "begins with 1 checkpoints" in RunDirectory(directory).log(2, 0).read_text()
+    assert list((directory / "tensorboard").iterdir())
     rates = {line["step"]: line["learning_rate"] for line in metrics(directory) if "loss" in line}
-    assert list(rates) == list(range(1, 25))
+    assert list(rates) == [*range(1, 21), 22, 24]
     # At its end the shorter run had come down to a rate of nothing.
-    for step in range(21, 25):
+    for step in (22, 24):
         assert rates[step] == pytest.approx(1e-3 * (1 + math.cos(math.pi * (step - 1) / 24)) / 2)
 
 

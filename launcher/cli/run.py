@@ -271,7 +271,7 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
     planned = assembly.plan
     blocks = [
         console.section(f"what you asked: {planned.name}", asked_rows(assembly.run.config)),
-        console.section("what it becomes", becomes_rows(planned)),
+        console.section("what it becomes", becomes_rows(planned, assembly.run.config.data.packing)),
     ]
     if planned.memory is not None:
         held = {name: size for name, size in planned.memory.items() if size}

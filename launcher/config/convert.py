@@ -41,6 +41,7 @@ _INSTEAD: Mapping[str, str] = {
     "off.bf16": "train.precision names the one format there is",
     "off.fp16": "train.precision names the one format there is",
 }
+_ONE_RANK = "it is one rank: the cluster file's gpus_per_node says how many there are"
 _NO_PRECISION = "the training arguments, or the model's own weights, said it: set train.precision"
 
 
@@ -97,16 +98,19 @@ def convert(documents: Sequence[Document]) -> Conversion:
     defaults = {said.target: said for file in files for said in file.defaults}
     origins = {**defaults, **origins}
     settings = {key: Setting(said.value, f"{said.place} {said.key}") for key, said in origins.items()}
+    taken = {said.key for said in origins.values()}
     told = [
         Left(each.key, each.place, f"{_said(said[0])} says the same")
         for target, said in sayings.items()
         if target not in _INSTEAD
         for each in said[1:]
+        if each.key not in taken
     ]
+    instead = _INSTEAD if batch or "train.batch_size" in sayings else {**_INSTEAD, "world": _ONE_RANK}
     told += [
-        Left(each.key, each.place, _INSTEAD[target])
+        Left(each.key, each.place, instead[target])
         for target, said in sayings.items()
-        if target in _INSTEAD
+        if target in instead
         for each in said
         if not (target == "world" and "cluster.gpus_per_node" in sayings and each.key == "num_processes")
     ]

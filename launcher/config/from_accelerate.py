@@ -125,7 +125,9 @@ def _ranks(old: OldFile) -> None:
         if old.flag("use_cpu"):
             old.say("cluster.gpu", "cpu", "use_cpu")
         else:
-            old.leave("use_cpu", "launcher takes the GPUs it finds, or the cluster file's gpu")
+            old.leave(
+                "use_cpu", "it is so without it: launcher takes the GPUs it finds, or the cluster file's gpu"
+            )
 
 
 def _engine(old: OldFile) -> None:

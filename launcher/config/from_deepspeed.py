@@ -98,10 +98,10 @@ KNOWN: Final[Known] = {
             ("data_efficiency", "data-efficiency library"),
             ("progressive_layer_drop", "progressive layer drop"),
             ("quantize_training", "quantised training"),
-            ("elasticity", "elastic batch size: train.batch_size never changes with the ranks"),
+            ("elasticity", "elastic batch size (train.batch_size never changes with the ranks)"),
             ("hybrid_engine", "hybrid engine"),
             ("eigenvalue", "eigenvalue computation"),
-            ("autotuning", "autotuning: it plans with train.micro_batch auto"),
+            ("autotuning", "autotuning (it plans with train.micro_batch auto)"),
         )
         for key, why in ((name, _OFF), (f"{name}.enabled", NotDone(what, "set it to false")))
     },

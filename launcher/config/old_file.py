@@ -140,7 +140,7 @@ class OldFile:
             elif isinstance(why, str):
                 self.leave(key, why)
             elif value in why.off:
-                self.leave(key, f"it does not ask for {why.what}, which launcher does not do")
+                self.leave(key, f"it does not ask for what launcher does not have: {why.what}")
             else:
                 self.refuse(key, f"launcher has no {why.what}", why.hint)
 

@@ -166,7 +166,7 @@ def starter_cluster(settings: Mapping[str, Setting] = _NONE) -> str:
     }
     cluster |= {key.removeprefix("cluster."): (_written(s.value), s.comment) for key, s in settings.items()}
     return _CLUSTER + _aligned(
-        [(f"{key}: {value}", comment) for key, (value, comment) in cluster.items()], 25
+        [*((f"{key}: {value}", comment) for key, (value, comment) in cluster.items()), *_ON_SLURM], 25
     )
 
 
@@ -182,4 +182,13 @@ def _written(value: Value) -> str:
 _SOURCE = "Brown et al. 2020, table 2.1"
 _OR_CONVERTED = ", where no comment names a file"
 
+_ON_SLURM = (
+    ("# On a SLURM cluster (docs/guides/slurm.md):", ""),
+    ("# launch: slurm", "in place of local; gpus_per_node and gpu then say what a node has"),
+    ("# slurm:", ""),
+    ("#   partition: gpu", ""),
+    ('#   time_limit: "24:00:00"', ""),
+    ("#   exclusive: true", "whole nodes"),
+    ("#   setup: [module load cuda]", ""),
+)
 _CLUSTER = "# Where runs run. Without --cluster, launcher takes this machine as it finds it.\n"

@@ -195,7 +195,8 @@ class TrainSection(Section):
     batch_size: Count = Field(description="Sequences per optimizer step, over the whole world.")
     tokens: Tokens | None = Field(
         None,
-        description="Length of training in tokens, rounded up to a whole step. One of tokens, steps, epochs.",
+        description="Length of training in tokens, rounded up to a whole step; with `packing: concat` "
+        "only. One of tokens, steps, epochs.",
     )
     steps: Count | None = Field(None, description="Length of training in optimizer steps.")
     epochs: Figure | None = Field(
@@ -270,7 +271,11 @@ class CheckpointSection(Section):
     """When to save, and how much to keep."""
 
     every: Every = Field("15min", description="Save every so many steps, or every duration such as 15min.")
-    keep: Count = Field(2, description="How many committed checkpoints stay on disk, the newest ones.")
+    keep: Count = Field(
+        2,
+        description="How many committed checkpoints stay on disk, the newest ones; with "
+        "`train.early_stopping` the best one besides.",
+    )
 
 
 class RunConfig(Section):

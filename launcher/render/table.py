@@ -39,8 +39,8 @@ def asked_rows(run: RunConfig) -> Rows:
     ]
 
 
-def becomes_rows(plan: Plan) -> Rows:
-    """What the plan makes of it."""
+def becomes_rows(plan: Plan, packing: str) -> Rows:
+    """What the plan makes of it, with `data.packing` as asked."""
     batch = plan.batch
     where = (
         f"{plan.nodes} x {plan.ranks_per_node} x {plan.gpu}"
@@ -68,9 +68,8 @@ def becomes_rows(plan: Plan) -> Rows:
         rows.append(("steps", "known once `launcher train` has prepared the text"))
     else:
         rows.append(("steps", f"{plan.steps:,}, the first {plan.warmup_steps:,} warming up"))
-        rows.append(
-            ("tokens", f"{plan.tokens:,}" + ("" if plan.epochs is None else f" ({plan.epochs:.2f} epochs)"))
-        )
+        tokens = f"{plan.tokens:,}" if packing == "concat" else f"at most {plan.tokens:,}, padding included"
+        rows.append(("tokens", tokens + ("" if plan.epochs is None else f" ({plan.epochs:.2f} epochs)")))
     rows.append(("evaluate", _every(plan.eval_every)))
     rows.append(("checkpoint", _every(plan.checkpoint_every)))
     return rows

@@ -29,10 +29,14 @@ MAY_CHANGE = frozenset(
         *("train.steps", "train.tokens", "train.epochs", "train.batch_size", "train.micro_batch"),
         "train.gradient_checkpointing",
         *("data.skip.steps", "data.skip.documents", "output_dir"),
+        *("checkpoint.every", "checkpoint.keep", "train.log_every", "report_to", "push_to_hub"),
     }
 )
 """Keys that may differ when a run goes on: its length may grow, its batch change, text be left out from there
-on, and its folder be named otherwise."""
+on, and its folder be named otherwise; and what saves and reports it, which touches neither text nor weights.
+
+Not `train.eval_every`: early stopping counts evaluations.
+"""
 
 
 LOCKS = frozenset({".lock", ".ranks.lock"})
@@ -225,7 +229,14 @@ def find_model_folder(source: str) -> Path | str:
 
     Raises RunDirectoryError for a run that has no final model yet, and RequestError where there is no model.
     """
+    from launcher.run.checkpoints import MANIFEST
+
     directory = RunDirectory(Path(source).absolute())
+    if (directory.root / MANIFEST).is_file():
+        raise RequestError(
+            f"{source} is a checkpoint, not a model",
+            hint="`launcher checkpoint export RUN_DIR` makes a model of one: give the folder that it prints",
+        )
     if not directory.orders.is_file():
         from launcher.config.models import find_trained
 

@@ -179,12 +179,16 @@ class CheckpointWriter(TrainerCallback):
                     created=time.time(),
                     sealed=sealed,
                 )
-                ledger.prune(self._checkpoints, keep=self._keep, protect=() if best is None else (best,))
+                self.prune(best)
             return Saved(step, made.bytes, time.perf_counter() - begun, 0.0)
 
         self._pending = self._thread.submit(write)
         if copied is None:
             self._pending.result()
+
+    def prune(self, best: int | None) -> None:
+        """Drop what is over `keep`, but for the checkpoint of step `best`. Call it on rank 0."""
+        ledger.prune(self._checkpoints, keep=self._keep, protect=() if best is None else (best,))
 
     def finish(self) -> None:
         """Wait until the checkpoint that was begun last is committed. Raises what its writing raised."""

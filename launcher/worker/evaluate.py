@@ -1,4 +1,4 @@
-"""Evaluation: every validation token once, weighted alike, whatever the world size."""
+"""Evaluation: every whole validation block once, its tokens weighted alike, whatever the world size."""
 
 from __future__ import annotations
 

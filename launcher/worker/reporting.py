@@ -85,6 +85,12 @@ class ReportingTrainer(Trainer):
     _times: StepTimes
     _divergence: Divergence
 
+    def _init_training_state(self, max_steps: int, *arguments: Any, **about: Any) -> tuple[int, int]:
+        """A checkpoint's state has the `log_every` that it was made with, which may be another now."""
+        done: tuple[int, int] = super()._init_training_state(max_steps, *arguments, **about)
+        self.state.compute_steps(self.args, max_steps)
+        return done
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell the callbacks. Nothing is kept in the state: metrics.jsonl is the record, and a state
         that grows with every line would grow every checkpoint."""

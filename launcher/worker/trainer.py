@@ -258,8 +258,8 @@ class LauncherTrainer(ReportingTrainer):
         return 0
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Every validation token once; see `worker.evaluate`. Given up where all ranks agree to stop: the
-        run then stops here, with a checkpoint that says that the evaluation is due."""
+        """Every whole validation block once; see `worker.evaluate`. Given up where all ranks agree to
+        stop: the run then stops here, with a checkpoint that says that the evaluation is due."""
         with self._heart.during("evaluating"):
             found = evaluate(
                 self.bare_model,
@@ -371,6 +371,8 @@ class LauncherTrainer(ReportingTrainer):
             if checkpoint is None:
                 self.train()
                 return
+            if self.rank == 0:  # `checkpoint.keep` may be lower now, because there is no room for another
+                self.writer.prune(self._best.step)
             with refusing_code(checkpoint.folder):
                 self.train(resume_from_checkpoint=str(self._resume_folder(checkpoint)))
         except BaseException:

@@ -93,6 +93,19 @@ def test_what_launcher_does_not_do_of_accelerate(content: dict[str, Any], key: s
     assert says in found[key]
 
 
+def why_left(content: dict[str, Any]) -> dict[str, str]:
+    return {left.key: left.why for left in of(accelerate=content).left}
+
+
+def test_what_is_said_of_a_key_is_true_of_its_value() -> None:
+    cpu = why_left({"distributed_type": "MULTI_CPU", "use_cpu": True, "compute_environment": "LOCAL_MACHINE"})
+    assert "distributed_type" not in cpu, "the strategy is taken over from it, and nothing of it is lost"
+    assert cpu["compute_environment"] == "it does not ask for what launcher does not have: SageMaker support"
+    alone = why_left({"distributed_type": "NO", "use_cpu": False})
+    assert "it is so without it" in alone["use_cpu"]
+    assert "one rank" in alone["distributed_type"]
+
+
 @pytest.mark.parametrize("name", ["fsdp", "multi_gpu", "deepspeed", "both"])
 def test_accelerate_reads_the_same(name: str, tmp_path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file

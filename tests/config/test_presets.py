@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,15 @@ def test_the_starter_cluster_is_this_machine(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(starter_cluster())
     config = load_cluster(tmp_path / "c.yaml").config
     assert config == ClusterConfig.model_validate({"name": "my-machine"})
+
+
+def test_the_starter_clusters_lines_for_slurm_are_a_cluster_on_slurm(tmp_path: Path) -> None:
+    text = starter_cluster().replace("launch: local\n", "")
+    text = text.replace("gpus_per_node: auto", "gpus_per_node: 8").replace("gpu: auto", "gpu: h100-sxm-80gb")
+    head, _, rest = text.partition("# On a SLURM cluster")
+    (tmp_path / "c.yaml").write_text(head + re.sub("^# ", "", rest.partition("\n")[2], flags=re.MULTILINE))
+    config = load_cluster(tmp_path / "c.yaml").config
+    assert (config.launch, config.slurm.partition, config.slurm.exclusive) == ("slurm", "gpu", True)
 
 
 @pytest.mark.parametrize(

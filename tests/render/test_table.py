@@ -50,7 +50,7 @@ def test_what_was_asked_is_said_as_it_was_asked(length: dict[str, float], said: 
 
 def test_what_it_becomes() -> None:
     plan = planned(asked(steps=2000), blocks=Blocks(4096, 4096 * 64, 10))
-    assert dict(becomes_rows(plan)) == {
+    assert dict(becomes_rows(plan, "concat")) == {
         "on": "lab: 2 x a100-sxm-80gb",
         "strategy": "ddp, bf16, compiled",
         "batch": "1024 = micro-batch 512 x accumulation 1 x 2 ranks",
@@ -64,16 +64,22 @@ def test_what_it_becomes() -> None:
     }
 
 
+def test_rows_that_are_padded_have_at_most_so_many_tokens() -> None:
+    plan = planned(asked(steps=2000), blocks=Blocks(4096, 90_000, 10))
+    said = "at most 131,072,000, padding included (500.00 epochs)"
+    assert dict(becomes_rows(plan, "pad"))["tokens"] == said
+
+
 def test_what_is_not_known_yet_and_what_is_not_done() -> None:
     plan = replace(
         planned(asked(epochs=2), nodes=4), eval_every=Every(), checkpoint_every=Every(steps=1), compile=True
     )
-    rows = dict(becomes_rows(replace(plan, parameters=124_439_808, gradient_checkpointing=True)))
+    rows = dict(becomes_rows(replace(plan, parameters=124_439_808, gradient_checkpointing=True), "concat"))
     assert rows["on"] == "lab: 4 x 2 x a100-sxm-80gb"
     assert rows["strategy"] == "ddp, bf16, compiled"
     assert rows["gradient checkpointing"] == "on"
     for layers, said in ((1, "in the first layer"), (6, "in the first 6 layers")):
-        some = dict(becomes_rows(replace(plan, gradient_checkpointing=layers)))
+        some = dict(becomes_rows(replace(plan, gradient_checkpointing=layers), "concat"))
         assert some["gradient checkpointing"] == said
     assert rows["parameters"] == "124,439,808"
     assert "prepared the text" in rows["steps"]
@@ -110,12 +116,12 @@ def test_what_is_offloaded_is_said_with_what_it_takes_of_the_node() -> None:
     place = Place("desk", 1, 1, find_gpu("rtx-4090-24gb"))
     run = asked(steps=1, strategy="zero3", offload="parameters")
     plan = make_plan(run, place, shape=shape_of(PRESETS["gpt2-xl"].config()), positions=None, blocks=None)
-    rows = dict(becomes_rows(plan))
+    rows = dict(becomes_rows(plan, "concat"))
     assert rows["strategy"] == "zero3, optimizer and parameters offloaded to the host, bf16"
     assert rows["host memory"] == f"{size_in_words(plan.host_memory)} of each node, for what is offloaded"
-    moved = becomes_rows(replace(plan, offload="optimizer"))
+    moved = becomes_rows(replace(plan, offload="optimizer"), "concat")
     assert dict(moved)["strategy"] == "zero3, optimizer offloaded to the host, bf16"
-    assert "host memory" not in dict(becomes_rows(replace(plan, host_memory=0)))
+    assert "host memory" not in dict(becomes_rows(replace(plan, host_memory=0), "concat"))
 
 
 def test_a_micro_batch_that_is_taken_as_given_and_does_not_fit_is_said_not_to() -> None:

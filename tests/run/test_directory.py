@@ -140,6 +140,8 @@ def test_length_and_place_may_change(tmp_path: Path) -> None:
     check_same_run(directory, asked(train={"steps": None, "epochs": 2.0}, output_dir="elsewhere"))
     check_same_run(directory, asked(train={"batch_size": 12, "micro_batch": 4}))
     check_same_run(directory, asked(data={"train": ["text"], "skip": {"steps": [120], "documents": ["a:1"]}}))
+    told = {"report_to": [], "push_to_hub": "a/b", "checkpoint": {"every": 5, "keep": 1}}
+    check_same_run(directory, asked(train={"log_every": 3}, **told))
     with pytest.raises(RunDirectoryError, match="1 key differs: seed was 1337, is now 3"):
         check_same_run(directory, asked(train={"steps": 200}, seed=3))
 
@@ -230,6 +232,13 @@ def test_the_model_of_a_run_of_a_folder_and_of_the_hub(tmp_path: Path) -> None:
     (directory.model / "tokenizer.json").write_text("{}")
     assert find_model_folder(str(directory.model)) == str(directory.model)
     assert find_model_folder("openai-community/gpt2") == "openai-community/gpt2"
+
+
+def test_a_checkpoint_of_any_engine_is_no_model_but_one_is_made_of_it(tmp_path: Path) -> None:
+    (tmp_path / "MANIFEST.json").write_text("{}")
+    with pytest.raises(RequestError, match="is a checkpoint, not a model") as refused:
+        find_model_folder(str(tmp_path))
+    assert "launcher checkpoint export RUN_DIR" in (refused.value.hint or "")
 
 
 @pytest.mark.parametrize("of_a_run", ["environment.json", "journal.jsonl", "checkpoints", ".lock"])

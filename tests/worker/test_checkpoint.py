@@ -31,10 +31,10 @@ MEBIBYTE = 1 << 20
 class Writing:
     """A writer of one rank, and what it told."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder / "checkpoints"
         heart = Heart(folder / "heartbeat", folder / "stacks", 0, {})
-        self.writer = CheckpointWriter(self.folder, heart, rank=0, world_size=1, keep=2)
+        self.writer = CheckpointWriter(self.folder, heart, rank=0, world_size=1, keep=keep)
         self.told: list[Saved] = []
         self.writer.told = self.told.append
 
@@ -182,6 +182,14 @@ def test_a_disk_without_room_is_told_before_anything_is_written(disk: Path) -> N
     with pytest.raises(TrainingError, match=r"a checkpoint needs about 2 files in .* there are inodes for 1"):
         writing.save(2, wrote.append)
     assert not wrote
+
+
+def test_a_run_that_is_to_keep_fewer_makes_room_but_not_of_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        Writing(tmp_path, keep=3).save_and_wait(step, small, copied=False)
+    again = Writing(tmp_path, keep=1)
+    again.writer.prune(best=1)
+    assert again.steps() == [1, 3]
 
 
 def test_a_read_only_folder_is_told(disk: Path) -> None:
