@@ -20,6 +20,7 @@ from launcher.run.checkpoints import committed, newest_step
 from launcher.run.directory import RunDirectory
 from launcher.run.launching import Launching, facts_in_time
 from launcher.run.outcome import (
+    EVERY_RANK,
     Attempt,
     End,
     Evidence,
@@ -217,6 +218,8 @@ def _end(directory: RunDirectory, end: End, ended: Ended | None, say: Say) -> in
     directory.stop_request.unlink(missing_ok=True)
     if error is not None:
         raise error
+    if end.reason != EVERY_RANK:
+        say(end.reason)
     return step
 
 

@@ -315,7 +315,14 @@ def train(
             saving.save_model(whole, tokenizer, directory.model)
             upload(directory, run, rank)
         barrier()
-    return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
+    return RankEnd(
+        rank.number,
+        Outcome.FINISHED,
+        reached.step,
+        time.time(),
+        planned_steps=plan.steps,
+        reason=cadence.told_of_end(reached.step),
+    )
 
 
 def make_ready(model: PreTrainedModel, plan: Plan) -> dict[str, str]:
