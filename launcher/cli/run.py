@@ -147,9 +147,10 @@ def train(
             text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
         final = planned_anew(draft, text, directory, console.say)
         _show_plan(final, stream_of_answer=False)
-        if not is_finished(directory, final.plan.steps):
+        finished = is_finished(directory, final.plan.steps)
+        if not finished:
             write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
-        if final.plan.nodes > 1:
+        if final.plan.nodes > 1 and not finished:
             script = quote(str(directory.launch))
             console.say(f"ready; on each of the {final.plan.nodes} nodes: sh {script} NODE HOST PORT")
             return
