@@ -128,7 +128,7 @@ def train(
     from launcher.run.environment import describe_environment
     from launcher.run.holding import only_supervisor
     from launcher.run.local import Local
-    from launcher.run.preflight import check_launch, check_local
+    from launcher.run.preflight import check_launch, check_local, say_upload
     from launcher.run.preparing import stoppable
     from launcher.run.supervise import is_finished
     from launcher.run.text import ready_text
@@ -136,9 +136,11 @@ def train(
     draft = assembled(run, overrides, cluster)
     directory = run_directory(draft.run.config)
     check_local(draft.cluster.config)
-    check_launch(draft.run.config, draft.place, draft.machine, draft.plan.strategy)
+    environment = draft.cluster.config.env
+    check_launch(draft.run.config, draft.place, draft.machine, draft.plan.strategy, environment)
     check_same_run(directory, draft.run.config)
-    launching = Local(directory, draft.cluster.config.env)
+    say_upload(draft.run.config, console.say)
+    launching = Local(directory, environment)
     with only_supervisor(directory, launching, console.say):
         check_same_run(directory, draft.run.config)
         # Whoever gives this command wants it trained, whatever was asked of it before.

@@ -32,7 +32,7 @@ from launcher.run.text import ready_text
 def may_begin(draft: Assembly) -> RunDirectory:
     """The directory of a run that may be handed in. Raises what keeps it from that; nothing is written."""
     directory = run_directory(draft.run.config)
-    check_run(draft.run.config, draft.plan.strategy)
+    check_run(draft.run.config, draft.plan.strategy, draft.cluster.config.env)
     check_same_run(directory, draft.run.config)
     for found in (find_job(directory), find_preparation(directory)):
         if found is not None and not found.is_over:
