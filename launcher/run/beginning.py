@@ -64,7 +64,7 @@ def _begin(draft: Assembly, workers: int, progress: Progress, say: Say, launcher
         if is_finished(directory, final.plan.steps):
             raise RequestError(
                 f"run {final.plan.name} is finished; its model is in {directory.model}",
-                hint="to train it further, make it longer",
+                hint="to train it further, make it longer; one that early stopping ended needs another name",
             )
         write_run(final, directory, text, describe_environment(final.machine, Path.cwd()), launcher)
     return directory
