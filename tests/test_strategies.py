@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from launcher.run.directory import RunDirectory
+from launcher.run.status import read_status
 from scripts.check_strategies import CLOSE, PAGE, SAME_LOGITS, STEPS, Bench, Cell, Tried, write_table
 from tests.conftest import sentences, write_json
 from tests.long import LONG
@@ -115,6 +117,10 @@ def test_several_nodes_are_started_by_hand_and_are_one_run(bench: Bench, ddp: Ca
     assert losses.keys() == reference.keys()
     assert max(abs(losses[step] - reference[step]) for step in losses) < CLOSE
     assert (directory / "model" / "model.safetensors").is_file()
+    assert read_status(RunDirectory(directory), None, time.time()).state == "finished"
+    again = bench.train(*Cell("zero2", "fp32").overrides(), "name=nodes", "--cluster", "nodes.yaml")
+    assert "run nodes is finished; its model is in" in again.stderr
+    assert "ready" not in again.stderr
 
 
 def test_what_a_gpu_was_tried_with_stays_in_the_table(tmp_path: Path) -> None:

@@ -195,14 +195,17 @@ def test_early_stopping_is_final_even_if_something_fails_after_it(workplace: Wor
     write_json(workplace.folder / "run.yaml", run)
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_notarealtoken"}
     first = workplace.run("train", "run.yaml", **unreachable)
+    assert "note: push_to_hub" not in first.stderr, "there is a token"
     directory = workplace.folder / "runs" / "small"
     assert first.returncode == 1
     assert "push_to_hub: someone/something could not be uploaded" in first.stderr
     assert "the model is whole" in first.stderr
     ended = losses(directory)
     assert max(step for step, _ in ended) < 60
-    again = workplace.run("train", "run.yaml", **unreachable)
+    unknown = {**unreachable, "HF_TOKEN": "", "HF_TOKEN_PATH": str(workplace.folder / "none")}
+    again = workplace.run("train", "run.yaml", **unknown)
     assert again.returncode == 1
+    assert "note: push_to_hub: no token of the Hub is here" in again.stderr
     assert losses(directory) == ended
     for file in directory.rglob("*"):
         assert not file.is_file() or b"hf_notarealtoken" not in file.read_bytes()

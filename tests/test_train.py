@@ -246,33 +246,30 @@ def test_durations_are_agreed_on_and_act_once(workplace: Workplace) -> None:
 
 
 def test_early_stopping_keeps_the_best(workplace: Workplace) -> None:
-    directory = workplace.train(
-        "train.steps=60",
+    overrides = (
         "train.eval_every=2",
         "train.learning_rate=0.3",
         "train.early_stopping={patience: 2}",
         "train.log_every=100",
         "checkpoint={every: 1000, keep: 1}",
     )
+    done = workplace.run("train", "run.yaml", "train.steps=60", *overrides)
+    assert done.returncode == 0, done.stderr
+    directory = workplace.folder / "runs" / "small"
     evaluations = {step: value for (step, name), value in losses(directory).items() if name == "eval_loss"}
     assert max(evaluations) < 60, "it was to stop early"
     assert [step for step, name in losses(directory) if name == "loss"] == [1, *evaluations]
     best = min(evaluations, key=lambda step: evaluations[step])
     saved = directory / "checkpoints" / f"step-{best:08d}" / "model.safetensors"
     assert weights(directory) == saved.read_bytes()
-    assert (
-        "is finished"
-        in workplace.run(
-            "train",
-            "run.yaml",
-            "train.steps=60",
-            "train.eval_every=2",
-            "train.learning_rate=0.3",
-            "train.early_stopping={patience: 2}",
-            "train.log_every=100",
-            "checkpoint={every: 1000, keep: 1}",
-        ).stderr
-    )
+    why = f"stopped early: eval_loss has not fallen for 2 evaluations; the model is that of step {best}"
+    assert f"{why}\nfinished at step {max(evaluations)}; the model is in" in done.stderr
+    assert why in workplace.run("status", str(directory)).stdout
+    assert "is finished" in workplace.run("train", "run.yaml", "train.steps=60", *overrides).stderr
+    longer = workplace.run("train", "run.yaml", "train.steps=90", *overrides)
+    assert longer.returncode == 2, longer.stderr
+    assert f"was ended at step {max(evaluations)} by train.early_stopping" in longer.stderr
+    assert not (directory / "logs" / "attempt-002").exists(), "no rank was started for that"
 
 
 def test_gpt2_medium_is_planned_for_eight_gpus_and_trains_tiny_on_the_cpu(workplace: Workplace) -> None:

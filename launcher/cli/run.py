@@ -132,7 +132,7 @@ def train(
     from launcher.run.environment import describe_environment
     from launcher.run.holding import only_supervisor
     from launcher.run.local import Local
-    from launcher.run.preflight import check_launch, check_local
+    from launcher.run.preflight import check_launch, check_local, say_upload
     from launcher.run.preparing import stoppable
     from launcher.run.supervise import is_finished
     from launcher.run.text import ready_text
@@ -140,9 +140,11 @@ def train(
     draft = assembled(run, overrides, cluster)
     directory = run_directory(draft.run.config)
     check_local(draft.cluster.config)
-    check_launch(draft.run.config, draft.place, draft.machine, draft.plan.strategy)
+    environment = draft.cluster.config.env
+    check_launch(draft.run.config, draft.place, draft.machine, draft.plan.strategy, environment)
     check_same_run(directory, draft.run.config)
-    launching = Local(directory, draft.cluster.config.env)
+    say_upload(draft.run.config, console.say)
+    launching = Local(directory, environment)
     with only_supervisor(directory, launching, console.say):
         check_same_run(directory, draft.run.config)
         # Whoever gives this command wants it trained, whatever was asked of it before.
@@ -151,9 +153,10 @@ def train(
             text = ready_text(draft, workers or draft.machine.cores, console.Bar("preparing"), console.say)
         final = planned_anew(draft, text, directory, console.say)
         _show_plan(final, stream_of_answer=False)
-        if not is_finished(directory, final.plan.steps):
+        finished = is_finished(directory, final.plan.steps)
+        if not finished:
             write_run(final, directory, text, describe_environment(final.machine, Path.cwd()))
-        if final.plan.nodes > 1:
+        if final.plan.nodes > 1 and not finished:
             script = quote(str(directory.launch))
             console.say(f"ready; on each of the {final.plan.nodes} nodes: sh {script} NODE HOST PORT")
             return

@@ -295,7 +295,9 @@ class RunConfig(Section):
         description="Where metrics go besides metrics.jsonl.",
     )
     push_to_hub: Annotated[str, AfterValidator(one_line)] | None = Field(
-        None, description="The Hub repository (`user/name`) the final model is uploaded to. null: none."
+        None,
+        description="The Hub repository (`user/name`) the final model is uploaded to: tried when training is "
+        "over; the same command tries it again. null: none.",
     )
     seed: Annotated[int, BeforeValidator(integral)] = Field(
         1337, ge=0, lt=2**32, description="Seeds the weights, the dropout and the order of the data."

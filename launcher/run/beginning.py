@@ -8,7 +8,9 @@ from shlex import quote
 from launcher.config.load import load_cluster, load_run
 from launcher.data.prepare import Progress
 from launcher.errors import RequestError, RunDirectoryError
+from launcher.plan.choose import Plan
 from launcher.run.assemble import Assembly, Text, assemble, write_rendered, write_run
+from launcher.run.checkpoints import committed
 from launcher.run.directory import (
     RunDirectory,
     check_goes_on,
@@ -30,7 +32,7 @@ from launcher.run.text import ready_text
 def may_begin(draft: Assembly) -> RunDirectory:
     """The directory of a run that may be handed in. Raises what keeps it from that; nothing is written."""
     directory = run_directory(draft.run.config)
-    check_run(draft.run.config, draft.plan.strategy)
+    check_run(draft.run.config, draft.plan.strategy, draft.cluster.config.env)
     check_same_run(directory, draft.run.config)
     for found in (find_job(directory), find_preparation(directory)):
         if found is not None and not found.is_over:
@@ -62,7 +64,7 @@ def _begin(draft: Assembly, workers: int, progress: Progress, say: Say, launcher
         if is_finished(directory, final.plan.steps):
             raise RequestError(
                 f"run {final.plan.name} is finished; its model is in {directory.model}",
-                hint="to train it further, make it longer",
+                hint="to train it further, make it longer; one that early stopping ended needs another name",
             )
         write_run(final, directory, text, describe_environment(final.machine, Path.cwd()), launcher)
     return directory
@@ -71,13 +73,29 @@ def _begin(draft: Assembly, workers: int, progress: Progress, say: Say, launcher
 def planned_anew(draft: Assembly, text: Text, directory: RunDirectory, say: Say) -> Assembly:
     """The plan of the draft's run, now that its text is ready. Says what `data.skip` leaves out of it.
 
-    Raises RunDirectoryError for a run that has begun and may not go on so, and what `say_skip` raises.
+    Raises RunDirectoryError for a run that has begun and may not go on so, RequestError for one that early
+    stopping has ended, and what `say_skip` raises.
     """
     final = assemble(draft.run, draft.cluster, draft.machine, text)
     check_goes_on(directory, final.plan, text.store)
+    _check_takes_steps(directory, final.plan)
     if text.store:
         say_skip(final.run.config, final.plan, text.store, directory, say)
     return final
+
+
+def _check_takes_steps(directory: RunDirectory, plan: Plan) -> None:
+    """Raise RequestError where a run that early stopping has ended is planned for another length."""
+    newest = next((each for each in reversed(committed(directory.checkpoints)) if not each.misfits()), None)
+    if newest is None or not newest.state()["best"]["is_final"]:
+        return
+    if plan.steps != directory.read_orders().plan.steps:
+        raise RequestError(
+            f"run {plan.name} was ended at step {newest.step} by train.early_stopping, and takes no more "
+            "steps",
+            hint="give the longer run another name, and train.early_stopping more patience or null",
+            key="train.early_stopping",
+        )
 
 
 def write_draft(draft: Assembly, directory: RunDirectory, launcher: str) -> None:

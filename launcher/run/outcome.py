@@ -41,12 +41,15 @@ UNLIMITED = frozenset({Outcome.PREEMPTED, Outcome.TIME_LIMIT, Outcome.NODE_FAILE
 """Not the run's doing: it restarts however often they come."""
 FINAL = frozenset({Outcome.FINISHED, Outcome.STOPPED, Outcome.OUT_OF_MEMORY, Outcome.DIVERGED})
 """Another attempt would change nothing, or is not wanted."""
+EVERY_RANK = "every rank finished"
+"""Why an attempt finished of which there is nothing more to tell."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankEnd:
     """One rank's last word. `time` is seconds since the epoch; `error` is None unless it failed.
 
+    Of one that finished: of how many `planned_steps`, and where there is something to tell of that, `reason`.
     `retry`: whether another attempt may fare better. It may not where launcher itself refused, with a reason.
     """
 
@@ -58,6 +61,8 @@ class RankEnd:
     hint: str | None = None
     exit_code: int = 1
     retry: bool = True
+    planned_steps: int | None = None
+    reason: str | None = None
 
     def remedy(self, log: Path) -> str:
         """What to do about its failure, or else where more is told of it: `log` is the rank's."""
@@ -181,7 +186,8 @@ def decide(evidence: Evidence) -> Verdict:
 def _ended_well(evidence: Evidence) -> Verdict:
     """Every rank came to an end of its own accord."""
     if all(end.outcome is Outcome.FINISHED for end in evidence.ends):
-        return Verdict(Outcome.FINISHED, "every rank finished")
+        told = next((end.reason for end in evidence.ends if end.reason is not None), EVERY_RANK)
+        return Verdict(Outcome.FINISHED, told)
     if evidence.by_person:
         return Verdict(Outcome.STOPPED, "a person asked for it")
     if (taken := _taken(evidence.facts)) is not None:

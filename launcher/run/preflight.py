@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,11 +16,15 @@ from launcher.plan.choose import Place
 from launcher.plan.sharding import zero_stage
 from launcher.run.directory import check_writable, run_directory
 from launcher.run.machine import Machine
+from launcher.run.saying import Say
+from launcher.run.wandb_login import check_wandb
 
 
-def check_launch(run: RunConfig, place: Place, machine: Machine, strategy: str) -> None:
+def check_launch(
+    run: RunConfig, place: Place, machine: Machine, strategy: str, environment: Mapping[str, str]
+) -> None:
     """Raise before anything is written if this machine cannot run `run` on `place`."""
-    check_run(run, strategy)
+    check_run(run, strategy, environment)
     if place.nodes == 1:  # else this need not be one of them
         check_gpus(place, machine)
 
@@ -33,8 +38,9 @@ def check_local(cluster: ClusterConfig) -> None:
         )
 
 
-def check_run(run: RunConfig, strategy: str) -> None:
-    """Raise before anything is written if `run` could not be trained anywhere from here."""
+def check_run(run: RunConfig, strategy: str, environment: Mapping[str, str]) -> None:
+    """Raise before anything is written if `run` could not be trained anywhere from here, where the cluster
+    adds `environment` to the ranks'."""
     check_folders(run)
     if run.push_to_hub is not None:
         _check_repository(run.push_to_hub)
@@ -50,6 +56,21 @@ def check_run(run: RunConfig, strategy: str) -> None:
                 f"report_to: {package} is not installed",
                 hint=f"pip install {package}, or take it out of report_to",
             )
+    if "wandb" in run.report_to:
+        check_wandb({**os.environ, **environment})
+
+
+def say_upload(run: RunConfig, say: Say) -> None:
+    """Say where the Hub would not take the final model: that is found out when training is over."""
+    if run.push_to_hub is None:
+        return
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        say(
+            f"note: push_to_hub: no token of the Hub is here to upload to {run.push_to_hub} with, and it is "
+            "tried when training is over\n  hint: `hf auth login`, or set HF_TOKEN"
+        )
 
 
 def check_folders(run: RunConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from launcher.errors import RequestError
 from launcher.run import journal
+from launcher.run.by_hand import ByHand, newest_by_hand
 from launcher.run.checkpoints import committed
 from launcher.run.directory import RunDirectory, is_held
 from launcher.run.heartbeat import read_beat
@@ -27,7 +28,8 @@ Alive = Literal["supervisor", "ranks"]
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One start of the ranks. `outcome` is None until it has ended; `seconds`: how long it took."""
+    """One start of the ranks. `outcome` is None until it has ended; `seconds`: how long it took, where
+    a supervisor saw that."""
 
     number: int
     world_size: int
@@ -126,7 +128,10 @@ def read_status(directory: RunDirectory, job: QueuedJob | None, now: float) -> S
     directory.require(directory.orders)
     plan: dict[str, Any] = json.loads(directory.orders.read_text(encoding="utf-8"))["plan"]
     events = journal.read(directory.journal)
-    attempts = _attempts(events, now)
+    attempts, by_hand = _attempts(events, now), newest_by_hand(directory)
+    ended = events[-1] if events and events[-1]["event"] == "ended" and by_hand is None else {}
+    if by_hand is not None:
+        attempts.append(_of_hand(by_hand))
     begun = max((each["time"] for each in events if each["event"] == "attempt_started"), default=0.0)
     training, evaluation = _newest_reports(directory.metrics, begun)
     newest = training[0] if training else {}
@@ -141,7 +146,7 @@ def read_status(directory: RunDirectory, job: QueuedJob | None, now: float) -> S
         alive=alive(directory),
         stop_requested=directory.stop_request.exists(),
         attempts=attempts,
-        ended=events[-1]["outcome"] if events and events[-1]["event"] == "ended" else None,
+        ended=ended.get("outcome"),
         phase=None if beat is None else beat.phase,
         step=step,
         steps=plan["steps"],
@@ -160,7 +165,7 @@ def read_status(directory: RunDirectory, job: QueuedJob | None, now: float) -> S
         eval_step=evaluation.get("step"),
         checkpoint=saved,
         job=job,
-        reason=events[-1].get("reason") if events and events[-1]["event"] == "ended" else None,
+        reason=ended.get("reason"),
     )
 
 
@@ -189,6 +194,12 @@ def _attempts(events: Sequence[dict[str, Any]], now: float) -> list[Attempt]:
                 event.get("reason"),
             )
     return list(found.values())
+
+
+def _of_hand(found: ByHand) -> Attempt:
+    verdict = found.verdict
+    outcome, reason = (None, None) if verdict is None else (verdict.outcome, verdict.reason)
+    return Attempt(found.number, found.world_size, outcome, found.step, reason=reason)
 
 
 def _newest_reports(metrics: Path, since: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:

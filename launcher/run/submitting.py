@@ -20,6 +20,7 @@ from launcher.run.assemble import Assembly, check_prepared, job_of, job_template
 from launcher.run.cluster_checks import examine_cluster
 from launcher.run.directory import RunDirectory, run_directory, write_text
 from launcher.run.excluding import exclude_list, excluded_now, why_avoided
+from launcher.run.preflight import say_upload
 from launcher.run.saying import Say
 from launcher.run.stopping import need_of
 
@@ -44,6 +45,7 @@ def check_submission(assembly: Assembly, say: Say) -> None:
     cluster, place = assembly.cluster.config, assembly.place
     directory = run_directory(assembly.run.config)
     need = need_of(directory, assembly.plan)
+    say_upload(assembly.run.config, say)
     with placed(assembly.cluster.origins):
         _check_time(cluster.slurm.time_limit, need.seconds)
         for check in examine_cluster(cluster, place, directory.root, need):

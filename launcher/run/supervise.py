@@ -10,16 +10,19 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import FrameType
 
 from launcher.errors import Interrupted, LauncherError, TrainingError
 from launcher.plan.choose import Plan
 from launcher.run import journal
 from launcher.run.attempt import POLL_SECONDS, REPLACED, Ended, Signals, run_attempt
+from launcher.run.by_hand import newest_by_hand
 from launcher.run.checkpoints import committed, newest_step
 from launcher.run.directory import RunDirectory
 from launcher.run.launching import Launching, facts_in_time
 from launcher.run.outcome import (
+    EVERY_RANK,
     Attempt,
     End,
     Evidence,
@@ -44,13 +47,17 @@ def is_finished(directory: RunDirectory, steps: int | None) -> bool:
 
     Who moves the newest checkpoints away goes back to train from an older one.
     """
-    ends = journal.events(directory.journal, "attempt_ended")
+    by_hand = newest_by_hand(directory)
+    if by_hand is None:
+        told = journal.events(directory.journal, "attempt_ended")[-1:]
+    else:
+        told = [asdict(end) for end in by_hand.ends if by_hand.verdict is not None]
     newest = committed(directory.checkpoints)[-1:]
-    return bool(
-        ends
-        and all(checkpoint.step >= ends[-1]["step"] for checkpoint in newest)
-        and ends[-1]["outcome"] == Outcome.FINISHED
-        and ends[-1]["planned_steps"] == steps
+    return (
+        bool(told)
+        and all(checkpoint.step >= end["step"] for checkpoint in newest for end in told)
+        and all(end["outcome"] == Outcome.FINISHED for end in told)
+        and all(end["planned_steps"] == steps for end in told)
         and directory.model.is_dir()
     )
 
@@ -217,6 +224,8 @@ def _end(directory: RunDirectory, end: End, ended: Ended | None, say: Say) -> in
     directory.stop_request.unlink(missing_ok=True)
     if error is not None:
         raise error
+    if end.reason != EVERY_RANK:
+        say(end.reason)
     return step
 
 

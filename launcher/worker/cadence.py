@@ -171,6 +171,20 @@ class Cadence(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
+    def told_of_end(self, step: int) -> str | None:
+        """What there is to tell of training that has ended at `step` unasked: why that is not the last one
+        planned, and which step's the model is; None: nothing."""
+        best, least = self._best, 0.0 if self._early_stopping is None else self._early_stopping.min_delta
+        model = f"the model is that of step {best.step or step}"
+        if step == self._plan.steps:
+            lowest = f"trained to the end; {model}, whose eval_loss is the lowest"
+            return None if best.step in (None, step) else lowest
+        if not best.is_final:
+            return f"stopped early: a callback ended training; {model}"
+        by = f" by {least:g}" if least else ""
+        times = f"{best.since} evaluation{'' if best.since == 1 else 's'}"
+        return f"stopped early: eval_loss has not fallen{by} for {times}; {model}"
+
     def is_asked_to_stop(self) -> bool:
         """Whether this rank knows of a wish to stop. Only rank 0 looks for the file, in each step: what the
         file system does not say in one (ESTALE, EIO), it says in the next."""

@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -315,7 +316,14 @@ def train(
             saving.save_model(whole, tokenizer, directory.model)
             upload(directory, run, rank)
         barrier()
-    return RankEnd(rank.number, Outcome.FINISHED, reached.step, time.time())
+    return RankEnd(
+        rank.number,
+        Outcome.FINISHED,
+        reached.step,
+        time.time(),
+        planned_steps=plan.steps,
+        reason=cadence.told_of_end(reached.step),
+    )
 
 
 def make_ready(model: PreTrainedModel, plan: Plan) -> dict[str, str]:
@@ -384,6 +392,7 @@ def reports(
     plan = orders.plan
     assert plan.steps is not None
     shape = orders.shape
+    keep_in_folder(directory, os.environ)
     report = Report(
         plan,
         rows,
@@ -398,6 +407,13 @@ def reports(
     from torch.utils.tensorboard import SummaryWriter  # a quarter of a second
 
     return report, [TensorBoardCallback(SummaryWriter(str(directory.tensorboard), purge_step=start_step))]
+
+
+def keep_in_folder(directory: RunDirectory, environment: MutableMapping[str, str]) -> None:
+    """Have wandb write to the run's folder, unless the user names another, or has settings where launcher is
+    started: those would no longer be read."""
+    if not Path("wandb", "settings").exists():
+        environment.setdefault("WANDB_DIR", str(directory.root))
 
 
 def load_object(key: str, path: str) -> Any:

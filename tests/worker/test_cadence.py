@@ -257,6 +257,9 @@ def test_early_stopping_counts_evaluations_without_improvement(tmp_path: Path) -
     assert (run.best.step, run.best.loss) == (4, 3.0)
     assert run.saved == [1, 2, 4, 6], "every best one is kept, and where it stopped"
     assert not run.cadence.stopped, "nobody asked: the run is finished"
+    assert run.cadence.told_of_end(run.last) == (
+        "stopped early: eval_loss has not fallen for 2 evaluations; the model is that of step 4"
+    )
 
 
 def test_an_improvement_below_min_delta_is_none(tmp_path: Path) -> None:
@@ -265,6 +268,20 @@ def test_an_improvement_below_min_delta_is_none(tmp_path: Path) -> None:
         tmp_path, every(Every(steps=1), Every(steps=100)), early=early, losses=[5.0, 4.6, 4.51, 1.0]
     ).go()
     assert (run.last, run.best.step) == (3, 3), "it is the best all the same"
+    assert "has not fallen by 0.5 for 2 evaluations" in (run.cadence.told_of_end(run.last) or "")
+
+
+def test_a_run_that_goes_to_its_end_tells_of_an_older_model_alone(tmp_path: Path) -> None:
+    early = EarlyStopping(patience=3)
+    plan = every(Every(steps=6), Every(steps=100))
+    run = Drive(tmp_path, plan, early=early, losses=[2.0, 3.0]).go()
+    assert run.cadence.told_of_end(STEPS) == (
+        "trained to the end; the model is that of step 6, whose eval_loss is the lowest"
+    )
+    assert Drive(tmp_path, plan, early=early, losses=[3.0, 2.0]).go().cadence.told_of_end(STEPS) is None
+    assert Drive(tmp_path, plan).cadence.told_of_end(4) == (
+        "stopped early: a callback ended training; the model is that of step 4"
+    )
 
 
 def test_the_count_goes_on_after_a_resume(tmp_path: Path) -> None:
