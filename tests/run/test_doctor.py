@@ -69,9 +69,6 @@ def test_a_cluster_that_this_machine_is_not() -> None:
     assert check.state == "missing"
     assert "8 x h100-sxm-80gb" in check.found
     assert check.remedy
-    unknown = found(BARE, gpu="h100")["cluster"]
-    assert unknown.state == "missing"
-    assert "h100-sxm-80gb" in (unknown.remedy or "")
 
 
 @pytest.mark.skipif(not metadata.version("torch").endswith("+cpu"), reason="this torch has CUDA")
