@@ -96,7 +96,7 @@ def plan(
     assembly = going_on(assembled(run, overrides, cluster), console.say)
     for said in absent_text(assembly.run):
         console.say(f"note: {said}")
-    if assembly.plan.steps is None:
+    if assembly.plan.steps is None and write is None:
         from launcher.run.text import planned_with_text  # what reads text takes longer to load than to plan
 
         assembly = planned_with_text(assembly)

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from launcher.plan.fast import Fast
 from launcher.worker.chunked_loss import replace_forward, replaced_forward, use_chunked_loss
-from launcher.worker.probe import TOKENS, attention, on_trial, probe_ids
+from launcher.worker.probe import attention, few_ids, on_trial
 from launcher.worker.vocabulary import is_padded, pad_vocabulary
 
 M_TRIM_THRESHOLD: Final = -1
@@ -186,8 +186,7 @@ def use_causal_attention(model: PreTrainedModel, block_size: int) -> str | None:
                 return stock(*args, **inputs)
         return stock(*args, **inputs)
 
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = probe_ids(min(TOKENS, block_size), vocabulary=vocabulary, device=model.device).expand(2, -1)
+    ids = few_ids(model, block_size).expand(2, -1)
     try:
         with torch.no_grad(), on_trial(model):
             expected = model(input_ids=ids).logits

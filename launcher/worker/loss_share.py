@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from launcher.worker.chunked_loss import replace_forward
 from launcher.worker.collate import IGNORED
-from launcher.worker.probe import TOKENS, close, next_token_loss, on_trial, probe_ids
+from launcher.worker.probe import close, few_ids, next_token_loss, on_trial
 
 
 def share_loss(model: PreTrainedModel, *, block_size: int) -> str | None:
@@ -50,8 +50,7 @@ def share_loss(model: PreTrainedModel, *, block_size: int) -> str | None:
 def _is_a_share(model: PreTrainedModel, block_size: int) -> bool:
     """Whether the loss of some tokens is half of it where they are half of a step, with nothing added: what a
     router adds may be less than rounding."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = probe_ids(min(TOKENS, block_size), vocabulary=vocabulary, device=model.device)
+    ids = few_ids(model, block_size)
     parameters = inspect.signature(model.forward).parameters.values()
     if not any(each.kind is each.VAR_KEYWORD for each in parameters):
         return False

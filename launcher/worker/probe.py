@@ -25,6 +25,12 @@ def probe_ids(tokens: int, *, vocabulary: int, device: torch.device) -> torch.Te
     return (torch.arange(tokens, device=device)[None] * 31) % vocabulary
 
 
+def few_ids(model: PreTrainedModel, block_size: int) -> torch.Tensor:
+    """The same for `model`, where a few tokens tell: `int64[1, at most TOKENS]`."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return probe_ids(min(TOKENS, block_size), vocabulary=vocabulary, device=model.device)
+
+
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The mean over all labels of the cross-entropy of the logits that predict them: of `[rows, tokens,
     vocabulary]` and `int64[rows, tokens]`."""
@@ -70,10 +76,9 @@ def on_trial(model: PreTrainedModel, *, training: bool = False) -> Iterator[None
 def check_predicts_next(model: PreTrainedModel, block_size: int) -> None:
     """Raise RequestError unless `model`, given ids and labels alone, does not see the tokens that follow,
     and compares what it makes of each token with the next one."""
-    name, vocabulary = type(model).__name__, model.config.get_text_config().vocab_size
-    ids = probe_ids(min(TOKENS, block_size), vocabulary=vocabulary, device=model.device)
+    name, ids = type(model).__name__, few_ids(model, block_size)
     changed = ids.clone()
-    changed[0, -1] = (changed[0, -1] + 1) % vocabulary
+    changed[0, -1] = (changed[0, -1] + 1) % model.config.get_text_config().vocab_size
     try:
         with on_trial(model):
             found, logits = model(input_ids=ids, labels=ids), model(input_ids=changed).logits
