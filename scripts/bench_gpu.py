@@ -468,13 +468,16 @@ def main() -> None:
     )
     parser.add_argument("json", type=Path, help="where to write what was found")
     parser.add_argument("--seconds", type=float, default=500, help="start no row that would end later")
-    parser.add_argument("--only", default="", help="names of rows, with semicolons between: no others")
+    parser.add_argument(
+        "--only", default="", help="names of rows, with semicolons between: these, in this order"
+    )
     parser.add_argument("--profile", default="", help="names of rows to add tables of kernels for")
     asked = parser.parse_args()
-    only = [name for name in asked.only.split(";") if name]
-    first, others = (
-        [row for row in found if not only or row.name in only] for found in (rows()[:ALONE], rows())
-    )
+    every = {row.name: row for row in rows()}
+    names = [name for name in asked.only.split(";") if name] or list(every)
+    if unknown := [name for name in names if name not in every]:
+        parser.error(f"no such rows: {'; '.join(unknown)}")
+    first = [row for row in rows()[:ALONE] if row.name in names]
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         write_tokenizer(work / "tokenizer")
@@ -482,7 +485,7 @@ def main() -> None:
         bench = Bench(work, asked.json, asked.profile.split(";"), time.monotonic() + asked.seconds)
         try:
             bench.alone(first)
-            bench.one_by_one([row for row in others if row not in first])
+            bench.one_by_one([every[name] for name in names if every[name] not in first])
         finally:
             bench.end()
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch._dynamo.utils import calculate_time_spent
 from torch.autograd.profiler_util import DeviceType  # type: ignore[attr-defined]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -132,6 +133,7 @@ class Meter(TrainerCallback):
             "process_age": time.time() - born,
             "loaded": LOADED - born,
             "begun": self._begun - born,
+            "compiling": calculate_time_spent(),
             "waited_for_turn": self._waited,
             **more,
         }

@@ -2,9 +2,9 @@
 
     .venv/bin/python -m scripts.gpu_pages
 
-It reads docs/benchmarks/gpu.json, of launcher and those it is held against; gpu_items.json, of the items one
-by one; and gpu_earlier.json, rows of an earlier run. What is in none of them is called not measured; nothing
-stands in its place. Predictions are those of the models as they are now, for the plan that each row ran.
+It reads docs/benchmarks/gpu/, one file for each call, in the order in which they were made. What is in none
+of them is called not measured; nothing stands in its place. Predictions are those of the models as they are
+now, for the plan that each row ran.
 """
 
 from __future__ import annotations
@@ -26,25 +26,33 @@ from launcher.plan.states import Sharding
 from scripts.bench_gpu import BLOCK, FAST, SHAPES, Row, rows
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs/benchmarks"
-FILES = ("gpu.json", "gpu_items.json", "gpu_earlier.json")
 NOT = "not measured"
 WIDTH = 110
 GIB = 2**30
 
+FIRST, ITEMS, COLD = 1, 2, 4
+"""Calls: the first, which compiled rows of today's launcher are no longer like; the one that took the items
+one by one; and the one in which launcher started alone with nothing compiled before."""
+
 UNPADDED = "gpt2 without padded_vocabulary"
-"""The row that the run of the items took with launcher's kernel for the loss, which is no longer taken there:
-an earlier run's is what is predicted."""
+"""The row that the call of the items took with launcher's kernel for the loss, which is no longer taken
+there: the first call's is what is predicted."""
 
 FITTED = ("launcher", "without compile", "without chunked_loss")
-"""The pace of launcher's own runs was fitted on rows whose names have one of these."""
+"""The pace of launcher's own runs was fitted on rows whose names have one of these, in the calls before
+`COLD`."""
+
+HELD_UP = ("gpt2 launcher, micro-batch 8", "gpt2, micro-batch 8", "gpt2, micro-batch 8, checkpointed")
+"""The host's time was fitted on these, which wait for it."""
 
 Found = Mapping[str, Any]
 
 
 class Measured:
-    """What one run of the bench found, by the names of its rows."""
+    """What one call of the bench found, by the names of its rows."""
 
     def __init__(self, file: Path) -> None:
+        self.call = int(file.stem)
         self.about: Found = json.loads(file.read_text(encoding="utf-8"))
         self.rows: dict[str, Found] = {row["name"]: row for row in self.about["rows"]}
 
@@ -75,8 +83,13 @@ class Measured:
 
 
 def all_measured() -> list[Measured]:
-    """Each run's."""
-    return [Measured(FOLDER / name) for name in FILES]
+    """Each call's, in their order."""
+    return sorted((Measured(file) for file in (FOLDER / "gpu").glob("*.json")), key=lambda found: found.call)
+
+
+def with_most(calls: Sequence[Measured], names: Sequence[str]) -> Measured:
+    """The call with most of these rows; of two, the later."""
+    return max(calls, key=lambda found: (sum(found.row(name) is not None for name in names), found.call))
 
 
 def shape_named(model: str, dropout: float = 0.0) -> Shape:
@@ -122,21 +135,47 @@ def shown(value: float | None, form: str) -> str:
     return NOT if value is None else format(value, form)
 
 
-def speed_page(runs: Sequence[Measured], catalogue: str) -> Iterator[str]:
-    measured, items, earlier = runs
-    about = measured.about
-    datasheet, ceiling = find_gpu(catalogue).peak_flops("bf16"), about["ceilings"]["matmul_flops"]
+def speed_page(calls: Sequence[Measured], catalogue: str) -> Iterator[str]:
+    datasheet = find_gpu(catalogue).peak_flops("bf16")
     assert datasheet is not None
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    yield from _about(calls, datasheet)
+    yield from (
+        "| model, micro-batch | who | call | tokens/s | its windows | of the stock | of the loop | MFU"
+        " | of what is reached | peak, GiB | first step after |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    )
+    current = calls[FIRST:]
+    for row in rows():
+        if row.kind == "launcher" and row.name == f"{row.model} launcher":
+            trio = [f"{row.model} {who}" for who in ("launcher", "stock", "loop")]
+            for name in trio:
+                yield _against(with_most(current, trio), row, name, datasheet)
+    yield from _kernels(calls[COLD - 1])
+    yield from _start(calls)
+    yield from _items(calls)
+    yield from ("", "## Others", "", "| | call | tokens/s | MFU | peak, GiB |", "|---|---|---|---|---|")
+    for row in rows():
+        if "," in row.name and not row.brief and "compiled" not in row.name:
+            measured = with_most(current, [row.name])
+            rate = measured.rate(row.name)
+            mfu = None if rate is None else utilisation(row.model, rate, datasheet)
+            peak = shown(measured.peak(row.name), ".2f")
+            call = NOT if rate is None else str(measured.call)
+            yield f"| {row.name} | {call} | {shown(rate, ',.0f')} | {shown(mfu, '.1%')} | {peak} |"
+    yield from _predicted_speed(calls, catalogue)
+
+
+def _about(calls: Sequence[Measured], datasheet: float) -> Iterator[str]:
+    """What was run, and where."""
     yield from (
         "# GPU: the launcher against the stock Trainer and a hand-written loop",
         "",
         prose(
-            """`scripts/bench_gpu` measured it, in three calls on three such GPUs; `scripts/gpu_pages.py`
-            wrote this. Every row is a process of its own, one measured while others start, the first
-            three with nothing beside them. What is compared was measured in one call. Time for all rows
-            was not at hand. Launcher's are the real `launcher train`. The machines had torch 2.11,
-            where launcher asks for 2.13; its packages were in place."""
+            f"""`scripts/bench_gpu` measured it, in {len(calls)} calls, each on another such GPU, where call
+            {FIRST} is what still holds of two; `scripts/gpu_pages.py` wrote this. Every row is a process of
+            its own, one measured while others start. Two rows are compared only where one call measured both.
+            Launcher's are the real `launcher train`. The machines had torch 2.11, where launcher asks for
+            2.13; its packages were in place."""
         ),
         "",
         prose(
@@ -147,50 +186,16 @@ def speed_page(runs: Sequence[Measured], catalogue: str) -> Iterator[str]:
             matrices of 8192 x 8192 reaches on this GPU. A rate is the median of its windows."""
         ),
         "",
-        f"{about['gpu']}, {about['memory'] / GIB:.0f} GiB; datasheet {datasheet / 1e12:.0f} TFLOP/s, measured"
-        f" {ceiling / 1e12:.0f}; a copy {about['ceilings']['copy_bytes'] / 1e12:.2f} TB/s. {versions}.",
-        "",
-        "| model, micro-batch | who | tokens/s | its windows | of the stock | of the loop | MFU"
-        " | of what is reached | peak, GiB | first step after |",
-        "|---|---|---|---|---|---|---|---|---|---|",
     )
-    for row in rows():
-        if row.kind != "launcher" or row.name != f"{row.model} launcher":
-            continue
-        for who in ("launcher", "stock", "loop"):
-            yield _against(measured, row, who, datasheet, ceiling)
-    whole = "gpt2 launcher"
-    yield from _kernels(measured)
-    yield from _start(measured, items)
-    yield from (
-        "",
-        "## Item by item",
-        "",
-        prose(
-            f"""gpt2, micro-batch 32: what is lost when one of them is switched off. Without padding
-            launcher's kernel for the loss held all chunks' logits at once; in an earlier run PyTorch's
-            operators made it ({shown(earlier.rate(UNPADDED), ",.0f")} tokens/s,
-            {earlier.against(UNPADDED, whole)} of all together then,
-            {shown(earlier.peak(UNPADDED), ".2f")} GiB), and since this run they do so again. Stock
-            compiled had {shown(earlier.rate("gpt2 stock, compiled"), ",.0f")} tokens/s in that earlier
-            run; why is not known."""
-        ),
-        "",
-        "| | tokens/s | its windows | of all together | peak, GiB |",
-        "|---|---|---|---|---|",
-    )
-    for name in (whole, *(f"gpt2 without {item}" for item in (*FAST, "compile")), "gpt2 stock, compiled"):
-        rate, peak = items.rate(name), shown(items.peak(name), ".2f")
-        cells = (name, shown(rate, ",.0f"), items.windows(name), items.against(name, whole), peak)
-        yield f"| {' | '.join(cells)} |"
-    yield from ("", "## Others", "", "| | tokens/s | MFU | peak, GiB |", "|---|---|---|---|")
-    for row in rows():
-        if "," in row.name and not row.brief and "compiled" not in row.name:
-            rate = measured.rate(row.name)
-            mfu = None if rate is None else utilisation(row.model, rate, datasheet)
-            peak = shown(measured.peak(row.name), ".2f")
-            yield f"| {row.name} | {shown(rate, ',.0f')} | {shown(mfu, '.1%')} | {peak} |"
-    yield from _predicted_speed(runs, catalogue)
+    for measured in calls:
+        about, ceilings = measured.about, measured.about["ceilings"]
+        versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+        yield (
+            f"- Call {measured.call}: {about['gpu']}, {about['memory'] / GIB:.0f} GiB; datasheet"
+            f" {datasheet / 1e12:.0f} TFLOP/s, measured {ceilings['matmul_flops'] / 1e12:.0f}; a copy"
+            f" {ceilings['copy_bytes'] / 1e12:.2f} TB/s. {versions}."
+        )
+    yield ""
 
 
 def _kernels(measured: Measured) -> Iterator[str]:
@@ -210,37 +215,68 @@ def _kernels(measured: Measured) -> Iterator[str]:
     )
 
 
-def _start(measured: Measured, items: Measured) -> Iterator[str]:
+def _start(calls: Sequence[Measured]) -> Iterator[str]:
     """How long the first step takes, and of what."""
-    alone = items.rows["gpt2 launcher"]
-    cached = measured.rows["gpt2 launcher, accumulation 16"]["start_to_first_step"]
+    measured = calls[COLD - 1]
+    alone, loop, stock = (measured.rows[f"gpt2 {who}"] for who in ("launcher", "loop", "stock"))
     whole, until_rank = alone["start_to_first_step"], alone["seconds"] - alone["process_age"]
     loading, building = alone["loaded"], alone["begun"] - alone["loaded"]
-    compiling = whole - until_rank - alone["begun"]
+    stepping, compiling = whole - until_rank - alone["begun"], alone["compiling"]["total_wall_time"]
+    again = measured.rows["gpt2 launcher, accumulation 16"]["start_to_first_step"]
+    slow = calls[ITEMS - 1].rows["gpt2 launcher"]["start_to_first_step"]
     yield from (
         "",
         prose(
-            f"""**From the start to the first step** launcher was to take less than 60 s, and was not seen
-            to where nothing was compiled before. The first three rows started at one time on 16 cores;
-            alone, in the run below, it took {whole:.0f} s, as the first on a machine just started, with
-            packages that had no bytecode: {until_rank:.0f} until the rank was there, {loading:.0f} to
-            load it, {building:.0f} to build and prove the run, {compiling:.0f} for the first step,
-            which compiles. With what an earlier row had compiled, and others starting beside it, it
-            took {cached:.0f} s."""
+            f"""**From the start to the first step** launcher took {whole:.0f} s in call {COLD}, alone on the
+            machine and with nothing compiled before: {until_rank:.0f} until the rank was there, {loading:.0f}
+            to load it, {building:.1f} to build and prove the run, {stepping:.0f} for the first step,
+            {compiling:.0f} of them in torch.compile. Packages had their bytecode, as pip leaves them, and had
+            been read since the machine was started, to prepare the text. After it, alone as well, the stock
+            Trainer, which compiles nothing, took {stock["start_to_first_step"]:.0f} s, and the loop
+            {loop["start_to_first_step"]:.0f}, {loop["compiling"]["total_wall_time"]:.0f} of them in
+            torch.compile. With 16 micro-batches a step launcher found all of its compilation in the cache:
+            {again:.0f} s, others starting beside it. Without bytecode, on the machine of call {ITEMS}, it had
+            been {slow:.0f} s."""
         ),
     )
 
 
-def _against(measured: Measured, row: Row, who: str, datasheet: float, ceiling: float) -> str:
-    name = f"{row.model} {who}"
-    rate = measured.rate(name)
+def _items(calls: Sequence[Measured]) -> Iterator[str]:
+    """What each item is worth."""
+    first, items, whole = calls[FIRST - 1], calls[ITEMS - 1], "gpt2 launcher"
+    yield from (
+        "",
+        "## Item by item",
+        "",
+        prose(
+            f"""gpt2, micro-batch 32, in call {ITEMS}: what is lost when one of them is switched off. Without
+            padding launcher's kernel for the loss held all chunks' logits at once; in call {FIRST} PyTorch's
+            operators made it ({shown(first.rate(UNPADDED), ",.0f")} tokens/s,
+            {first.against(UNPADDED, whole)} of all together then,
+            {shown(first.peak(UNPADDED), ".2f")} GiB), and since call {ITEMS} they do so again. Stock
+            compiled had {shown(first.rate("gpt2 stock, compiled"), ",.0f")} tokens/s in call {FIRST};
+            why is not known."""
+        ),
+        "",
+        "| | tokens/s | its windows | of all together | peak, GiB |",
+        "|---|---|---|---|---|",
+    )
+    for name in (whole, *(f"gpt2 without {item}" for item in (*FAST, "compile")), "gpt2 stock, compiled"):
+        rate, peak = items.rate(name), shown(items.peak(name), ".2f")
+        cells = (name, shown(rate, ",.0f"), items.windows(name), items.against(name, whole), peak)
+        yield f"| {' | '.join(cells)} |"
+
+
+def _against(measured: Measured, row: Row, name: str, datasheet: float) -> str:
+    rate, ceiling = measured.rate(name), measured.about["ceilings"]["matmul_flops"]
     share, reached = (
         None if rate is None else utilisation(row.model, rate, peak) for peak in (datasheet, ceiling)
     )
     first = None if rate is None else measured.rows[name]["start_to_first_step"]
     cells = (
         f"{row.model}, {row.micro_batch}",
-        who,
+        name.removeprefix(f"{row.model} "),
+        NOT if rate is None else str(measured.call),
         shown(rate, ",.0f"),
         measured.windows(name),
         measured.against(name, f"{row.model} stock"),
@@ -253,65 +289,68 @@ def _against(measured: Measured, row: Row, who: str, datasheet: float, ceiling: 
     return f"| {' | '.join(cells)} |"
 
 
-def _predicted_speed(runs: Sequence[Measured], catalogue: str) -> Iterator[str]:
+def _predicted_speed(calls: Sequence[Measured], catalogue: str) -> Iterator[str]:
     yield from (
         "",
         "## Predicted and measured",
         "",
         prose(
-            """One constant, the pace of launcher's own runs (`launcher/plan/speed.py`), was fitted on rows
-            of the first two calls: all that have everything, no compile, or no chunked loss. A dense
-            mask is not modelled."""
+            f"""The pace of launcher's own runs (`launcher/plan/speed.py`) was fitted on the rows of calls
+            {FIRST} to {COLD - 1} that have everything, no compile, or no chunked loss; the host's time on
+            three of gpt2 with micro-batch 8, which wait for it, while other rows started on the same 16
+            processors: it may be less on a quiet machine. A dense mask is not modelled, nor what the host
+            does under ZeRO and FSDP."""
         ),
         "",
-        "| | predicted, tokens/s | measured | error |",
-        "|---|---|---|---|",
+        "| | call | predicted, tokens/s | measured | error |",
+        "|---|---|---|---|---|",
     )
     fitted: dict[bool, list[float]] = {True: [], False: []}
-    for row, expected, rate in _speeds(runs, catalogue):
+    for row, call, expected, rate in _speeds(calls, catalogue):
         error = expected / rate - 1
-        fitted[any(name in row.name for name in FITTED)].append(error)
-        yield f"| {row.name} | {expected:,.0f} | {rate:,.0f} | {error:+.1%} |"
+        paced = call < COLD and any(name in row.name for name in FITTED)
+        fitted[paced or row.name in HELD_UP].append(error)
+        yield f"| {row.name} | {call} | {expected:,.0f} | {rate:,.0f} | {error:+.1%} |"
     yield from (
         "",
         f"On rows not fitted: {_summary(fitted[False])}. The others: {_summary(fitted[True])}.",
     )
 
 
-def _ours(runs: Sequence[Measured]) -> Iterator[tuple[Row, Found]]:
-    """Launcher's rows that were measured as it is now, run by run."""
-    earlier = runs[-1]
-    for measured in runs:
+def _ours(calls: Sequence[Measured]) -> Iterator[tuple[Row, int, Found]]:
+    """Launcher's rows that were measured as it is now, with their calls."""
+    for measured in calls:
+        first = measured.call == FIRST
         for row in rows():
-            unchanged = row.brief or row.name == UNPADDED if measured is earlier else row.name != UNPADDED
+            unchanged = row.brief or row.name == UNPADDED if first else row.name != UNPADDED
             found = measured.row(row.name)
             if row.kind == "launcher" and found is not None and unchanged:
-                yield row, found
+                yield row, measured.call, found
 
 
-def _speeds(runs: Sequence[Measured], catalogue: str) -> Iterator[tuple[Row, float, float]]:
-    """Launcher's rows, and their tokens per second: predicted, and measured."""
-    for row, found in _ours(runs):
-        if row.brief or row.name == "gpt2 without causal_attention":
+def _speeds(calls: Sequence[Measured], catalogue: str) -> Iterator[tuple[Row, int, float, float]]:
+    """Launcher's rows, their calls, and their tokens per second: predicted, and measured."""
+    for row, call, found in _ours(calls):
+        if (row.brief and row.name not in HELD_UP) or row.name == "gpt2 without causal_attention":
             continue
         speed = predicted(row, found["plan"], catalogue).speed
         assert speed is not None
-        yield row, row.tokens / speed.total, found["tokens_per_second"]
+        yield row, call, row.tokens / speed.total, found["tokens_per_second"]
 
 
-def _memories(runs: Sequence[Measured], catalogue: str) -> Iterator[tuple[Row, Found, float, float]]:
-    """Launcher's rows, and their peaks in GiB: predicted, and measured."""
-    for row, found in _ours(runs):
+def _memories(calls: Sequence[Measured], catalogue: str) -> Iterator[tuple[Row, int, Found, float, float]]:
+    """Launcher's rows, their calls, and their peaks in GiB: predicted, and measured."""
+    for row, call, found in _ours(calls):
         memory = predicted(row, found["plan"], catalogue).memory
         assert memory is not None
-        yield row, found, (memory.total - memory.framework) / GIB, found["peak_allocated"] / GIB
+        yield row, call, found, (memory.total - memory.framework) / GIB, found["peak_allocated"] / GIB
 
 
-def errors(runs: Sequence[Measured], catalogue: str) -> Errors:
+def errors(calls: Sequence[Measured], catalogue: str) -> Errors:
     """The largest of all rows."""
     return Errors(
-        max(abs(expected / real - 1) for *_, expected, real in _memories(runs, catalogue)),
-        max(abs(expected / real - 1) for *_, expected, real in _speeds(runs, catalogue)),
+        max(abs(expected / real - 1) for *_, expected, real in _memories(calls, catalogue)),
+        max(abs(expected / real - 1) for *_, expected, real in _speeds(calls, catalogue)),
     )
 
 
@@ -320,28 +359,33 @@ def _summary(errors: list[float]) -> str:
     return f"median error {statistics.median(map(abs, errors)):.1%}, worst {worst:+.1%}, {len(errors)} rows"
 
 
-def memory_page(runs: Sequence[Measured], catalogue: str) -> Iterator[str]:
-    about = runs[0].about
+def memory_page(calls: Sequence[Measured], catalogue: str) -> Iterator[str]:
+    about = calls[-1].about
     yield from (
         "# Memory: predicted and measured",
         "",
-        "The peak of what PyTorch had allocated on one GPU, in the rows of [gpu.md](gpu.md), against the",
-        "plan's but for the framework, which PyTorch does not allocate. `scripts/gpu_pages.py` wrote it.",
-        "Those that are not in gpu.md were measured in an earlier run, on another such machine.",
-        f"{about['gpu']}, torch {about['versions']['torch']}.",
+        prose(
+            f"""The peak of what PyTorch had allocated on one GPU, in the rows of [gpu.md](gpu.md) and in
+            others that were run for their memory, against the plan's but for the framework, which PyTorch
+            does not allocate. `scripts/gpu_pages.py` wrote it. {about["gpu"]}, torch
+            {about["versions"]["torch"]}."""
+        ),
         "",
-        "What torch.compile makes of the loss was fitted on the rows of gpt2; nothing else was.",
+        prose(
+            f"""What torch.compile makes of the loss was fitted on the rows of gpt2 before call {COLD};
+            nothing else was."""
+        ),
         "",
-        "| row | predicted, GiB | measured | error | reserved |",
-        "|---|---|---|---|---|",
+        "| row | call | predicted, GiB | measured | error | reserved |",
+        "|---|---|---|---|---|---|",
     )
     fitted: dict[bool, list[float]] = {False: [], True: []}
-    for row, found, expected, peak in _memories(runs, catalogue):
+    for row, call, found, expected, peak in _memories(calls, catalogue):
         error = expected / peak - 1
-        fitted[row.compiled and row.model == "gpt2"].append(error)
+        fitted[row.compiled and row.model == "gpt2" and call < COLD].append(error)
         reserved = found["peak_reserved"] / GIB
-        yield f"| {row.name} | {expected:.2f} | {peak:.2f} | {error:+.1%} | {reserved:.2f} |"
-    seen = {row.name for row, *_ in _memories(runs, catalogue)}
+        yield f"| {row.name} | {call} | {expected:.2f} | {peak:.2f} | {error:+.1%} | {reserved:.2f} |"
+    seen = {row.name for row, *_ in _memories(calls, catalogue)}
     missing = [row.name for row in rows() if row.kind == "launcher" and row.name not in seen]
     yield from (
         "",
@@ -352,11 +396,11 @@ def memory_page(runs: Sequence[Measured], catalogue: str) -> Iterator[str]:
 
 
 def main() -> None:
-    runs = all_measured()
+    calls = all_measured()
     catalogue = "h200-sxm-141gb"
     for name, page in (
-        ("gpu.md", speed_page(runs, catalogue)),
-        ("memory.md", memory_page(runs, catalogue)),
+        ("gpu.md", speed_page(calls, catalogue)),
+        ("memory.md", memory_page(calls, catalogue)),
     ):
         (FOLDER / name).write_text("\n".join([*page, ""]), encoding="utf-8")
 

@@ -212,6 +212,22 @@ def test_a_plan_on_a_cpu_speaks_of_no_gpu(workplace: Workplace) -> None:
     assert "this GPU" not in shown
 
 
+@pytest.mark.parametrize(
+    ("strategy", "worth"),
+    [
+        ("ddp", "predicted; measured on one such GPU, within 10%"),
+        ("zero3", "a prediction, not measured under zero3"),
+    ],
+)
+def test_a_plan_says_under_what_its_speed_was_measured(tmp_path: Path, strategy: str, worth: str) -> None:
+    here = Workplace(tmp_path)
+    here.run("init", "run.yaml")
+    (tmp_path / "cluster.yaml").write_text("gpu: h200-sxm-141gb\ngpus_per_node: 1\n")
+    shown = here.run("plan", "run.yaml", f"train.strategy={strategy}", "--cluster", "cluster.yaml").stdout
+    assert f"\nspeed: {worth}\n" in shown
+    assert "(predicted; measured on one such GPU, within 5%)" in shown
+
+
 def test_a_closed_stream_is_no_error(workplace: Workplace) -> None:
     launcher = f"{sys.executable} -m launcher plan run.yaml"
     for closed, code in ((">&-", 0), ("nosuch=1 2>&-", 2)):

@@ -15,6 +15,7 @@ from launcher.errors import RequestError
 from launcher.sizes import size_in_words
 
 if TYPE_CHECKING:
+    from launcher.plan.choose import Plan
     from launcher.run.assemble import Assembly
 
 app = typer.Typer()
@@ -257,13 +258,15 @@ def doctor(
         raise SystemExit(3)
 
 
-def _held_against(gpu: str, what: str) -> str:
-    """What a prediction on `gpu` is worth."""
+def _held_against(planned: Plan, what: str) -> str:
+    """What a prediction of memory or speed is worth."""
     from launcher.plan.measured import MEASURED
 
-    if gpu not in MEASURED:
-        return f"a prediction, not measured on {'a CPU' if gpu == 'cpu' else 'this GPU'}"
-    return f"predicted; measured on one such GPU, within {getattr(MEASURED[gpu], what):.0%}"
+    if planned.gpu not in MEASURED:
+        return f"a prediction, not measured on {'a CPU' if planned.gpu == 'cpu' else 'this GPU'}"
+    if what == "speed" and planned.strategy != "ddp":
+        return f"a prediction, not measured under {planned.strategy}"
+    return f"predicted; measured on one such GPU, within {getattr(MEASURED[planned.gpu], what):.0%}"
 
 
 def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
@@ -280,11 +283,11 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
         held = {name: size for name, size in planned.memory.items() if size}
         total = sum(held.values())
         room = "" if planned.memory_available is None else f" of {size_in_words(planned.memory_available)}"
-        worth = _held_against(planned.gpu, "memory")
+        worth = _held_against(planned, "memory")
         title = f"memory per rank: about {size_in_words(total)}{room} ({worth})"
         bars = console.bars(held, planned.memory_available)
         blocks.append(console.section(title, [*bars, *fit_rows(planned)]))
-    worth = f": {_held_against(planned.gpu, 'speed')}" if planned.forecast else ""
+    worth = f": {_held_against(planned, 'speed')}" if planned.forecast else ""
     blocks.append(console.section(f"speed{worth}", speed_rows(planned)))
     config = assembly.run.config
     files = rendered_files(assembly, run_directory(config), None)

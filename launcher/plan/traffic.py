@@ -75,7 +75,7 @@ _EAGER_FP32: Final[Mapping[str, Stack]] = {
 which a test counts again. Under autocast, 6 bytes of each logit are accelerate's own copy to fp32."""
 
 _COMPILED_HALF: Final[Mapping[str, Stack]] = {
-    "gpt2": Stack(Layer(78, 0, 12, 4, 30), Layer(24, 0, 4, 2, 8), 14, 24, BANDWIDTH_SHARE),
+    "gpt2": Stack(Layer(78, 0, 12, 4, 56), Layer(24, 0, 4, 2, 8), 14, 24, BANDWIDTH_SHARE),
     "llama": Stack(Layer(62, 8, 16, 0, 36), Layer(24, 4, 6, 0, 10), 14, 24, BANDWIDTH_SHARE),
 }
 _COMPILED_FP32: Final[Mapping[str, Stack]] = {
@@ -83,7 +83,8 @@ _COMPILED_FP32: Final[Mapping[str, Stack]] = {
     "llama": Stack(Layer(84, 16, 32, 0, 36), Layer(32, 8, 12, 0, 10), 16, 12, BANDWIDTH_SHARE),
 }
 """torch.compile: counted by hand, as if every chain of element-wise operators became one kernel that reads
-its inputs and writes its outputs once. The biases' gradients stay kernels of their own."""
+its inputs and writes its outputs once. The biases' gradients stay kernels of their own. The 56 kernels of
+gpt2 in half precision are those of a profile on an H200; by hand they were 30."""
 
 
 _CHUNKED: Final[Mapping[tuple[bool, bool], tuple[int, int]]] = {
