@@ -101,7 +101,7 @@ the share of the memory's bandwidth that PyTorch's other kernels reach (0.5). ll
 is assumed.
 
 A prediction for a GPU of another generation takes A100's shares, for which there is no row. The host's time
-for a kernel is that of launcher's own runs on an H200: no published row is small enough to be held up by it."""
+for a kernel is that of launcher's own runs on an H200: no published row is so small that it waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
