@@ -157,6 +157,11 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
 
+    @property
+    def wandb_run(self) -> Path:
+        """The id of its run at Weights & Biases."""
+        return self.root / "wandb" / "run-id"
+
     def logs(self, attempt: int) -> Path:
         return self.root / "logs" / f"attempt-{attempt:03d}"
 

@@ -10,7 +10,6 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from launcher.plan.sharding import zero_stage
 from launcher.run import checkpoints as ledger
 from launcher.run.directory import RunDirectory, write_text
 from launcher.run.outcome import FAILURES, Outcome, RankEnd
+from launcher.run.wandb import go_on_in_its_run, keep_in_folder
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
 from launcher.worker.checkpoint import CheckpointWriter, newest_good
@@ -393,6 +393,8 @@ def reports(
     assert plan.steps is not None
     shape = orders.shape
     keep_in_folder(directory, os.environ)
+    if "wandb" in run.report_to:
+        go_on_in_its_run(directory, os.environ)
     report = Report(
         plan,
         rows,
@@ -407,13 +409,6 @@ def reports(
     from torch.utils.tensorboard import SummaryWriter  # a quarter of a second
 
     return report, [TensorBoardCallback(SummaryWriter(str(directory.tensorboard), purge_step=start_step))]
-
-
-def keep_in_folder(directory: RunDirectory, environment: MutableMapping[str, str]) -> None:
-    """Have wandb write to the run's folder, unless the user names another, or has settings where launcher is
-    started: those would no longer be read."""
-    if not Path("wandb", "settings").exists():
-        environment.setdefault("WANDB_DIR", str(directory.root))
 
 
 def load_object(key: str, path: str) -> Any:
