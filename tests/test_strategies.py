@@ -118,8 +118,10 @@ def test_several_nodes_are_started_by_hand_and_are_one_run(bench: Bench, ddp: Ca
     assert max(abs(losses[step] - reference[step]) for step in losses) < CLOSE
     assert (directory / "model" / "model.safetensors").is_file()
     assert read_status(RunDirectory(directory), None, time.time()).state == "finished"
-    again = bench.train(*Cell("zero2", "fp32").overrides(), "name=nodes", "--cluster", "nodes.yaml")
-    assert "run nodes is finished; its model is in" in again.stderr
+    settings = (*Cell("zero2", "fp32").overrides(), "name=nodes", "push_to_hub=me/nodes")
+    again = bench.train(*settings, "--cluster", "nodes.yaml")
+    assert f"run nodes is finished; its model is in {directory}/model" in again.stderr
+    assert f"only training uploads; by hand: hf upload me/nodes {directory}/model" in again.stderr
     assert "ready" not in again.stderr
 
 

@@ -162,6 +162,9 @@ def train(
             console.say(f"ready; on each of the {final.plan.nodes} nodes: sh {script} NODE HOST PORT")
             return
         train_to_the_end(directory, launching)
+        if finished and (repository := draft.run.config.push_to_hub) is not None:
+            model = quote(str(directory.model))
+            console.say(f"push_to_hub: only training uploads; by hand: hf upload {repository} {model}")
 
 
 @app.command(epilog="Example: launcher generate runs/gpt2-shakespeare --prompt 'To be'")

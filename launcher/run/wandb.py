@@ -1,4 +1,4 @@
-"""Weights & Biases: whether it would take what a run reports, where that is kept, in which of its runs it is."""
+"""Weights & Biases: whether it takes what a run reports, where that is kept, and as which of its runs."""
 
 from __future__ import annotations
 
