@@ -432,6 +432,8 @@ class Bench:
                 self._collect()
 
     def end(self) -> None:
+        """Say how the rows compare, and end those that go on."""
+        print("\n".join(ratios(self._answer["rows"])), flush=True)
         for each in self._going:
             each.end()
 
@@ -460,6 +462,20 @@ def tell(found: Mapping[str, Any]) -> None:
         f" {found['seconds']:.0f} s in all",
         flush=True,
     )
+
+
+def ratios(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How launcher's rows compare with the stock Trainer's and the loop's of the same name, a line each."""
+    every = {row["name"]: row for row in found if "error" not in row}
+    lines = []
+    for name, row in every.items():
+        for other in ("stock", "loop") if row["kind"] == "launcher" and " launcher" in name else ():
+            theirs = every.get(name.replace(" launcher", f" {other}"))
+            if theirs is not None:
+                faster = row["tokens_per_second"] / theirs["tokens_per_second"]
+                larger = row["peak_allocated"] / theirs["peak_allocated"]
+                lines.append(f"{name}: {faster:.3f} of {other}'s tokens/s, {larger:.2f} of its memory")
+    return lines
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -234,8 +235,8 @@ def _try(bench: Bench, cell: Cell, ddp: Tried, then: str) -> str:
 
 
 def write_table(tried: Mapping[Cell, bool], page: Path = PAGE) -> None:
-    """Put into the table what was `tried` on this CPU, and whether it was good. What a GPU was tried with
-    stays, and so does what was not tried this time."""
+    """Put into the table what was `tried` on this CPU, and whether it was good. What ran on a GPU stays, and
+    so does what was not tried this time."""
     day = datetime.now(UTC).date().isoformat()
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     table, _, after = rest.partition(END)
@@ -247,10 +248,12 @@ def write_table(tried: Mapping[Cell, bool], page: Path = PAGE) -> None:
     }
 
     def said(cell: Cell) -> str:
-        if not tried.get(cell, True):
-            return "fails on CPU"
         old = stood.get(cell, "rendered only")
-        return old if cell not in tried or old.startswith("tested on GPU") else f"tested on CPU, {day}"
+        if cell not in tried:
+            return old
+        new = f"tested on CPU, {day}" if tried[cell] else "fails on CPU"
+        on_gpu = re.search("ran on one GPU, .*", old)
+        return f"{new}; {on_gpu[0]}" if on_gpu else new
 
     lines = [f"| strategy | offload | {' | '.join(HEADS)} |", "|---|---|---|---|---|"]
     for strategy in STRATEGIES:

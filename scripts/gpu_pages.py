@@ -19,7 +19,6 @@ from typing import Any
 from launcher.plan.batch import Batch
 from launcher.plan.fast import Fast
 from launcher.plan.hardware import find_gpu
-from launcher.plan.measured import Errors
 from launcher.plan.search import Candidate, Job, candidates
 from launcher.plan.shape import Shape, flops_per_token, shape_of
 from launcher.plan.states import Sharding
@@ -42,8 +41,16 @@ FITTED = ("launcher", "without compile", "without chunked_loss")
 """The pace of launcher's own runs was fitted on rows whose names have one of these, in the calls before
 `COLD`."""
 
-HELD_UP = ("gpt2 launcher, micro-batch 8", "gpt2, micro-batch 8", "gpt2, micro-batch 8, checkpointed")
+WAITING = (
+    "gpt2 launcher, micro-batch 8",
+    "gpt2, micro-batch 8",
+    "gpt2, micro-batch 8, checkpointed",
+    *(f"gpt2-medium, {strategy}, offload none, bf16" for strategy in ("zero1", "zero2", "zero3", "fsdp")),
+)
 """The host's time was fitted on these, which wait for it."""
+
+SAME = 1e-3
+"""Predictions that differ by less are one: what sets the rows apart is nothing that the models see."""
 
 Found = Mapping[str, Any]
 
@@ -82,9 +89,12 @@ class Measured:
         return NOT if row is None else f"{min(row['windows']):,.0f} to {max(row['windows']):,.0f}"
 
 
-def all_measured() -> list[Measured]:
-    """Each call's, in their order."""
-    return sorted((Measured(file) for file in (FOLDER / "gpu").glob("*.json")), key=lambda found: found.call)
+def all_measured(folder: Path = FOLDER / "gpu") -> list[Measured]:
+    """Each call's, in their order. Raises SystemExit where they were not made on GPUs of one kind."""
+    calls = sorted((Measured(file) for file in folder.glob("*.json")), key=lambda found: found.call)
+    if len(gpus := {found.about["gpu"] for found in calls}) > 1:
+        raise SystemExit(f"one page is of one kind of GPU, and these are {' and '.join(sorted(gpus))}")
+    return calls
 
 
 def with_most(calls: Sequence[Measured], names: Sequence[str]) -> Measured:
@@ -174,7 +184,7 @@ def _about(calls: Sequence[Measured], datasheet: float) -> Iterator[str]:
             f"""`scripts/bench_gpu` measured it, in {len(calls)} calls, each on another such GPU, where call
             {FIRST} is what still holds of two; `scripts/gpu_pages.py` wrote this. Every row is a process of
             its own, one measured while others start. Two rows are compared only where one call measured both.
-            Launcher's are the real `launcher train`. The machines had torch 2.11, where launcher asks for
+            Launcher's are the real `launcher train`. Where the machine had torch 2.11, launcher asks for
             2.13; its packages were in place."""
         ),
         "",
@@ -208,9 +218,9 @@ def _kernels(measured: Measured) -> Iterator[str]:
     yield from (
         "",
         prose(
-            f"""By PyTorch's profiler, over two steps after a pause, kernels run in {" and ".join(told)}:
-            the host is ahead in both, and the rest is most likely the clock, which goes down under load
-            ([decision 25](../decisions/0025-a-kernel-of-our-own-for-the-loss.md))."""
+            f"""By PyTorch's profiler, in call {measured.call}, over two steps after a pause, kernels run in
+            {" and ".join(told)}: the host is ahead in both, and the rest is most likely the clock, which
+            goes down under load ([decision 25](../decisions/0025-a-kernel-of-our-own-for-the-loss.md))."""
         ),
     )
 
@@ -296,61 +306,85 @@ def _predicted_speed(calls: Sequence[Measured], catalogue: str) -> Iterator[str]
         "",
         prose(
             f"""The pace of launcher's own runs (`launcher/plan/speed.py`) was fitted on the rows of calls
-            {FIRST} to {COLD - 1} that have everything, no compile, or no chunked loss; the host's time on
-            three of gpt2 with micro-batch 8, which wait for it, while other rows started on the same 16
-            processors: it may be less on a quiet machine. A dense mask is not modelled, nor what the host
-            does under ZeRO and FSDP."""
+            {FIRST} to {COLD - 1} that have everything, no compile, or no chunked loss. The host's time was
+            fitted on seven that wait for it, four of them one strategy's only one, while other rows started
+            on the same 16 processors: alone it would be less. Rows without compile are run for their memory,
+            most of them in three windows of two steps, which vary as is told. A dense mask is not modelled.
+            Where a plan says how near its speed is, it is like the rows with compile and without
+            checkpointing."""
         ),
         "",
-        "| | call | predicted, tokens/s | measured | error |",
-        "|---|---|---|---|---|",
+        "| | call | predicted, tokens/s | measured | its windows | error |",
+        "|---|---|---|---|---|---|",
     )
-    fitted: dict[bool, list[float]] = {True: [], False: []}
-    for row, call, expected, rate in _speeds(calls, catalogue):
-        error = expected / rate - 1
-        paced = call < COLD and any(name in row.name for name in FITTED)
-        fitted[paced or row.name in HELD_UP].append(error)
-        yield f"| {row.name} | {call} | {expected:,.0f} | {rate:,.0f} | {error:+.1%} |"
-    yield from (
-        "",
-        f"On rows not fitted: {_summary(fitted[False])}. The others: {_summary(fitted[True])}.",
-    )
+    found = list(_speeds(calls, catalogue))
+    for row, measured, expected, rate in found:
+        error = f"{expected / rate - 1:+.1%}"
+        cells = (row.name, str(measured.call), f"{expected:,.0f}", f"{rate:,.0f}", measured.windows(row.name))
+        yield f"| {' | '.join(cells)} | {error} |"
+    fitted = [
+        expected
+        for row, measured, expected, _ in found
+        if row.name in WAITING or (measured.call < COLD and any(name in row.name for name in FITTED))
+    ]
+    yield from ("", _in_short([(expected, rate) for *_, expected, rate in found], fitted))
 
 
-def _ours(calls: Sequence[Measured]) -> Iterator[tuple[Row, int, Found]]:
+def _in_short(found: Sequence[tuple[float, float]], fitted: Sequence[float]) -> str:
+    """Errors of what was predicted and measured: where nothing was `fitted` on such a prediction, and where
+    it was. A row taken again is none that was not fitted on."""
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    for expected, real in found:
+        known = any(abs(expected / other - 1) < SAME for other in fitted)
+        errors[known].append(expected / real - 1)
+    new, old = _summary(errors[False]), _summary(errors[True])
+    return f"Rows with nothing fitted on them or their like: {new}. The others: {old}."
+
+
+def _ours(calls: Sequence[Measured]) -> Iterator[tuple[Row, Measured, Found]]:
     """Launcher's rows that were measured as it is now, with their calls."""
     for measured in calls:
-        first = measured.call == FIRST
         for row in rows():
-            unchanged = row.brief or row.name == UNPADDED if first else row.name != UNPADDED
             found = measured.row(row.name)
-            if row.kind == "launcher" and found is not None and unchanged:
-                yield row, measured.call, found
+            if row.kind == "launcher" and found is not None and not _has_changed(row, measured.call):
+                yield row, measured, found
 
 
-def _speeds(calls: Sequence[Measured], catalogue: str) -> Iterator[tuple[Row, int, float, float]]:
+def _has_changed(row: Row, call: int) -> bool:
+    """Whether launcher's row is no longer what that call measured."""
+    if row.name == UNPADDED:
+        return call == ITEMS
+    return call == FIRST and not row.brief
+
+
+def _speeds(calls: Sequence[Measured], catalogue: str) -> Iterator[tuple[Row, Measured, float, float]]:
     """Launcher's rows, their calls, and their tokens per second: predicted, and measured."""
-    for row, call, found in _ours(calls):
-        if (row.brief and row.name not in HELD_UP) or row.name == "gpt2 without causal_attention":
-            continue
-        speed = predicted(row, found["plan"], catalogue).speed
-        assert speed is not None
-        yield row, call, row.tokens / speed.total, found["tokens_per_second"]
+    for row, measured, found in _ours(calls):
+        if row.name != "gpt2 without causal_attention":
+            speed = predicted(row, found["plan"], catalogue).speed
+            assert speed is not None
+            yield row, measured, row.tokens / speed.total, found["tokens_per_second"]
 
 
-def _memories(calls: Sequence[Measured], catalogue: str) -> Iterator[tuple[Row, int, Found, float, float]]:
+def _memories(
+    calls: Sequence[Measured], catalogue: str
+) -> Iterator[tuple[Row, Measured, Found, float, float]]:
     """Launcher's rows, their calls, and their peaks in GiB: predicted, and measured."""
-    for row, call, found in _ours(calls):
+    for row, measured, found in _ours(calls):
         memory = predicted(row, found["plan"], catalogue).memory
         assert memory is not None
-        yield row, call, found, (memory.total - memory.framework) / GIB, found["peak_allocated"] / GIB
+        yield row, measured, found, (memory.total - memory.framework) / GIB, found["peak_allocated"] / GIB
 
 
-def errors(calls: Sequence[Measured], catalogue: str) -> Errors:
-    """The largest of all rows."""
-    return Errors(
+def errors(calls: Sequence[Measured], catalogue: str) -> tuple[float, float]:
+    """The largest of memory, of all rows, and of speed, of those with compile and without checkpointing."""
+    return (
         max(abs(expected / real - 1) for *_, expected, real in _memories(calls, catalogue)),
-        max(abs(expected / real - 1) for *_, expected, real in _speeds(calls, catalogue)),
+        max(
+            abs(expected / real - 1)
+            for row, _, expected, real in _speeds(calls, catalogue)
+            if row.compiled and not row.checkpointing
+        ),
     )
 
 
@@ -367,8 +401,7 @@ def memory_page(calls: Sequence[Measured], catalogue: str) -> Iterator[str]:
         prose(
             f"""The peak of what PyTorch had allocated on one GPU, in the rows of [gpu.md](gpu.md) and in
             others that were run for their memory, against the plan's but for the framework, which PyTorch
-            does not allocate. `scripts/gpu_pages.py` wrote it. {about["gpu"]}, torch
-            {about["versions"]["torch"]}."""
+            does not allocate. `scripts/gpu_pages.py` wrote it. {about["gpu"]}."""
         ),
         "",
         prose(
@@ -379,17 +412,21 @@ def memory_page(calls: Sequence[Measured], catalogue: str) -> Iterator[str]:
         "| row | call | predicted, GiB | measured | error | reserved |",
         "|---|---|---|---|---|---|",
     )
-    fitted: dict[bool, list[float]] = {False: [], True: []}
-    for row, call, found, expected, peak in _memories(calls, catalogue):
-        error = expected / peak - 1
-        fitted[row.compiled and row.model == "gpt2" and call < COLD].append(error)
-        reserved = found["peak_reserved"] / GIB
-        yield f"| {row.name} | {call} | {expected:.2f} | {peak:.2f} | {error:+.1%} | {reserved:.2f} |"
-    seen = {row.name for row, *_ in _memories(calls, catalogue)}
+    found_all = list(_memories(calls, catalogue))
+    for row, measured, found, expected, peak in found_all:
+        error, reserved = f"{expected / peak - 1:+.1%}", f"{found['peak_reserved'] / GIB:.2f}"
+        cells = (row.name, str(measured.call), f"{expected:.2f}", f"{peak:.2f}", error, reserved)
+        yield f"| {' | '.join(cells)} |"
+    fitted = [
+        expected
+        for row, measured, _, expected, _ in found_all
+        if row.compiled and row.model == "gpt2" and measured.call < COLD
+    ]
+    seen = {row.name for row, *_ in found_all}
     missing = [row.name for row in rows() if row.kind == "launcher" and row.name not in seen]
     yield from (
         "",
-        f"Rows with nothing fitted on them: {_summary(fitted[False])}. The others: {_summary(fitted[True])}.",
+        _in_short([(expected, peak) for *_, expected, peak in found_all], fitted),
         "",
         f"Not measured yet: {'; '.join(missing)}.",
     )

@@ -212,20 +212,32 @@ def test_a_plan_on_a_cpu_speaks_of_no_gpu(workplace: Workplace) -> None:
     assert "this GPU" not in shown
 
 
+WITHIN = "predicted; measured on one such GPU, within"
+UNLIKE = "a prediction, not measured for such a run"
+
+
 @pytest.mark.parametrize(
-    ("strategy", "worth"),
+    ("setting", "gpus", "memory", "speed"),
     [
-        ("ddp", "predicted; measured on one such GPU, within 10%"),
-        ("zero3", "a prediction, not measured under zero3"),
+        ("seed=1", 1, f"{WITHIN} 5%", f"{WITHIN} 10%"),
+        ("train.strategy=zero3", 1, f"{WITHIN} 5%", UNLIKE),
+        ("train.compile=false", 1, f"{WITHIN} 5%", UNLIKE),
+        ("train.gradient_checkpointing=true", 1, f"{WITHIN} 5%", UNLIKE),
+        ("data.isolate_documents=true", 1, f"{WITHIN} 5%", UNLIKE),
+        ("train.micro_batch=1", 1, f"{WITHIN} 5%", UNLIKE),
+        ("train.precision=fp32", 1, UNLIKE, UNLIKE),
+        ("seed=1", 2, UNLIKE, UNLIKE),
     ],
 )
-def test_a_plan_says_under_what_its_speed_was_measured(tmp_path: Path, strategy: str, worth: str) -> None:
+def test_a_plan_says_what_its_like_was_measured(
+    tmp_path: Path, setting: str, gpus: int, memory: str, speed: str
+) -> None:
     here = Workplace(tmp_path)
     here.run("init", "run.yaml")
-    (tmp_path / "cluster.yaml").write_text("gpu: h200-sxm-141gb\ngpus_per_node: 1\n")
-    shown = here.run("plan", "run.yaml", f"train.strategy={strategy}", "--cluster", "cluster.yaml").stdout
-    assert f"\nspeed: {worth}\n" in shown
-    assert "(predicted; measured on one such GPU, within 5%)" in shown
+    (tmp_path / "cluster.yaml").write_text(f"gpu: h200-sxm-141gb\ngpus_per_node: {gpus}\n")
+    shown = here.run("plan", "run.yaml", setting, "--cluster", "cluster.yaml").stdout
+    assert f" GiB ({memory})\n" in shown
+    assert f"\nspeed: {speed}\n" in shown
 
 
 def test_a_closed_stream_is_no_error(workplace: Workplace) -> None:

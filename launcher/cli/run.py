@@ -15,7 +15,6 @@ from launcher.errors import RequestError
 from launcher.sizes import size_in_words
 
 if TYPE_CHECKING:
-    from launcher.plan.choose import Plan
     from launcher.run.assemble import Assembly
 
 app = typer.Typer()
@@ -261,23 +260,24 @@ def doctor(
         raise SystemExit(3)
 
 
-def _held_against(planned: Plan, what: str) -> str:
-    """What a prediction of memory or speed is worth."""
+def _held_against(gpu: str, error: float | None) -> str:
+    """What a prediction on `gpu` is worth, `error` being the largest of those of its like."""
     from launcher.plan.measured import MEASURED
 
-    if planned.gpu not in MEASURED:
-        return f"a prediction, not measured on {'a CPU' if planned.gpu == 'cpu' else 'this GPU'}"
-    if what == "speed" and planned.strategy != "ddp":
-        return f"a prediction, not measured under {planned.strategy}"
-    return f"predicted; measured on one such GPU, within {getattr(MEASURED[planned.gpu], what):.0%}"
+    if error is not None:
+        return f"predicted; measured on one such GPU, within {error:.0%}"
+    where = "for such a run" if gpu in MEASURED else "on a CPU" if gpu == "cpu" else "on this GPU"
+    return f"a prediction, not measured {where}"
 
 
 def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
+    from launcher.plan.measured import errors_of_its_like
     from launcher.render.table import asked_rows, becomes_rows, fit_rows, speed_rows
     from launcher.run.assemble import rendered_files
     from launcher.run.directory import run_directory
 
     planned = assembly.plan
+    errors = errors_of_its_like(planned, assembly.shape)
     blocks = [
         console.section(f"what you asked: {planned.name}", asked_rows(assembly.run.config)),
         console.section("what it becomes", becomes_rows(planned, assembly.run.config.data.packing)),
@@ -286,11 +286,11 @@ def _show_plan(assembly: Assembly, *, stream_of_answer: bool = True) -> None:
         held = {name: size for name, size in planned.memory.items() if size}
         total = sum(held.values())
         room = "" if planned.memory_available is None else f" of {size_in_words(planned.memory_available)}"
-        worth = _held_against(planned, "memory")
+        worth = _held_against(planned.gpu, errors.memory)
         title = f"memory per rank: about {size_in_words(total)}{room} ({worth})"
         bars = console.bars(held, planned.memory_available)
         blocks.append(console.section(title, [*bars, *fit_rows(planned)]))
-    worth = f": {_held_against(planned, 'speed')}" if planned.forecast else ""
+    worth = f": {_held_against(planned.gpu, errors.speed)}" if planned.forecast else ""
     blocks.append(console.section(f"speed{worth}", speed_rows(planned)))
     config = assembly.run.config
     files = rendered_files(assembly, run_directory(config), None)

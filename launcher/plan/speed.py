@@ -40,8 +40,18 @@ without compile or without the chunked loss, by compute capability's major numbe
 HOST_SECONDS: Final = 31e-6
 HOST_OVERHEAD: Final = 5e-3
 """The host's time for one kernel, with Python, autocast and autograd, and for what the Trainer does around a
-micro-batch. Fitted on the three rows of gpt2 at micro-batch 8 in `docs/benchmarks/gpu.md`, the only ones that
-the host holds up; other rows were starting on its processors."""
+micro-batch. Fitted on three rows of gpt2 at micro-batch 8 in `docs/benchmarks/gpu.md`, which wait for the
+host while other rows start on its processors."""
+
+HOST_SHARDING: Final[Mapping[str, float]] = {
+    "ddp": 0.0,
+    "zero1": 1e-3,
+    "zero2": 4e-3,
+    "zero3": 12e-3,
+    "fsdp": 3.3e-3,
+}
+"""The host's time for a layer and micro-batch in the hooks of DeepSpeed and FSDP2. Fitted on one row each of
+gpt2-medium with micro-batch 8 in `docs/benchmarks/gpu.md`, as noisy as those above."""
 
 OPTIMIZER_BYTES: Final = 40
 """Bytes a parameter: fused AdamW reads weight, gradient and two moments and writes all but the gradient (28);
@@ -122,7 +132,8 @@ def step_speed(
     elementwise = pace * moved / bandwidth
     busy = matrices + attention + elementwise
     kernels = sum(times * layer.kernels for times, layer in layers)
-    host = max(0.0, HOST_OVERHEAD + HOST_SECONDS * kernels - busy)
+    started = HOST_OVERHEAD + HOST_SECONDS * kernels + HOST_SHARDING[sharding.strategy] * shape.layers
+    host = max(0.0, started - busy)
     communication = exposed(
         shape,
         sharding,

@@ -318,6 +318,21 @@ def test_on_a_cpu_fewer_ranks_have_more_memory_each() -> None:
     assert remedies_of(asked, found)[0].startswith("start one rank (gpus_per_node: 1)")
 
 
+@pytest.mark.parametrize("preset", ["gpt2", "gpt2-medium", "gpt2-large"])
+@pytest.mark.parametrize("micro_batch", [2, 4, 8])
+def test_where_the_host_is_waited_for_ddp_is_not_left_for_what_asks_more_of_it(
+    preset: str, micro_batch: int
+) -> None:
+    asked = replace(job(preset, "h200-sxm-141gb", world_size=8), compiled=True)
+    shardings = [Sharding(name, 8) for name in STRATEGIES]
+    found = candidates(asked, [Batch(8 * micro_batch, micro_batch, 1, 8)], False, shardings)
+    chosen = fastest(found)
+    assert chosen is not None
+    assert chosen.sharding.strategy == "ddp"
+    times = {one.sharding.strategy: one.seconds for one in found}
+    assert times["zero1"] < times["zero2"] < times["zero3"], "as measured: docs/benchmarks/gpu.md"
+
+
 def test_the_simplest_of_equally_fast_strategies_is_taken() -> None:
     asked = job("gpt2", "h100-sxm-80gb", world_size=8)
     batches = [Batch(128, 16, 1, 8)]
