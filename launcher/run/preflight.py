@@ -17,7 +17,7 @@ from launcher.plan.sharding import zero_stage
 from launcher.run.directory import check_writable, run_directory
 from launcher.run.machine import Machine
 from launcher.run.saying import Say
-from launcher.run.wandb import check_wandb
+from launcher.run.wandb_login import check_wandb
 
 
 def check_launch(

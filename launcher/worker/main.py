@@ -39,7 +39,6 @@ from launcher.plan.sharding import zero_stage
 from launcher.run import checkpoints as ledger
 from launcher.run.directory import RunDirectory, write_text
 from launcher.run.outcome import FAILURES, Outcome, RankEnd
-from launcher.run.wandb import go_on_in_its_run, keep_in_folder
 from launcher.worker import saving
 from launcher.worker.cadence import BestEvaluation, Cadence
 from launcher.worker.checkpoint import CheckpointWriter, newest_good
@@ -67,6 +66,7 @@ from launcher.worker.together import barrier
 from launcher.worker.tracing import compiled_so_far
 from launcher.worker.trainer import LauncherTrainer, Rows, training_arguments
 from launcher.worker.verify import verify
+from launcher.worker.wandb import go_on_in_its_run, keep_in_folder
 
 
 class Verify(TrainerCallback):

@@ -1,10 +1,9 @@
-"""Weights & Biases: whether it takes what a run reports, where that is kept, and as which of its runs."""
+"""Whether Weights & Biases would take what a run reports to it: asked before it begins, as in the run."""
 
 from __future__ import annotations
 
 import netrc
-import secrets
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from configparser import ConfigParser
 from configparser import Error as MalformedError
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from launcher.errors import MachineError
-from launcher.run.directory import RunDirectory, write_text
 
 HOST: Final = "https://api.wandb.ai"
 UNSENT: Final = frozenset({"offline", "disabled", "dryrun"})
@@ -34,23 +32,6 @@ def check_wandb(environment: Mapping[str, str]) -> None:
             hint="`wandb login`, or set WANDB_API_KEY; WANDB_MODE=offline keeps it on this machine; or take "
             "wandb out of report_to",
         )
-
-
-def keep_in_folder(directory: RunDirectory, environment: MutableMapping[str, str]) -> None:
-    """Have wandb write to the run's folder, unless the user names another, or has settings where launcher is
-    started: those would no longer be read."""
-    if not Path("wandb", "settings").exists():
-        environment.setdefault("WANDB_DIR", str(directory.root))
-
-
-def go_on_in_its_run(directory: RunDirectory, environment: MutableMapping[str, str]) -> None:
-    """Have every attempt report to the run of wandb's that the first one began, unless the user names one."""
-    if "WANDB_RUN_ID" in environment:
-        return
-    if not directory.wandb_run.exists():
-        write_text(directory.wandb_run, secrets.token_hex(4))
-    environment["WANDB_RUN_ID"] = directory.wandb_run.read_text(encoding="utf-8")
-    environment.setdefault("WANDB_RESUME", "allow")
 
 
 def _settings(environment: Mapping[str, str]) -> Mapping[str, str]:

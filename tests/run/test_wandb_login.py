@@ -1,4 +1,4 @@
-"""A run that reports to Weights & Biases needs a login there, keeps its files, and stays one run there."""
+"""A run that reports to Weights & Biases needs a login there, or is not begun."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import pytest
 from launcher.config.schema import RunConfig
 from launcher.errors import MachineError
 from launcher.run import preflight
-from launcher.run.directory import RunDirectory
 from launcher.run.preflight import check_run
-from launcher.run.wandb import go_on_in_its_run, keep_in_folder
 from tests.conftest import small_run
 
 SETTINGS = ".config/wandb/settings"
@@ -88,38 +86,3 @@ def test_without_one_nothing_is_begun(
     with pytest.raises(MachineError, match=f"wandb has no login for {host} here") as caught:
         check(home, files, environment)
     assert "WANDB_MODE=offline" in (caught.value.hint or "")
-
-
-def test_wandb_writes_to_the_folder_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    directory = RunDirectory(tmp_path / "runs" / "small")
-    environment: dict[str, str] = {}
-    keep_in_folder(directory, environment)
-    assert environment == {"WANDB_DIR": str(directory.root)}
-    named = {"WANDB_DIR": "elsewhere"}
-    keep_in_folder(directory, named)
-    assert named == {"WANDB_DIR": "elsewhere"}, "the user's own"
-    (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "settings").touch()
-    without: dict[str, str] = {}
-    keep_in_folder(directory, without)
-    assert not without, "settings that are read where it is launched from"
-
-
-def test_every_attempt_reports_to_the_run_that_the_first_began(tmp_path: Path) -> None:
-    first: dict[str, str] = {}
-    again: dict[str, str] = {}
-    other: dict[str, str] = {"WANDB_RESUME": "must"}
-    go_on_in_its_run(RunDirectory(tmp_path / "small"), first)
-    go_on_in_its_run(RunDirectory(tmp_path / "small"), again)
-    go_on_in_its_run(RunDirectory(tmp_path / "other"), other)
-    assert first == again == {"WANDB_RUN_ID": first["WANDB_RUN_ID"], "WANDB_RESUME": "allow"}
-    assert len(first["WANDB_RUN_ID"]) == 8
-    assert other["WANDB_RUN_ID"] != first["WANDB_RUN_ID"]
-    assert other["WANDB_RESUME"] == "must", "the user's own"
-
-
-def test_a_run_of_the_user_s_is_reported_to(tmp_path: Path) -> None:
-    environment = {"WANDB_RUN_ID": "mine"}
-    go_on_in_its_run(RunDirectory(tmp_path / "small"), environment)
-    assert environment == {"WANDB_RUN_ID": "mine"}
