@@ -16,6 +16,7 @@ from types import MethodType
 from typing import Any, Final
 
 import torch
+from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -39,6 +40,9 @@ NOISE: Final[Mapping[str, float]] = {"fp32": 1e-4, "bf16": 1e-2}
 
 STOCK: Final = ("logits_to_keep", "shift_labels", "output_hidden_states", "output_attentions")
 """What a caller may ask a model for that only the stock forward pass gives."""
+
+VIEWS: Final = {"AliasBackward0", "SliceBackward0", "ViewBackward0"}
+"""What autograd calls the ways to look at a whole tensor again: its gradient goes back through as it is."""
 
 Layout = tuple[int, torch.Size, tuple[int, ...], int]
 """Of a tensor: where it lies, how, and how often it was changed there."""
@@ -288,8 +292,8 @@ def _other_than_plain(model: PreTrainedModel, body: torch.nn.Module, block_size:
 
     Tried with a few tokens, as it trains and as it is evaluated: the body is given the ids themselves, the
     head the body's output, the loss function the head's and the labels, and the loss that is returned is the
-    one it made. A model that scales or caps its logits, or adds another loss, or has a forward pass of
-    another kind, is seen, and keeps its own.
+    one it made. A model that scales or caps its logits, or adds another loss, or detaches its body, or has a
+    forward pass of another kind, is seen, and keeps its own.
     """
     head = plain_head(model)
     if head is None:
@@ -305,7 +309,7 @@ def _other_than_plain(model: PreTrainedModel, body: torch.nn.Module, block_size:
     return whys[0] or whys[1]
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def _passes_on(
     model: PreTrainedModel,
     head: torch.nn.Linear,
@@ -317,7 +321,8 @@ def _passes_on(
     """Why one pass hands on something else than the stock one does; None if it does not.
 
     What is handed on must be the very tensor, unchanged: another one of the same values may be another
-    function of the weights, which are still what they began as.
+    function of the weights, which are still what they began as. So must its gradient: autograd's record is
+    read, and nothing kept for a backward pass.
     """
     seen: dict[str, tuple[torch.Tensor, Layout]] = {}
 
@@ -333,6 +338,8 @@ def _passes_on(
 
     def of_body(_module: torch.nn.Module, args: Any, more: Mapping[str, Any], output: Any) -> None:
         asked = more.get("input_ids", args[0] if args else None)
+        if torch.is_grad_enabled():
+            output[0].requires_grad_()  # so that a frozen body's shows which way its gradient would come
         see(body=output[0], **({} if asked is None else {"asked": asked}))
 
     def of_head(_module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -342,8 +349,10 @@ def _passes_on(
     model.loss_function = loss_function
     labels = ids.clone()
     see(ids=ids, labels=labels)
+    nothing = torch.empty(0)
+    keep_nothing = saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
     try:
-        with on_trial(model, training=training), torch.random.fork_rng(devices=[]):
+        with on_trial(model, training=training), torch.random.fork_rng(devices=[]), keep_nothing:
             see(found=model(input_ids=ids, labels=labels).loss)
     except Exception as error:  # noqa: BLE001 - a model of any kind, which is then left alone
         return f"the model does not run with input_ids and labels alone: {error}"
@@ -351,6 +360,11 @@ def _passes_on(
         del model._loss_function
         for hook in hooks:
             hook.remove()
+    return _apart(seen)
+
+
+def _apart(seen: Mapping[str, tuple[torch.Tensor, Layout]]) -> str | None:
+    """What one pass changed on the way, by all that was seen in it; None if nothing."""
     if not {"asked", "hidden", "given"} <= seen.keys():
         return "the model has a forward pass of its own"
     for one, other, why in (
@@ -362,7 +376,21 @@ def _passes_on(
     ):
         if seen[one][1] != seen[other][1]:
             return why
+    for one, other in (("body", "hidden"), ("logits", "given"), ("loss", "found")):
+        if not _hands_back(seen[other][0], seen[one][0]):
+            return "the model changes a gradient between its body and its loss"
     return None
+
+
+def _hands_back(found: torch.Tensor, made: torch.Tensor) -> bool:
+    """Whether a gradient of `found`, which is `made`, comes to it as it is."""
+    if found._backward_hooks or made._backward_hooks or not (found.requires_grad and made.requires_grad):
+        return False
+    node: Node | None = get_gradient_edge(found).node
+    end = get_gradient_edge(made).node
+    while node is not None and node is not end:
+        node = node.next_functions[0][0] if node.name() in VIEWS else None
+    return node is end
 
 
 def _layout(tensor: torch.Tensor) -> Layout:

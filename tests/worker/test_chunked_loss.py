@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
@@ -168,6 +170,41 @@ def test_a_model_with_a_linear_head_returns_its_loss_without_logits(
         assert model(**batch | asked).logits is not None
 
 
+def gemma() -> PreTrainedModel:
+    """Scales its embeddings, within its body."""
+    config = GemmaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    return GemmaForCausalLM(config)
+
+
+def frozen(model: PreTrainedModel, part: str) -> PreTrainedModel:
+    model.get_submodule(part).requires_grad_(requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        gemma,
+        lambda: gpt2().bfloat16(),
+        lambda: frozen(llama(), "model"),
+        lambda: frozen(llama(), "lm_head"),
+    ],
+    ids=["scaled embeddings", "bf16", "frozen body", "frozen head"],
+)
+def test_trying_a_model_of_any_kind_leaves_nothing_behind(build: Callable[[], PreTrainedModel]) -> None:
+    model = build()
+    model.loss_type = "ForCausalLM"
+    random, trained = torch.get_rng_state(), [each.requires_grad for each in model.parameters()]
+    assert use_chunked_loss(model, LENGTH) is None
+    assert torch.equal(random, torch.get_rng_state())
+    assert trained == [each.requires_grad for each in model.parameters()]
+    assert all(each.grad is None and not each._backward_hooks for each in model.parameters())
+    assert not any(each._forward_hooks or each._backward_hooks for each in model.modules())
+
+
 def granite() -> PreTrainedModel:
     """Divides its logits."""
     config = GraniteConfig(
@@ -254,6 +291,63 @@ class Scaled(Steps):
         return self.lm_head(hidden).mul_(self.scale)
 
 
+class Slowed(torch.autograd.Function):
+    """Hands on what it is given, and half of its gradient back."""
+
+    @staticmethod
+    def forward(_ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(_ctx: Any, outer: torch.Tensor) -> torch.Tensor:
+        return outer / 2
+
+
+class Detached(Steps):
+    """Trains its head alone."""
+
+    def logits(self, hidden: Any) -> Any:
+        return self.lm_head(hidden.detach())
+
+
+class Unrecorded(GPT2LMHeadModel):
+    """The same, by running its body without gradients."""
+
+    def forward(self, input_ids: Any, labels: Any = None, **_: Any) -> Any:
+        with torch.no_grad():
+            hidden = self.transformer(input_ids)[0]
+        logits = self.lm_head(hidden)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class SlowBody(Steps):
+    def logits(self, hidden: Any) -> Any:
+        return self.lm_head(Slowed.apply(hidden))  # type: ignore[no-untyped-call]
+
+
+class SlowLogits(Steps):
+    def logits(self, hidden: Any) -> Any:
+        return Slowed.apply(self.lm_head(hidden))  # type: ignore[no-untyped-call]
+
+
+class SlowLoss(GPT2LMHeadModel):
+    def forward(self, input_ids: Any, labels: Any = None, **_: Any) -> Any:
+        outputs = super().forward(input_ids, labels=labels)
+        if labels is not None:
+            outputs.loss = Slowed.apply(outputs.loss)  # type: ignore[no-untyped-call]
+        return outputs
+
+
+class HookedBody(Steps):
+    """A hook halves the gradient that its body is given."""
+
+    def logits(self, hidden: Any) -> Any:
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gradient / 2)
+        return self.lm_head(hidden)
+
+
 class LateLabels(Steps):
     """Learns nothing from the first tokens of a long row."""
 
@@ -266,6 +360,13 @@ def hooked() -> PreTrainedModel:
     """A hook caps its logits, which are far below the cap at first."""
     model = gpt2()
     model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits.clamp(-30, 30))
+    return model
+
+
+def backward_hooked() -> PreTrainedModel:
+    """A hook of the head halves the gradient that it hands to the body."""
+    model = gpt2()
+    model.lm_head.register_full_backward_hook(lambda _module, inputs, _outputs: (inputs[0] / 2,))
     return model
 
 
@@ -286,13 +387,21 @@ def own_loss() -> PreTrainedModel:
         (lambda: Adapted(gpt2().config), "changes its logits before the loss"),
         (lambda: Scaled(gpt2().config), "changes its logits before the loss"),
         (lambda: LateLabels(gpt2().config), "changes its labels before the loss"),
+        (lambda: Detached(gpt2().config), "changes a gradient"),
+        (lambda: Unrecorded(gpt2().config), "changes a gradient"),
+        (lambda: SlowBody(gpt2().config), "changes a gradient"),
+        (lambda: SlowLogits(gpt2().config), "changes a gradient"),
+        (lambda: SlowLoss(gpt2().config), "changes a gradient"),
+        (lambda: HookedBody(gpt2().config), "changes a gradient"),
+        (backward_hooked, "changes a gradient"),
         (hooked, "head has hooks"),
         (lambda: another_head(gpt2()), "no plain linear head"),
         (own_loss, "loss is its own"),
     ],
     ids=[
         "scaled logits", "another loss", "own forward", "other input", "vectors", "adapter", "own scale",
-        "late labels", "hook", "another head", "own loss",
+        "late labels", "detached body", "body without gradients", "slow body", "slow logits", "slow loss",
+        "gradient's hook", "backward hook", "hook", "another head", "own loss",
     ],
 )  # fmt: skip
 def test_a_model_that_does_otherwise_keeps_its_own_loss_and_says_why(
