@@ -114,8 +114,9 @@ def page() -> Iterator[str]:
         "  of the largest size that fits, and a larger batch hides more.",
         "- **Sharding costs more messages.** ZeRO-1 and 2 send as much as DDP; ZeRO-3 gathers weights in",
         "  forward and backward too. `auto` leaves DDP only for what does not fit or gains a quarter.",
-        "- **One sequence a GPU ends it.** There is no accumulation left and nothing to hide behind: from",
-        "  there on more GPUs need a larger batch, which a plan says by its MFU.",
+        "- **One sequence a GPU ends it.** There is no accumulation left and nothing to hide behind, and the",
+        "  host starts kernels more slowly than the GPU ends them: from there on more GPUs need a larger",
+        "  batch, which a plan says by its MFU.",
         "- **Start-up does not grow with the data.** Where a rank begins in the text is worked out at once.",
     )
 
