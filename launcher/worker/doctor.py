@@ -8,10 +8,12 @@ the last line of standard output.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from typing import Any
+from contextlib import contextmanager, suppress
+from logging import WARNING, Handler, LogRecord
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -29,8 +31,15 @@ from launcher.worker.tracing import TracedPass, compiled, watch
 LAYERS = 2
 """Of the copy, or as many as it takes to have one of each type: what holds for these holds for all."""
 
-TOKENS = 64
+TOKENS = 61
+"""A prime, so that what is as long on two sides are the scores of an attention."""
 END_OF_TEXT = 0
+
+FALLS_BACK: Final = re.compile(
+    r"(\S+) (?:is falling back to its reference|not available .* falling back to a Python)"
+)
+INSTALL: Final = re.compile(r"(?:; |`pip )install `?([^`]+)`")
+"""How transformers says that a kernel is missing, and what to install."""
 
 Check = Mapping[str, str | None]
 
@@ -54,7 +63,50 @@ def _shorten(config: Any) -> None:
         config.layer_types = config.layer_types[:layers]
 
 
-def examine(model: PreTrainedModel, fast: Fast, data: DataSection) -> Iterator[Check]:
+class _Told(Handler):
+    """What transformers warned of."""
+
+    def __init__(self) -> None:
+        super().__init__(WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def transformers_warnings() -> Iterator[list[str]]:
+    """While inside, what transformers warns of goes into the list, though it was said before."""
+    told, verbosity = _Told(), logging.get_verbosity()
+    logging.warning_once.cache_clear()
+    logging.disable_default_handler()
+    logging.add_handler(told)
+    logging.set_verbosity_warning()
+    try:
+        yield told.messages
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.remove_handler(told)
+        logging.enable_default_handler()
+
+
+def examine(model: PreTrainedModel, fast: Fast, data: DataSection) -> list[Check]:
+    """What `model` shows when it is tried, and the kernels that transformers had no package for."""
+    with transformers_warnings() as told:
+        checks = list(_tried(model, fast, data))
+    return [*checks, *of_kernels(told)]
+
+
+def of_kernels(told: list[str]) -> Iterator[Check]:
+    """A check where transformers told of slower code in a kernel's place."""
+    slow = {text: found[1].strip("`") for text in told if (found := FALLS_BACK.search(text))}
+    if slow:
+        packages = dict.fromkeys(found[1] for text in slow if (found := INSTALL.search(text)))
+        what = f"missing, slower code runs instead: {', '.join(slow.values())}"
+        yield _check("kernels", "warning", what, f"install {', '.join(packages)}" if packages else None)
+
+
+def _tried(model: PreTrainedModel, fast: Fast, data: DataSection) -> Iterator[Check]:
     """A check for each planned path of the model, then what a pass through it on rows of `data` shows."""
     try:
         check_predicts_next(model, data.block_size)
@@ -107,6 +159,9 @@ def _of_attention(model: PreTrainedModel, seen: TracedPass, data: DataSection) -
         how = f"no fused attention: {model.config._attn_implementation}"
         remedy = "set attn_implementation: sdpa in model.overrides" if model._supports_sdpa else None
         yield _check("attention", "warning", how, remedy)
+    elif seen.by_hand:
+        how = f"computed by hand in {seen.by_hand} of {seen.attentions + seen.by_hand} layers"
+        yield _check("attention", "warning", how, "scaled_dot_product_attention computes the same, fused")
     elif seen.masked:
         apart = data.packing != "concat" or data.isolate_documents
         remedy = "data.packing: concat, without data.isolate_documents, needs none" if apart else None
@@ -122,13 +177,16 @@ def _check(name: str, state: str, found: str, remedy: str | None = None) -> Chec
 
 def main() -> int:
     asked = json.load(sys.stdin)
-    logging.set_verbosity_error()
     try:
-        model = short_copy(asked["model"])
+        with transformers_warnings() as told:
+            model = short_copy(asked["model"])
     except (ImportError, OSError, ValueError, TypeError, KeyError) as error:
         checks = [_check("model", "missing", f"cannot be built: {error}", "check model.name and overrides")]
     else:
-        checks = list(examine(model, Fast(**asked["fast"]), DataSection.model_validate(asked["data"])))
+        checks = [
+            *of_kernels(told),
+            *examine(model, Fast(**asked["fast"]), DataSection.model_validate(asked["data"])),
+        ]
     print(f"\n{json.dumps(checks)}")  # a line of its own, whatever else was printed
     return 0
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedModel
@@ -86,6 +87,59 @@ def looking_back() -> PreTrainedModel:
     return model
 
 
+def hooked(look: Callable[[Any], object]) -> Callable[[], PreTrainedModel]:
+    """A layer that looks at its numbers in this way, or leaves them."""
+
+    def build() -> PreTrainedModel:
+        model = gpt2()
+        model.get_submodule("transformer.h.0.mlp").register_forward_hook(
+            lambda _module, _inputs, output: output * bool(look(output.detach().max()))
+        )
+        return model
+
+    return build
+
+
+def hooked_back(look: Callable[[Any], object]) -> Callable[[], PreTrainedModel]:
+    """A layer that looks at its gradient in this way."""
+
+    def build() -> PreTrainedModel:
+        model = gpt2()
+
+        def back(_module: torch.nn.Module, _inputs: Any, outer: Any) -> None:
+            look(outer[0])
+
+        model.get_submodule("transformer.h.0.mlp").register_full_backward_hook(back)
+        return model
+
+    return build
+
+
+def by_hand() -> PreTrainedModel:
+    """A layer whose attention is matrix products, a mask and a softmax."""
+    model = gpt2()
+    attention: Any = model.get_submodule("transformer.h.0.attn")
+
+    def attend(hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        query, key, value = attention.c_attn(hidden).split(hidden.shape[-1], dim=-1)
+        scores = query @ key.mT / hidden.shape[-1] ** 0.5
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        return attention.c_proj(scores.masked_fill(future, -torch.inf).softmax(-1) @ value), None
+
+    attention.forward = attend
+    return model
+
+
+def jamba() -> PreTrainedModel:
+    """Layers of Mamba's, whose kernels are in packages that are not installed here."""
+    fields = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "num_experts": 1, "num_experts_per_tok": 1, "mamba_d_state": 4, "mamba_dt_rank": 4,
+    }  # fmt: skip
+    return short_copy({"model_type": "jamba", **fields})
+
+
 def refusing() -> PreTrainedModel:
     """A layer that runs on a GPU alone."""
     model = gpt2()
@@ -120,11 +174,19 @@ def without_positions() -> PreTrainedModel:
         (talking, "host", "waits for the GPU 1 times"),
         (masking, "host", "waits for the GPU 1 times"),
         (looking_back, "host", "waits for the GPU 1 times"),
+        (hooked(lambda numbers: numbers.cpu().numpy() < 1e9), "host", "waits for the GPU 1 times"),
+        (hooked(lambda numbers: numbers.to("cpu").tolist() < 1e9), "host", "waits for the GPU 1 times"),
+        (hooked(lambda numbers: numbers.tolist() < 1e9), "host", "waits for the GPU 1 times"),
+        (hooked(lambda numbers: np.asarray(numbers) < 1e9), "host", "waits for the GPU 1 times"),
+        (hooked(lambda numbers: repr(numbers)), "host", "waits for the GPU 1 times"),
+        (hooked_back(lambda gradient: gradient.cpu()), "host", "waits for the GPU 1 times"),
         (talking, "torch.compile", " graphs: "),
+        (by_hand, "attention", "computed by hand in 1 of 2 layers"),
+        (jamba, "kernels", "slower code runs instead: causal_conv1d_fn, selective_scan_fn"),
     ],
     ids=[
         "activation", "attention", "kernel", "window", "head", "vocabulary", "host", "mask", "backward",
-        "graph",
+        "numpy", "to", "list", "array", "printed", "backward to the host", "graph", "by hand", "package",
     ],
 )  # fmt: skip
 def test_what_falls_off_a_path_is_caught(
@@ -133,6 +195,36 @@ def test_what_falls_off_a_path_is_caught(
     state, told = said(build())[check]
     assert state == "warning"
     assert found in told
+
+
+@pytest.mark.parametrize("build", [llama, hooked(lambda numbers: numbers.to(numbers.device) is not None)])
+def test_what_does_not_wait_is_not_said_to(build: Callable[[], PreTrainedModel]) -> None:
+    checks = said(build())
+    assert checks["host"] == ("ok", "never waits for the GPU in a forward and backward pass")
+    assert "kernels" not in checks
+
+
+def test_layers_without_attention_are_not_missed() -> None:
+    assert said(jamba())["attention"] == ("ok", "fused and causal, without a mask")
+
+
+def test_a_missing_kernel_comes_with_its_package() -> None:
+    checks = examine(jamba(), FAST, DataSection(train=["text"], block_size=LENGTH))
+    assert checks[-1]["remedy"] == "install causal_conv1d, mamba_ssm"
+
+
+def test_a_kernel_that_is_missed_when_a_model_is_built_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {
+        "model_type": "apertus", "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    }  # fmt: skip
+    asked = {"model": fields, "fast": asdict(FAST), "data": {"train": ["text"], "block_size": LENGTH}}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(asked)))
+    assert main() == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])[0]
+    assert (first["name"], first["found"].split(": ")[-1]) == ("kernels", "xIELU")
 
 
 @pytest.mark.parametrize(
