@@ -24,7 +24,7 @@ from launcher.config.schema import DataSection
 from launcher.errors import RequestError
 from launcher.plan.fast import Fast
 from launcher.worker.collate import IGNORED, Tensors, collate_of
-from launcher.worker.fast import make_fast
+from launcher.worker.fast import CAUSAL, make_fast
 from launcher.worker.probe import check_predicts_next
 from launcher.worker.tracing import TracedPass, compiled, watch
 
@@ -155,8 +155,11 @@ def _batch(model: PreTrainedModel, data: DataSection) -> Tensors:
 
 
 def _of_attention(model: PreTrainedModel, seen: TracedPass, data: DataSection) -> Iterator[Check]:
-    if not seen.attentions:
-        how = f"no fused attention: {model.config._attn_implementation}"
+    asked = model.config._attn_implementation
+    if not seen.attentions and not seen.by_hand and asked in ("eager", "sdpa", CAUSAL):
+        yield _check("attention", "ok", "none in the layers that were tried")
+    elif not seen.attentions and asked not in ("sdpa", CAUSAL):
+        how = f"no fused attention: {asked}"
         remedy = "set attn_implementation: sdpa in model.overrides" if model._supports_sdpa else None
         yield _check("attention", "warning", how, remedy)
     elif seen.by_hand:

@@ -208,6 +208,13 @@ def test_layers_without_attention_are_not_missed() -> None:
     assert said(jamba())["attention"] == ("ok", "fused and causal, without a mask")
 
 
+def test_a_model_without_attention_is_not_said_to_have_a_slow_one() -> None:
+    mamba = short_copy(
+        {"model_type": "mamba", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    )
+    assert said(mamba)["attention"] == ("ok", "none in the layers that were tried")
+
+
 def test_a_missing_kernel_comes_with_its_package() -> None:
     checks = examine(jamba(), FAST, DataSection(train=["text"], block_size=LENGTH))
     assert checks[-1]["remedy"] == "install causal_conv1d, mamba_ssm"
