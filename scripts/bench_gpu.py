@@ -485,7 +485,9 @@ def main() -> None:
     parser.add_argument("json", type=Path, help="where to write what was found")
     parser.add_argument("--seconds", type=float, default=500, help="start no row that would end later")
     parser.add_argument(
-        "--only", default="", help="names of rows, with semicolons between: these, in this order"
+        "--only",
+        default="",
+        help="names of rows, with semicolons between: these, in this order after those that start alone",
     )
     parser.add_argument("--profile", default="", help="names of rows to add tables of kernels for")
     asked = parser.parse_args()

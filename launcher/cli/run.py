@@ -163,7 +163,7 @@ def train(
         train_to_the_end(directory, launching)
         if finished and (repository := draft.run.config.push_to_hub) is not None:
             model = quote(str(directory.model))
-            console.say(f"push_to_hub: only training uploads; by hand: hf upload {repository} {model}")
+            console.say(f"if it is not in {repository} yet: hf upload {repository} {model}")
 
 
 @app.command(epilog="Example: launcher generate runs/gpt2-shakespeare --prompt 'To be'")

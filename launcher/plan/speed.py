@@ -51,7 +51,8 @@ HOST_SHARDING: Final[Mapping[str, float]] = {
     "fsdp": 3.3e-3,
 }
 """The host's time for a layer and micro-batch in the hooks of DeepSpeed and FSDP2. Fitted on one row each of
-gpt2-medium with micro-batch 8 in `docs/benchmarks/gpu.md`, as noisy as those above."""
+gpt2-medium with one micro-batch of 8 a step in `docs/benchmarks/gpu.md`, as noisy as those above: what of it
+is needed once a step was not told apart."""
 
 OPTIMIZER_BYTES: Final = 40
 """Bytes a parameter: fused AdamW reads weight, gradient and two moments and writes all but the gradient (28);

@@ -383,14 +383,19 @@ def _apart(seen: Mapping[str, tuple[torch.Tensor, Layout]]) -> str | None:
 
 
 def _hands_back(found: torch.Tensor, made: torch.Tensor) -> bool:
-    """Whether a gradient of `found`, which is `made`, comes to it as it is."""
+    """Whether a gradient of `found`, which is `made`, comes to it as it is. A hook on a node of autograd's
+    before `made` is not seen: Python cannot list them."""
     if found._backward_hooks or made._backward_hooks or not (found.requires_grad and made.requires_grad):
         return False
     node: Node | None = get_gradient_edge(found).node
     end = get_gradient_edge(made).node
     while node is not None and node is not end:
         node = node.next_functions[0][0] if node.name() in VIEWS else None
-    return node is end
+    if node is not end:
+        return False
+    outer = torch.ones_like(found)
+    (back,) = torch.autograd.grad(found, made, outer, retain_graph=True)
+    return torch.equal(back, outer)
 
 
 def _layout(tensor: torch.Tensor) -> Layout:

@@ -17,10 +17,9 @@ def keep_in_folder(directory: RunDirectory, environment: MutableMapping[str, str
 
 
 def go_on_in_its_run(directory: RunDirectory, environment: MutableMapping[str, str]) -> None:
-    """Have every attempt report to the run of wandb's that the first one began, unless the user names one."""
-    if "WANDB_RUN_ID" in environment:
-        return
-    if not directory.wandb_run.exists():
-        write_text(directory.wandb_run, secrets.token_hex(4))
-    environment["WANDB_RUN_ID"] = directory.wandb_run.read_text(encoding="utf-8")
+    """Have every attempt report to one run of wandb's: the user's, or the one that the first one began."""
+    if not environment.get("WANDB_RUN_ID"):
+        if not directory.wandb_run.exists():
+            write_text(directory.wandb_run, secrets.token_hex(4))
+        environment["WANDB_RUN_ID"] = directory.wandb_run.read_text(encoding="utf-8")
     environment.setdefault("WANDB_RESUME", "allow")

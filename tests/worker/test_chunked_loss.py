@@ -348,6 +348,16 @@ class HookedBody(Steps):
         return self.lm_head(hidden)
 
 
+class HookedView(Steps):
+    """The same, where its body's output is looked at on the way."""
+
+    def logits(self, hidden: Any) -> Any:
+        seen = hidden[:]
+        if seen.requires_grad:
+            seen.register_hook(lambda gradient: gradient / 2)
+        return self.lm_head(seen[:])
+
+
 class LateLabels(Steps):
     """Learns nothing from the first tokens of a long row."""
 
@@ -393,6 +403,7 @@ def own_loss() -> PreTrainedModel:
         (lambda: SlowLogits(gpt2().config), "changes a gradient"),
         (lambda: SlowLoss(gpt2().config), "changes a gradient"),
         (lambda: HookedBody(gpt2().config), "changes a gradient"),
+        (lambda: HookedView(gpt2().config), "changes a gradient"),
         (backward_hooked, "changes a gradient"),
         (hooked, "head has hooks"),
         (lambda: another_head(gpt2()), "no plain linear head"),
@@ -401,7 +412,7 @@ def own_loss() -> PreTrainedModel:
     ids=[
         "scaled logits", "another loss", "own forward", "other input", "vectors", "adapter", "own scale",
         "late labels", "detached body", "body without gradients", "slow body", "slow logits", "slow loss",
-        "gradient's hook", "backward hook", "hook", "another head", "own loss",
+        "gradient's hook", "view's hook", "backward hook", "hook", "another head", "own loss",
     ],
 )  # fmt: skip
 def test_a_model_that_does_otherwise_keeps_its_own_loss_and_says_why(

@@ -29,7 +29,7 @@ def test_wandb_writes_to_the_folder_of_the_run(tmp_path: Path, monkeypatch: pyte
 def test_every_attempt_reports_to_the_run_that_the_first_began(tmp_path: Path) -> None:
     first: dict[str, str] = {}
     again: dict[str, str] = {}
-    other: dict[str, str] = {"WANDB_RESUME": "must"}
+    other: dict[str, str] = {"WANDB_RUN_ID": "", "WANDB_RESUME": "must"}
     go_on_in_its_run(RunDirectory(tmp_path / "small"), first)
     go_on_in_its_run(RunDirectory(tmp_path / "small"), again)
     go_on_in_its_run(RunDirectory(tmp_path / "other"), other)
@@ -42,4 +42,4 @@ def test_every_attempt_reports_to_the_run_that_the_first_began(tmp_path: Path) -
 def test_a_run_of_the_user_s_is_reported_to(tmp_path: Path) -> None:
     environment = {"WANDB_RUN_ID": "mine"}
     go_on_in_its_run(RunDirectory(tmp_path / "small"), environment)
-    assert environment == {"WANDB_RUN_ID": "mine"}
+    assert environment == {"WANDB_RUN_ID": "mine", "WANDB_RESUME": "allow"}
