@@ -469,9 +469,9 @@ def ratios(found: Sequence[Mapping[str, Any]]) -> list[str]:
     every = {row["name"]: row for row in found if "error" not in row}
     lines = []
     for name, row in every.items():
-        for other in ("stock", "loop") if row["kind"] == "launcher" and " launcher" in name else ():
+        for other in ("stock", "loop"):
             theirs = every.get(name.replace(" launcher", f" {other}"))
-            if theirs is not None:
+            if theirs is not None and theirs is not row:
                 faster = row["tokens_per_second"] / theirs["tokens_per_second"]
                 larger = row["peak_allocated"] / theirs["peak_allocated"]
                 lines.append(f"{name}: {faster:.3f} of {other}'s tokens/s, {larger:.2f} of its memory")

@@ -125,10 +125,9 @@ def find_text(draft: Assembly) -> Prepared | None:
 
 
 def planned_with_text(draft: Assembly) -> Assembly:
-    """The draft, its length counted where that hangs on text which is prepared already. No network is asked:
-    a plan is not to wait for one."""
-    data = draft.run.config.data
-    if draft.plan.steps is not None or any(is_url(path) for _, path in paths_of(data)):
+    """The draft, planned with its text where that is prepared already. No network is asked: a plan is not to
+    wait for one."""
+    if any(is_url(path) for _, path in paths_of(draft.run.config.data)):
         return draft
     try:
         found = find_text(draft)
